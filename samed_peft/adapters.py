@@ -1,0 +1,193 @@
+"""LoRA on SAM's query and value projections through PEFT; adapters saved, checked and loaded."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+from samed_peft.config import SamedConfig
+from samed_peft.errors import InputError
+from samed_peft.io import atomic_dir, load_tensors, read_json, recover_dir, write_json, write_text
+from samed_peft.model_card import model_card
+from samed_peft.modeling import SamForSemanticSegmentation, load_sam
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_FILE = "adapter_config.json"
+CONFIG_FILE = "samed_config.json"
+CARD_FILE = "README.md"
+
+
+def add_lora(model: SamForSemanticSegmentation, config: SamedConfig) -> PeftModel:
+    """Make a SAM adaptable as SAMed does: LoRA in the encoder, mask decoder and `no_mask_embed` trained in full.
+
+    The rest of the encoder and the IoU head, which no loss reaches, are frozen.
+
+    Args:
+        model: from `load_sam`; it is changed in place.
+        config: rank, alpha, targets and dropout; classes and size must be the model's.
+
+    Raises:
+        InputError: the model was loaded with other classes or another image size than `config` names.
+    """
+    _check_fits(model, config)
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.alpha is None else config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=rf"vision_encoder\.layers\.\d+\.attn\.({'|'.join(config.targets)})",
+        modules_to_save=["mask_decoder", "no_mask_embed"],
+    )
+    return _attach(model, lora, config)
+
+
+def _attach(model: SamForSemanticSegmentation, peft_config: PeftConfig, config: SamedConfig) -> PeftModel:
+    model.samed_config = dataclasses.replace(config, base_sha256=model.base_sha256)
+    adapted = get_peft_model(model, peft_config)
+    adapted.peft_config["default"].base_model_name_or_path = config.base
+    _freeze_iou_head(adapted)
+    return adapted
+
+
+def _freeze_iou_head(model: PeftModel) -> None:
+    # PEFT unfreezes whole modules_to_save; a trainable weight without gradient stops data-parallel training.
+    for name, parameter in model.named_parameters():
+        if ".iou_prediction_head." in name:
+            parameter.requires_grad_(False)
+
+
+def save_adapter(
+    model: PeftModel, directory: str | Path, *, config: SamedConfig, training: Mapping[str, Any] | None = None
+) -> None:
+    """Write an adapter directory: PEFT's two files, `samed_config.json` and a model card; never the base.
+
+    The directory appears whole or not at all.
+
+    Args:
+        model: from `add_lora` or `load_adapter`.
+        directory: where to; an adapter already there is replaced.
+        config: what the adapter is; the fingerprint of the model's base is added.
+        training: settings shown in the model card.
+    """
+    config = dataclasses.replace(config, base_sha256=model.base_sha256)
+    with atomic_dir(Path(directory)) as folder:
+        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        write_json(folder / CONFIG_FILE, config.to_dict())
+        write_text(folder / CARD_FILE, model_card(config, training=None if training is None else dict(training)))
+
+
+def load_adapter(
+    source: str | Path,
+    *,
+    base: str | None = None,
+    merge: bool = False,
+    trainable: bool = False,
+    device: str | torch.device | None = None,
+) -> PeftModel | SamForSemanticSegmentation:
+    """A model with a saved adapter, ready for `predict_volume`.
+
+    Args:
+        source: adapter directory, or Hub id.
+        base: the SAM it belongs to, where it is not to be had under its recorded name.
+        merge: add the low-rank updates to the base's weights and return the plain model.
+        trainable: leave the adapter trainable, in training mode.
+        device: where to put the model.
+
+    Raises:
+        InputError: `source` is no adapter, a file is damaged, or base, rank, classes or sizes do not match.
+    """
+    folder = _adapter_folder(source)
+    config = read_config(folder)
+    peft_config = _read_peft_config(folder, config)
+    model = load_sam(
+        base or config.base,
+        class_names=config.class_names,
+        image_size=config.image_size,
+        revision=config.base_revision if base is None else None,
+    )
+    if config.base_sha256 is not None and model.base_sha256 != config.base_sha256:
+        raise InputError(
+            f"the adapter in {folder} was trained on {config.base} with weights {config.base_sha256[:12]}, but "
+            f"{base or config.base} has weights {str(model.base_sha256)[:12]}; pass the right one as base"
+        )
+    peft_config.inference_mode = not trainable
+    adapted = _attach(model, peft_config, config)
+    tensors = load_tensors(folder / WEIGHTS_FILE)
+    check_tensors(tensors, get_peft_model_state_dict(adapted, save_embedding_layers=False), folder / WEIGHTS_FILE)
+    set_peft_model_state_dict(adapted, tensors)
+    adapted.requires_grad_(False) if not trainable else None
+    loaded = adapted.merge_and_unload() if merge else adapted
+    loaded.train(trainable)
+    return loaded if device is None else loaded.to(device)
+
+
+def read_config(folder: Path) -> SamedConfig:
+    """`samed_config.json` of an adapter directory.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(
+            f"{folder} is no adapter directory: it lacks {CONFIG_FILE}; save_adapter writes one, and SAMed's own "
+            ".pth files must be converted first"
+        )
+    return SamedConfig.from_dict(read_json(folder / CONFIG_FILE))
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors whose names or shapes are not the expected ones.
+
+    Raises:
+        InputError: naming the first of them, with both shapes.
+    """
+    for problem, keys in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
+        if keys:
+            raise InputError(
+                f"{path} {problem} weights {', '.join(sorted(keys)[:3])} ({len(keys)} in all); "
+                "was it made for another base?"
+            )
+    for key, tensor in expected.items():
+        if tensor.shape != found[key].shape:
+            raise InputError(
+                f"{path}: {key} should be {tuple(tensor.shape)} for this base, these classes and this rank, "
+                f"but is {tuple(found[key].shape)}"
+            )
+
+
+def _adapter_folder(source: str | Path) -> Path:
+    folder = Path(source)
+    recover_dir(folder)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(source).count("/") != 1:
+        raise InputError(f"{source} is neither an adapter directory nor a Hub id such as name/adapter")
+    files = [WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE]
+    return Path(snapshot_download(str(source), allow_patterns=files))
+
+
+def _read_peft_config(folder: Path, config: SamedConfig) -> PeftConfig:
+    if not (folder / PEFT_FILE).is_file():
+        raise InputError(f"{folder} is no adapter directory: it lacks {PEFT_FILE}")
+    peft_config = PeftConfig.from_pretrained(str(folder))
+    if isinstance(peft_config, LoraConfig) and peft_config.r != config.rank:
+        raise InputError(
+            f"{folder}: {CONFIG_FILE} says rank {config.rank}, {PEFT_FILE} says {peft_config.r}; "
+            "the files of two adapters are mixed up"
+        )
+    return peft_config
+
+
+def _check_fits(model: SamForSemanticSegmentation, config: SamedConfig) -> None:
+    found = (model.config.mask_decoder_config.num_multimask_outputs, model.config.vision_config.image_size)
+    expected = (len(config.class_names), config.image_size)
+    if found != expected:
+        raise InputError(
+            f"the config names {expected[0]} classes at {expected[1]} pixels, but the model was loaded for "
+            f"{found[0]} classes at {found[1]}; give load_sam the same class_names and image_size"
+        )

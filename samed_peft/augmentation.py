@@ -1,0 +1,39 @@
+"""SAMed's augmentation: quarter turns and flips, or small rotations, of a slice and its labels together."""
+
+import numpy as np
+from scipy import ndimage
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def rot_flip(array: np.ndarray, *, quarter_turns: int, axis: int) -> np.ndarray:
+    """Turn (H, W) by `quarter_turns` times 90 degrees, then flip along `axis`."""
+    return np.flip(np.rot90(array, quarter_turns), axis=axis).copy()
+
+
+def rotate(array: np.ndarray, *, degrees: int) -> np.ndarray:
+    """Rotate (H, W) by nearest neighbour, size kept, zeros at the corners."""
+    return ndimage.rotate(array, degrees, order=0, reshape=False)
+
+
+def augment(image: np.ndarray, label: np.ndarray, *, rng: np.random.Generator) -> Pair:
+    """SAMed's random augmentation (arXiv 2304.13785 and its code).
+
+    Half the slices are turned by a multiple of 90 degrees and flipped, a quarter are rotated by -20..19 degrees, a
+    quarter stay as they are.
+
+    Args:
+        image: (H, W).
+        label: (H, W).
+        rng: the only source of randomness.
+
+    Returns:
+        Image and label, (H, W) or (W, H).
+    """
+    if rng.random() > 0.5:
+        turns, axis = int(rng.integers(4)), int(rng.integers(2))
+        return rot_flip(image, quarter_turns=turns, axis=axis), rot_flip(label, quarter_turns=turns, axis=axis)
+    if rng.random() > 0.5:
+        degrees = int(rng.integers(-20, 20))
+        return rotate(image, degrees=degrees), rotate(label, degrees=degrees)
+    return image, label

@@ -1,0 +1,146 @@
+"""Meta's SAM checkpoints -> `SamModel`: names of weights, and the geometry read off the tensors themselves."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import SamConfig, SamModel
+
+from samed_peft.errors import InputError
+from samed_peft.io import load_torch_weights
+
+# Pairs (Meta's name, Transformers' name), applied in order to a whole key.
+_RENAMES = (
+    (r"^image_encoder\.patch_embed\.proj\.", "vision_encoder.patch_embed.projection."),
+    (r"^image_encoder\.blocks\.(\d+)\.norm(\d)\.", r"vision_encoder.layers.\1.layer_norm\2."),
+    (r"^image_encoder\.blocks\.", "vision_encoder.layers."),
+    (r"^image_encoder\.neck\.0\.", "vision_encoder.neck.conv1."),
+    (r"^image_encoder\.neck\.1\.", "vision_encoder.neck.layer_norm1."),
+    (r"^image_encoder\.neck\.2\.", "vision_encoder.neck.conv2."),
+    (r"^image_encoder\.neck\.3\.", "vision_encoder.neck.layer_norm2."),
+    (r"^image_encoder\.", "vision_encoder."),
+    (r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$", "shared_image_embedding.positional_embedding"),
+    (r"^prompt_encoder\.point_embeddings\.", "prompt_encoder.point_embed."),
+    (r"^prompt_encoder\.mask_downscaling\.0\.", "prompt_encoder.mask_embed.conv1."),
+    (r"^prompt_encoder\.mask_downscaling\.1\.", "prompt_encoder.mask_embed.layer_norm1."),
+    (r"^prompt_encoder\.mask_downscaling\.3\.", "prompt_encoder.mask_embed.conv2."),
+    (r"^prompt_encoder\.mask_downscaling\.4\.", "prompt_encoder.mask_embed.layer_norm2."),
+    (r"^prompt_encoder\.mask_downscaling\.6\.", "prompt_encoder.mask_embed.conv3."),
+    (r"^mask_decoder\.transformer\.(.*)norm(\d)\.", r"mask_decoder.transformer.\1layer_norm\2."),
+    (r"\.norm_final_attn\.", ".layer_norm_final_attn."),
+    (r"\.output_upscaling\.0\.", ".upscale_conv1."),
+    (r"\.output_upscaling\.1\.", ".upscale_layer_norm."),
+    (r"\.output_upscaling\.3\.", ".upscale_conv2."),
+)
+_MLP_LAYER = re.compile(r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.layers\.(\d+)\.(.*)$")
+_POSITIONS = "shared_image_embedding.positional_embedding"
+_TIED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
+
+
+def rename_meta_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under Meta's names -> the same tensors under Transformers' names.
+
+    Works for whole checkpoints and for parts of one, such as the decoder in SAMed's files.
+    """
+    last_layer: dict[str, int] = {}
+    for key in state:
+        if match := _MLP_LAYER.match(key):
+            last_layer[match[1]] = max(last_layer.get(match[1], 0), int(match[2]))
+    renamed = {}
+    for old, tensor in state.items():
+        key = old
+        if match := _MLP_LAYER.match(key):
+            key = f"{match[1]}.{_mlp_layer(int(match[2]), last_layer[match[1]])}.{match[3]}"
+        for pattern, replacement in _RENAMES:
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = tensor
+    if _POSITIONS in renamed:
+        renamed[_TIED_POSITIONS] = renamed[_POSITIONS]
+    return renamed
+
+
+def _mlp_layer(index: int, last: int) -> str:
+    if index == 0:
+        return "proj_in"
+    return "proj_out" if index == last else f"layers.{index - 1}"
+
+
+def infer_config(state: Mapping[str, Tensor]) -> SamConfig:
+    """Geometry of a SAM from its weights under Transformers' names.
+
+    The number of decoder heads leaves no trace in the weights; it is 8 in every published SAM.
+
+    Raises:
+        KeyError: a weight that gives the geometry is missing.
+    """
+    encoder = "vision_encoder"
+    embedding = state[f"{encoder}.patch_embed.projection.weight"]
+    width, patch = embedding.shape[0], embedding.shape[2]
+    grid = state[f"{encoder}.pos_embed"].shape[1]
+    depth = 1 + max(int(k.split(".")[2]) for k in state if k.startswith(f"{encoder}.layers."))
+    spans = [(state[f"{encoder}.layers.{i}.attn.rel_pos_h"].shape[0] + 1) // 2 for i in range(depth)]
+    out_channels = state[f"{encoder}.neck.conv1.weight"].shape[0]
+    decoder = "mask_decoder"
+    first_layer = f"{decoder}.transformer.layers.0"
+    iou_layers = {k.rsplit(".", 1)[0] for k in state if k.startswith(f"{decoder}.iou_prediction_head.")}
+    cross = state[f"{first_layer}.cross_attn_token_to_image.q_proj.weight"]
+    return SamConfig(
+        vision_config={
+            "hidden_size": width,
+            "output_channels": out_channels,
+            "num_hidden_layers": depth,
+            "num_attention_heads": width // state[f"{encoder}.layers.0.attn.rel_pos_h"].shape[1],
+            "image_size": grid * patch,
+            "patch_size": patch,
+            "mlp_dim": state[f"{encoder}.layers.0.mlp.lin1.weight"].shape[0],
+            "mlp_ratio": state[f"{encoder}.layers.0.mlp.lin1.weight"].shape[0] / width,
+            "window_size": min(spans),
+            "global_attn_indexes": [i for i, span in enumerate(spans) if span == grid],
+            "num_pos_feats": state[_POSITIONS].shape[1],
+        },
+        prompt_encoder_config={
+            "hidden_size": out_channels,
+            "image_size": grid * patch,
+            "patch_size": patch,
+            "mask_input_channels": state["prompt_encoder.mask_embed.conv2.weight"].shape[0],
+        },
+        mask_decoder_config={
+            "hidden_size": out_channels,
+            "mlp_dim": state[f"{first_layer}.mlp.lin1.weight"].shape[0],
+            "num_hidden_layers": 1
+            + max(int(k.split(".")[3]) for k in state if k.startswith(f"{decoder}.transformer.layers.")),
+            "attention_downsample_rate": cross.shape[1] // cross.shape[0],
+            "num_multimask_outputs": state[f"{decoder}.mask_tokens.weight"].shape[0] - 1,
+            "iou_head_depth": len(iou_layers),
+            "iou_head_hidden_dim": state[f"{decoder}.iou_prediction_head.proj_in.weight"].shape[0],
+        },
+    )
+
+
+def load_meta_checkpoint(path: Path) -> SamModel:
+    """A SAM in Meta's `.pth` format, of any geometry, as a `SamModel` in float32.
+
+    Raises:
+        InputError: the file is no SAM checkpoint; missing, unexpected or misshapen weights are named.
+    """
+    state = rename_meta_keys(load_torch_weights(path))
+    try:
+        config = infer_config(state)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{path} is no SAM checkpoint in Meta's format: its geometry cannot be read ({error}). "
+            "Expected sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth or one shaped like them."
+        ) from error
+    with torch.device("meta"):
+        model = SamModel(config)
+    expected = model.state_dict()
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    misshapen = [k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape]
+    for problem, keys in (("lacks", missing), ("has unknown", unexpected), ("has misshapen", sorted(misshapen))):
+        if keys:
+            raise InputError(f"{path} {problem} weights: {', '.join(keys[:5])} ({len(keys)} in all)")
+    model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+    model.tie_weights()
+    return model.eval()

@@ -1,0 +1,182 @@
+"""What an adapter is (`SamedConfig`) and how it is trained (`TrainingConfig`)."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from samed_peft.errors import InputError
+
+SYNAPSE_CLASSES = (
+    "spleen",
+    "right kidney",
+    "left kidney",
+    "gallbladder",
+    "liver",
+    "stomach",
+    "aorta",
+    "pancreas",
+)
+"""The eight organs of Synapse multi-organ CT in SAMed's order; label k is `SYNAPSE_CLASSES[k - 1]`."""
+
+CT_WINDOW_HU = (-125.0, 275.0)
+"""Hounsfield units that SAMed (arXiv 2304.13785) clips to before scaling to [0, 1]."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+class _Json:
+    """To and from plain JSON values, shared by the two configurations."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values (tuples become lists)."""
+        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            InputError: a field is unknown, missing or out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - known)
+        _require(
+            not unknown,
+            f"{cls.__name__} has no field {', '.join(unknown)}; known are {', '.join(sorted(known))}. "
+            "Was the file written by a newer samed_peft?",
+        )
+        try:
+            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        except TypeError as error:
+            raise InputError(f"{cls.__name__} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class SamedConfig(_Json):
+    """What an adapter is: everything needed, besides its weights, to predict with it.
+
+    Attributes:
+        base: Hub id, local folder or Meta `.pth` of the SAM that is adapted.
+        class_names: names of labels 1..K; background (0) is left out.
+        base_revision: commit or tag of `base` on the Hub.
+        base_sha256: fingerprint of the base weights, filled in when the adapter is saved.
+        image_size: pixels per side that the encoder sees; a multiple of its patch size.
+        input_size: pixels per side of SAMed's low-resolution bottleneck at prediction (224), or None.
+        window: (low, high) intensities clipped to and scaled to [0, 1], or None for 0.5-99.5 percentiles per scan.
+        orientation: axis codes of the (x, y, z) voxel axes of the training scans, "LAS" for example, or None.
+        preset: name of the published recipe these settings follow.
+        rank: rank of the low-rank updates.
+        alpha: numerator of LoRA's scaling alpha / rank; None means `rank`, that is no scaling, as in SAMed.
+        targets: linear layers of the image encoder's attention that are adapted.
+        dropout: dropout in front of LoRA's A.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    base: str
+    class_names: tuple[str, ...]
+    base_revision: str | None = None
+    base_sha256: str | None = None
+    image_size: int = 512
+    input_size: int | None = None
+    window: tuple[float, float] | None = CT_WINDOW_HU
+    orientation: str | None = None
+    preset: str = "samed"
+    rank: int = 4
+    alpha: int | None = None
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        names = self.class_names
+        _require(
+            1 <= len(names) <= 255 and len(set(names)) == len(names) and all(names),
+            f"class_names must be 1 to 255 different names, background left out; found {list(names)}",
+        )
+        _require(self.image_size > 0, f"image_size must be positive; found {self.image_size}")
+        _require(
+            self.input_size is None or self.input_size > 0,
+            f"input_size must be positive or None; found {self.input_size}",
+        )
+        _require(
+            self.window is None or (len(self.window) == 2 and self.window[0] < self.window[1]),
+            f"window must be (low, high) with low < high, or None; found {self.window}",
+        )
+        _require(self.rank > 0, f"rank must be at least 1; found {self.rank}")
+        allowed = ("q_proj", "k_proj", "v_proj")
+        _require(
+            bool(self.targets) and set(self.targets) <= set(allowed),
+            f"targets must be some of {', '.join(allowed)}; found {list(self.targets)}",
+        )
+        _require(0 <= self.dropout < 1, f"dropout must be in [0, 1); found {self.dropout}")
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes, background included: K + 1."""
+        return len(self.class_names) + 1
+
+
+@dataclass(frozen=True)
+class TrainingConfig(_Json):
+    """How an adapter is trained; the defaults are SAMed's published settings for ViT-B (arXiv 2304.13785).
+
+    Attributes:
+        learning_rate: peak rate of AdamW.
+        weight_decay: decoupled weight decay.
+        warmup_steps: optimizer steps of linear warm-up; 0 for none.
+        decay_power: exponent of the polynomial decay.
+        epochs: horizon of the decay.
+        stop_epoch: epochs actually run; SAMed stops at 160 of 200.
+        batch_size: slices per process and micro-batch (SAMed: 12 on each of 2 GPUs).
+        accumulation_steps: micro-batches per optimizer step.
+        dice_weight: share of the Dice loss; cross entropy has the rest.
+        augment: whether slices are flipped and rotated.
+        gradient_checkpointing: recompute encoder layers in the backward pass to save memory.
+        num_workers: processes that load slices.
+        checkpoint_steps: optimizer steps between two resumable checkpoints; one is written after each epoch too.
+        validate_epochs: epochs between two validations; 0 for none.
+        seed: seed of initialisation, order and augmentation.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    learning_rate: float = 0.005
+    weight_decay: float = 0.1
+    warmup_steps: int = 250
+    decay_power: float = 0.9
+    epochs: int = 200
+    stop_epoch: int = 160
+    batch_size: int = 24
+    accumulation_steps: int = 1
+    dice_weight: float = 0.8
+    augment: bool = True
+    gradient_checkpointing: bool = False
+    num_workers: int = 2
+    checkpoint_steps: int = 200
+    validate_epochs: int = 0
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "stop_epoch", "batch_size", "accumulation_steps", "checkpoint_steps"):
+            value = dataclasses.asdict(self)[name]
+            _require(value >= 1, f"{name} must be at least 1; found {value}")
+        for name in ("warmup_steps", "num_workers", "validate_epochs", "seed", "weight_decay"):
+            value = dataclasses.asdict(self)[name]
+            _require(value >= 0, f"{name} must not be negative; found {value}")
+        _require(
+            self.learning_rate > 0 and math.isfinite(self.learning_rate),
+            f"learning_rate must be positive; found {self.learning_rate}",
+        )
+        _require(
+            self.stop_epoch <= self.epochs,
+            f"stop_epoch ({self.stop_epoch}) must not exceed epochs ({self.epochs})",
+        )
+        _require(0 <= self.dice_weight <= 1, f"dice_weight must be in [0, 1]; found {self.dice_weight}")

@@ -1,0 +1,235 @@
+"""Pictures of a case: image, reference and prediction side by side."""
+
+import colorsys
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samed_peft.errors import InputError
+from samed_peft.io import Volume
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = (
+    "#e6194b",
+    "#3cb44b",
+    "#ffe119",
+    "#4363d8",
+    "#f58231",
+    "#42d4f4",
+    "#f032e6",
+    "#bfef45",
+    "#fabed4",
+    "#469990",
+    "#dcbeff",
+    "#9a6324",
+    "#aaffc3",
+)
+_COLUMN_INCHES = 3.2
+_FILL, _EDGE = 0.35, 0.95
+_REASONS = ("most classes", "largest disagreement", "most foreground")
+
+
+@dataclass(frozen=True)
+class _View:
+    """How stored slices are turned for display."""
+
+    flip_rows: bool
+    flip_columns: bool
+    note: str
+    row_over_column: float
+
+    def turn(self, pixels: NDArray) -> NDArray:
+        rows = slice(None, None, -1) if self.flip_rows else slice(None)
+        columns = slice(None, None, -1) if self.flip_columns else slice(None)
+        return pixels[rows, columns]
+
+
+def case_picture(
+    image: Volume | NDArray,
+    reference: Volume | NDArray,
+    prediction: Volume | NDArray,
+    *,
+    class_names: Sequence[str],
+    window: tuple[float, float] | None = None,
+    spacing_zyx_mm: tuple[float, float, float] | None = None,
+) -> bytes:
+    """Up to three telling slices of a case: image, reference and prediction as overlays, and a legend.
+
+    An image with an affine is shown the radiological way: anterior up, the patient's right on the viewer's
+    left. Without one, slices are shown as stored, row 0 on top.
+
+    Args:
+        image: (D, H, W) intensities.
+        reference: (D, H, W) labels, 0 is background.
+        prediction: (D, H, W) labels.
+        class_names: names of labels 1..K.
+        window: intensities of black and white; None for [0, 1] if the image is normalized, else the 0.5 and
+            99.5 percentiles of what is shown.
+        spacing_zyx_mm: voxel size, for the aspect; None for the image's own.
+
+    Returns:
+        The bytes of a PNG.
+
+    Raises:
+        InputError: the shapes differ or are not (D, H, W).
+    """
+    scan = image if isinstance(image, Volume) else Volume(np.asarray(image))
+    labels = [
+        volume.array if isinstance(volume, Volume) else np.asarray(volume)
+        for volume in (reference, prediction)
+    ]
+    if not scan.array.ndim == 3 or any(array.shape != scan.array.shape for array in labels):
+        raise InputError(
+            "image, reference and prediction must have one shape (D, H, W); "
+            f"found {scan.array.shape}, {labels[0].shape} and {labels[1].shape}"
+        )
+    rows = telling_slices(labels[0], labels[1])
+    window = window or _window(scan, list(rows))
+    view = _view(scan, spacing_zyx_mm or scan.spacing_zyx_mm)
+    panels = [[view.turn(array[z]) for array in (scan.array, *labels)] for z in rows]
+    titles = [f"slice {z}\n{reason}" for z, reason in rows.items()]
+    figure = _figure(panels, titles, view=view, window=window, num_classes=len(class_names))
+    _legend(figure, panels, class_names)
+    return _png(figure)
+
+
+def telling_slices(reference: NDArray, prediction: NDArray) -> dict[int, str]:
+    """Up to three slices worth looking at, by index, each with the reason.
+
+    The slices with the most classes, the largest disagreement and the most foreground, kept apart.
+
+    Args:
+        reference: (D, H, W) labels.
+        prediction: (D, H, W) labels.
+    """
+    depth = len(reference)
+    area = np.array(
+        [np.count_nonzero(a) + np.count_nonzero(b) for a, b in zip(reference, prediction, strict=True)]
+    )
+    differing = np.array([np.count_nonzero(a != b) for a, b in zip(reference, prediction, strict=True)])
+    classes = np.array([_count_classes(a, b) for a, b in zip(reference, prediction, strict=True)])
+    if not area.any():
+        return {depth // 2: "no label in either"}
+    apart = max(1, int(np.count_nonzero(area)) // 8)
+    chosen: dict[int, str] = {}
+    # Area breaks ties between slices with equally many classes.
+    for value, reason in zip((classes + area / (area.max() + 1), differing, area), _REASONS, strict=True):
+        free = [z for z in range(depth) if area[z] and all(abs(z - other) >= apart for other in chosen)]
+        if free:
+            chosen[max(free, key=lambda z: value[z])] = reason
+    return dict(sorted(chosen.items()))
+
+
+def _count_classes(reference: NDArray, prediction: NDArray) -> int:
+    labels = np.bincount(reference.ravel().astype(np.int64)), np.bincount(prediction.ravel().astype(np.int64))
+    return sum(int(np.count_nonzero(counts[1:])) for counts in labels)
+
+
+def _window(scan: Volume, rows: Sequence[int]) -> tuple[float, float]:
+    if scan.normalized:
+        return 0.0, 1.0
+    low, high = np.nanpercentile(np.asarray(scan.array[rows], dtype=np.float32), [0.5, 99.5])
+    return float(low), float(high if high > low else low + 1)
+
+
+def _view(scan: Volume, spacing_zyx_mm: tuple[float, float, float]) -> _View:
+    _, row_mm, column_mm = spacing_zyx_mm
+    if scan.orientation is None:
+        return _View(False, False, "as stored, orientation unknown", row_mm / column_mm)
+    x, y = scan.orientation[0], scan.orientation[1]
+    if x in "LR" and y in "AP":
+        note = "anterior up, patient's right on the left"
+        return _View(y == "A", x == "R", note, row_mm / column_mm)
+    return _View(False, False, f"as stored: rows run to {y}, columns to {x}", row_mm / column_mm)
+
+
+def _figure(
+    panels: Sequence[Sequence[NDArray]],
+    titles: Sequence[str],
+    *,
+    view: _View,
+    window: tuple[float, float],
+    num_classes: int,
+) -> "Figure":
+    """Grid of axes: one row for each slice; columns image, reference, prediction."""
+    from matplotlib.figure import Figure
+
+    height, width = panels[0][0].shape
+    # The clip keeps long, thin slices from making a picture of unreasonable size.
+    row_inches = _COLUMN_INCHES * float(np.clip(height * view.row_over_column / width, 0.25, 2.0))
+    figure = Figure(
+        figsize=(3 * _COLUMN_INCHES, row_inches * len(panels) + 0.9), dpi=110, layout="compressed"
+    )
+    grid = figure.subplots(len(panels), 3, squeeze=False)
+    colours = _palette(num_classes)
+    for axes, (pixels, *labels), title in zip(grid, panels, titles, strict=True):
+        axes[0].set_ylabel(title, fontsize=9)
+        for panel, overlay in zip(axes, (None, *labels), strict=True):
+            low, high = window
+            panel.imshow(pixels, cmap="gray", vmin=low, vmax=high, aspect=view.row_over_column)
+            if overlay is not None:
+                panel.imshow(_overlay(overlay, colours), aspect=view.row_over_column, interpolation="nearest")
+            _clear(panel)
+    for panel, title in zip(grid[0], ("image", "reference", "prediction"), strict=True):
+        panel.set_title(title, fontsize=10)
+    figure.suptitle(view.note, fontsize=8, color="dimgray")
+    return figure
+
+
+def _clear(panel: "Axes") -> None:
+    panel.set_xticks([])
+    panel.set_yticks([])
+
+
+def _palette(num_classes: int) -> NDArray[np.float64]:
+    """(K + 1, 3) colours in [0, 1]; index 0, background, is never shown."""
+    listed = [tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)) for colour in _COLOURS]
+    # Steps of the golden ratio keep any number of further hues apart.
+    further = [
+        colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.6, 1.0) for index in range(len(listed), num_classes)
+    ]
+    return np.array([(0.0, 0.0, 0.0), *listed[:num_classes], *further])
+
+
+def _overlay(labels: NDArray, colours: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(H, W, 4) RGBA: classes filled faintly, with a firm outline."""
+    whole = labels.astype(np.int64)
+    padded = np.pad(whole, 1, mode="edge")
+    neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
+    edge = np.any([neighbour != whole for neighbour in neighbours], axis=0)
+    alpha = np.where(whole > 0, np.where(edge, _EDGE, _FILL), 0.0)
+    return np.concatenate([colours[whole], alpha[..., None]], axis=-1)
+
+
+def _legend(figure: "Figure", panels: Sequence[Sequence[NDArray]], class_names: Sequence[str]) -> None:
+    """Name the classes that are shown."""
+    from matplotlib.patches import Patch
+
+    shown = sorted(
+        {int(label) for _, *maps in panels for labels in maps for label in np.unique(labels)} - {0}
+    )
+    if not shown:
+        return
+    colours = _palette(len(class_names))
+    handles = [Patch(color=tuple(colours[label]), label=str(label)) for label in shown]
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(shown)), fontsize=9)
+    for text, label in zip(legend.get_texts(), shown, strict=True):
+        # Set afterwards: a leading underscore would hide the entry, a dollar sign be read as a formula.
+        text.set_parse_math(False)
+        text.set_text(class_names[label - 1])
+
+
+def _png(figure: "Figure") -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    # Without the writer's version, equal inputs give equal bytes.
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()

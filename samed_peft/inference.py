@@ -1,0 +1,76 @@
+"""A scan in, a label mask on the scan's own grid out."""
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from samed_peft.io import Volume
+from samed_peft.preprocessing import normalized_array, resize_label, slice_to_pixels
+
+
+def predict_volume(model: nn.Module, volume: Volume, *, batch_size: int = 8) -> np.ndarray:
+    """Segment a scan slice by slice, as SAMed's test does, but in batches and without labels.
+
+    Each slice is normalised, resized by cubic spline (through the low-resolution bottleneck where the adapter has
+    one), segmented, and its arg max at the model's size brought back by nearest neighbour. A scan in another
+    orientation than the adapter's is flipped and transposed first, and the mask back.
+
+    Args:
+        model: from `load_adapter`, `add_lora` or `load_sam`; its `samed_config` says how it sees scans. It runs in
+            evaluation mode and is left in the mode it came in.
+        volume: the scan, (D, H, W).
+        batch_size: slices per forward pass.
+
+    Returns:
+        (D, H, W) uint8 on the grid of `volume`, 0 is background.
+    """
+    config = model.samed_config
+    there, back = _reorientation(volume, config.orientation)
+    array = _apply(normalized_array(volume, config.window), there)
+    was_training = model.training
+    model.eval()
+    try:
+        masks = [
+            mask
+            for start in range(0, len(array), batch_size)
+            for mask in _predict_slices(model, array[start : start + batch_size])
+        ]
+    finally:
+        model.train(was_training)
+    return np.ascontiguousarray(_apply(np.stack(masks), back))
+
+
+@torch.inference_mode()
+def _predict_slices(model: nn.Module, slices: np.ndarray) -> list[np.ndarray]:
+    config = model.samed_config
+    pixels = np.stack(
+        [slice_to_pixels(s, image_size=config.image_size, input_size=config.input_size) for s in slices]
+    )
+    parameter = next(model.parameters())
+    inputs = torch.from_numpy(pixels).to(parameter.device)[:, None].expand(-1, 3, -1, -1)
+    labels = upsampled_argmax(model(pixel_values=inputs).logits, config.image_size)
+    return [resize_label(label, slices.shape[1:]) for label in labels.cpu().numpy()]
+
+
+def upsampled_argmax(logits: Tensor, size: int) -> Tensor:
+    """Labels (B, size, size) uint8 of logits (B, K + 1, h, w), resized bilinearly as SAM resizes its masks."""
+    resized = F.interpolate(logits.float(), size=(size, size), mode="bilinear", align_corners=False)
+    return resized.argmax(dim=1).to(torch.uint8)
+
+
+def _reorientation(volume: Volume, codes: str | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+    if codes is None or volume.orientation in (None, codes):
+        return None, None
+    found = nib.orientations.axcodes2ornt(tuple(volume.orientation))
+    wanted = nib.orientations.axcodes2ornt(tuple(codes))
+    transform = nib.orientations.ornt_transform
+    return transform(found, wanted), transform(wanted, found)
+
+
+def _apply(array: np.ndarray, transform: np.ndarray | None) -> np.ndarray:
+    """Flip and transpose (D, H, W); nibabel's transforms speak of (x, y, z), which is the reverse."""
+    if transform is None:
+        return array
+    return nib.orientations.apply_orientation(array.transpose(2, 1, 0), transform).transpose(2, 1, 0)

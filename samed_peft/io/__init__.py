@@ -1,0 +1,40 @@
+"""The only place that opens or writes user files: scans, masks, folders, JSON and weights.
+
+Nothing here executes a pickle, and nothing is left half-written: every artefact is written to a temporary
+sibling, synced to disk and renamed into place.
+"""
+
+from samed_peft.io.files import (
+    atomic_dir,
+    atomic_file,
+    content_fingerprint,
+    read_json,
+    read_text,
+    recover_dir,
+    write_bytes,
+    write_json,
+    write_text,
+)
+from samed_peft.io.tensors import load_tensors, load_torch_weights, save_tensors
+from samed_peft.io.volumes import Volume, read_labels, read_volume
+from samed_peft.io.writers import write_mask, write_volume
+
+__all__ = [
+    "Volume",
+    "atomic_dir",
+    "atomic_file",
+    "content_fingerprint",
+    "load_tensors",
+    "load_torch_weights",
+    "read_json",
+    "read_labels",
+    "read_text",
+    "read_volume",
+    "recover_dir",
+    "save_tensors",
+    "write_bytes",
+    "write_json",
+    "write_mask",
+    "write_text",
+    "write_volume",
+]

@@ -1,0 +1,259 @@
+"""Atomic files and folders, text, JSON and content fingerprints."""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from samed_peft.errors import InputError
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or directory to disk, so that a later rename cannot overtake its content."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open directories
+    # Windows flushes only handles that may write; elsewhere a read handle also serves read-only files.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary_sibling(path: Path) -> Path:
+    """A hidden, unused name beside `path` with its suffix, which some writers choose the format by."""
+    return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
+def _process_is_alive(pid: int) -> bool:
+    if os.name == "nt":
+        return True  # os.kill(pid, 0) would end the process there
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete temporary siblings of `path` whose process was killed before it could delete them itself."""
+    if not path.parent.is_dir():
+        return
+    for sibling in path.parent.iterdir():
+        if sibling.name.startswith(".tmp-") and sibling.name.endswith(f"-{path.name}"):
+            pid, _, rest = sibling.name.removeprefix(".tmp-").partition("-")
+            same_name = rest.partition("-")[2] == path.name
+            if same_name and pid.isdecimal() and not _process_is_alive(int(pid)):
+                _remove(sibling)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling to write to; on success it is synced and replaces `path`, else it is deleted.
+
+    Missing parent folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    temporary = _temporary_sibling(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _backup_of(path: Path) -> Path:
+    return path.with_name(f".backup-{path.name}")
+
+
+def recover_dir(path: str | Path) -> None:
+    """Repair what a process killed inside `atomic_dir(path)` left behind; does nothing otherwise.
+
+    If `path` is missing and its backup exists, the kill fell between the two renames: the old folder comes
+    back. If both exist, the new folder was complete and the backup goes. Temporary folders of dead processes
+    go too.
+    Call it from one process at a time, and not while another one is writing `path`.
+    """
+    path = Path(path).resolve()
+    backup = _backup_of(path)
+    if backup.exists():
+        if path.exists():
+            shutil.rmtree(backup)
+        else:
+            os.rename(backup, path)
+            _sync(path.parent)
+    _remove_leftovers(path)
+
+
+def _sync_tree(directory: Path) -> None:
+    for root, _, names in os.walk(directory):
+        for name in names:
+            _sync(Path(root, name))
+        _sync(Path(root))
+
+
+def _swap_in(new: Path, path: Path) -> None:
+    """Rename `new` over `path`; the folder that was there is kept as backup until the new one is in place."""
+    backup = _backup_of(path)
+    had_old = path.exists()
+    if had_old:
+        os.rename(path, backup)
+    try:
+        os.rename(new, path)
+    except OSError:
+        if had_old:
+            os.rename(backup, path)
+        raise
+    _sync(path.parent)
+    if had_old:
+        shutil.rmtree(backup)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | Path) -> Iterator[Path]:
+    """Write a folder as a whole: it appears under `path` complete, or not at all.
+
+    Yields a temporary sibling folder to fill. On success every file in it is synced and it replaces `path`,
+    old content included; on an exception it is deleted and `path` stays as it was. After a kill, the next
+    `atomic_dir` or `recover_dir` on the same path restores the last complete folder.
+
+    Raises:
+        InputError: `path` is a file.
+    """
+    path = Path(path).resolve()  # a link is followed: its target is replaced, not the link
+    if path.exists() and not path.is_dir():
+        raise InputError(
+            f"expected a folder or a free name at {path}, found a file; choose another name or move it"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover_dir(path)
+    temporary = _temporary_sibling(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        _swap_in(temporary, path)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` atomically, as UTF-8 with the line ends it has."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` to `path` atomically as indented JSON.
+
+    Raises:
+        ValueError: `value` holds NaN or infinity, which JSON does not have; write None for them.
+    """
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def require_file(path: str | Path) -> Path:
+    """`path` as a Path.
+
+    Raises:
+        InputError: it does not exist, is not a file, or is empty.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; check the path")
+    if not path.is_file():
+        raise InputError(f"expected a file, found a folder: {path}")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} has zero bytes; it was probably cut off while being copied, fetch it again")
+    return path
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        InputError: the file is missing, empty or not UTF-8.
+    """
+    path = require_file(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"expected UTF-8 text in {path}, found other bytes ({error}); was it damaged?"
+        ) from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        InputError: the file is missing, empty or not JSON.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"expected JSON in {path}, but it cannot be read: {error}; write the file again"
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}; check that it exists and may be read"
+        ) from error
+
+
+def content_fingerprint(paths: Iterable[str | Path]) -> str:
+    """SHA-256 over names and bytes of files in any order; an edited, added or removed file changes it.
+
+    Names are taken relative to the files' common folder, so that moving that folder changes nothing.
+
+    Raises:
+        InputError: a file is missing or unreadable.
+    """
+    files = [Path(path).absolute() for path in paths]
+    if not files:
+        return hashlib.sha256().hexdigest()
+    base = os.path.commonpath([file.parent for file in files])
+    # Hashing releases the interpreter lock, so threads use all cores and overlap with reading.
+    with ThreadPoolExecutor(max_workers=min(len(files), os.cpu_count() or 1, 16)) as pool:
+        digests = list(pool.map(_sha256, files))
+    names = [file.relative_to(base).as_posix() for file in files]
+    total = hashlib.sha256()
+    for name, digest in sorted(zip(names, digests, strict=True)):
+        total.update(json.dumps([name, digest]).encode())
+    return total.hexdigest()

@@ -1,0 +1,187 @@
+"""One reader for each file format: arrays as they are stored, and affines."""
+
+import gzip
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from samed_peft.errors import InputError
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""ITK's world axes point left, posterior, superior; nibabel's right, anterior, superior. Its own inverse."""
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+ITK_SUFFIXES = (".nrrd", ".mha")
+ARRAY_SUFFIXES = (".npy.h5", ".npz")
+SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + ARRAY_SUFFIXES
+
+
+def suffix_of(path: Path) -> str | None:
+    """The one of `SUFFIXES` that `path` ends in, or None."""
+    name = path.name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def _damaged(path: Path, reason: object) -> InputError:
+    return InputError(
+        f"{path} cannot be read: {reason}; it is damaged, cut off or of another format, fetch it again"
+    )
+
+
+def _nifti_bytes(path: Path) -> bytes:
+    data = path.read_bytes()
+    if not path.name.lower().endswith(".gz"):
+        return data
+    try:
+        return gzip.decompress(data)  # to the end, where the checksum is
+    except (OSError, EOFError, zlib.error) as error:
+        raise _damaged(path, error) from error
+
+
+def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Array (X, Y, Z) in stored type, or float64 where the header scales, and affine.
+
+    Raises:
+        InputError: the file is damaged or holds more than one number a voxel.
+    """
+    import nibabel
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
+
+    data = _nifti_bytes(path)
+    is_nifti2 = data[:4] in (struct.pack("<i", 540), struct.pack(">i", 540))
+    try:
+        image: Any = (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image).from_bytes(data)
+        proxy = image.dataobj
+        if proxy.dtype.kind not in "iuf":
+            raise InputError(
+                f"expected one number a voxel, found {proxy.dtype} in {path}; export it as greyscale"
+            )
+        # Unscaled values need no detour through float64, which would double the memory.
+        array = (
+            proxy.get_unscaled()
+            if (proxy.slope, proxy.inter) == (1, 0)
+            else image.get_fdata(caching="unchanged")
+        )
+        return np.asarray(array), np.asarray(image.affine, dtype=np.float64)
+    except (ImageFileError, HeaderDataError, WrapStructError, OSError, OverflowError) as error:
+        raise _damaged(path, error) from error
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise _damaged(path, error) from error
+
+
+def _from_itk(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Array (D, H, W) and RAS affine of a SimpleITK image."""
+    import SimpleITK as sitk  # noqa: N813
+
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise InputError(
+            f"expected a 3-D scan with one number a voxel, found {image.GetDimension()}-D with "
+            f"{image.GetNumberOfComponentsPerPixel()} in {path}; export one greyscale volume"
+        )
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return sitk.GetArrayFromImage(image), LPS_TO_RAS @ affine
+
+
+def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Array (D, H, W) as stored and RAS affine of a `.nrrd` or `.mha`.
+
+    Raises:
+        InputError: the file is damaged or no greyscale volume.
+    """
+    import SimpleITK as sitk  # noqa: N813
+
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise _damaged(path, str(error).strip().splitlines()[-1]) from error
+    return _from_itk(image, path)
+
+
+def _require_even_slices(reader: Any, count: int, path: Path) -> None:
+    """A missing slice shows as a gap between positions; ITK would only squeeze the rest together."""
+    tag = "0020|0032"
+    if count < 3 or not all(reader.HasMetaDataKey(k, tag) for k in range(count)):
+        return
+    positions = [[float(x) for x in reader.GetMetaData(k, tag).split("\\")] for k in range(count)]
+    gaps = np.linalg.norm(np.diff(np.array(positions), axis=0), axis=1)
+    typical = float(np.median(gaps))
+    if np.abs(gaps - typical).max() > 0.1 * typical + 1e-3:
+        raise InputError(
+            f"expected evenly spaced DICOM slices, found gaps of {gaps.min():.3f} to {gaps.max():.3f} mm in "
+            f"{path}; a file is missing or doubled, export the series again"
+        )
+
+
+def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Array (D, H, W) in the scanner's units and RAS affine of the one series in a DICOM folder.
+
+    Raises:
+        InputError: there is no series, more than one, or one that is damaged or lacks slices.
+    """
+    import SimpleITK as sitk  # noqa: N813
+
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
+    if len(series) != 1:
+        found = f"{len(series)} series ({', '.join(series)})" if series else "no DICOM files"
+        raise InputError(
+            f"expected a folder with one DICOM series, found {found} in {path}; give each its own folder"
+        )
+    reader = sitk.ImageSeriesReader()
+    reader.MetaDataDictionaryArrayUpdateOn()
+    names = reader.GetGDCMSeriesFileNames(str(path), series[0])
+    reader.SetFileNames(names)
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise _damaged(path, str(error).strip().splitlines()[-1]) from error
+    _require_even_slices(reader, len(names), path)
+    return _from_itk(image, path)
+
+
+def read_hdf5(path: Path, key: str) -> np.ndarray:
+    """The dataset `key` of an HDF5 file.
+
+    Raises:
+        InputError: the file is damaged or lacks it.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            if not isinstance(file.get(key), h5py.Dataset):
+                raise InputError(
+                    f"expected a dataset {key!r} in {path}, found {', '.join(file) or 'nothing'}"
+                )
+            return np.asarray(file[key][()])
+    except (OSError, RuntimeError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_npz(path: Path, key: str) -> np.ndarray:
+    """The array `key` of an `.npz`; pickled objects are refused.
+
+    Raises:
+        InputError: the file is damaged, lacks it or holds Python objects.
+    """
+    try:
+        # Through a handle of our own, which stays ours to close when numpy gives up half-way.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise _damaged(path, "not an .npz archive")
+            if key not in file:
+                raise InputError(f"expected an array {key!r} in {path}, found {', '.join(file) or 'nothing'}")
+            return np.asarray(file[key])
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise _damaged(path, error) from error

@@ -1,0 +1,89 @@
+"""Weights on disk: safetensors for our own, `torch.load(weights_only=True)` for other people's."""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from samed_peft.errors import InputError
+from samed_peft.io.files import atomic_file, require_file
+
+if TYPE_CHECKING:  # torch takes seconds to import; reading scans does not need it
+    from torch import Tensor
+
+
+def save_tensors(
+    tensors: "Mapping[str, Tensor]", path: str | Path, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors of any device and layout to a safetensors file, atomically.
+
+    Tensors that share memory are written once each.
+    """
+    from safetensors.torch import save_file
+
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path) as temporary:
+        save_file(copies, temporary, metadata=dict(metadata) if metadata else None)
+
+
+def _require_finite(tensors: "Mapping[str, Tensor]", path: Path) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(
+                f"expected finite weights, found NaN or infinity in tensor {name!r} of {path}; "
+                "the training that wrote it diverged, use an earlier checkpoint"
+            )
+
+
+def load_tensors(path: str | Path) -> "dict[str, Tensor]":
+    """Tensors of a safetensors file, on the CPU.
+
+    Raises:
+        InputError: the file is missing or damaged, or a tensor holds NaN or infinity.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = require_file(path)
+    try:
+        tensors: dict[str, Tensor] = load_file(path, device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"expected a safetensors file, but {path} cannot be read: {error}; "
+            "it is damaged or cut off, fetch it again"
+        ) from error
+    _require_finite(tensors, path)
+    return tensors
+
+
+def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
+    """The state dict of a `.pth` file, on the CPU and memory-mapped where its format allows it.
+
+    The pickle inside is never executed: anything but tensors in plain containers is refused.
+
+    Raises:
+        InputError: the file is missing or damaged, holds Python objects or no state dict, or a weight is
+            not finite.
+    """
+    import torch
+
+    path = require_file(path)
+    try:
+        # Files of PyTorch before 1.6 are no zip archives and cannot be mapped.
+        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except Exception as error:  # a damaged or hostile pickle can raise anything, and each means the same
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(
+            f"expected PyTorch weights without Python objects, but {path} cannot be loaded safely: {reason}; "
+            "fetch it again from a source you trust, or save only its state dict"
+        ) from error
+    if not isinstance(state, dict) or not state:
+        raise InputError(f"expected a state dict (names to tensors), found {type(state).__name__} in {path}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"expected a state dict (names to tensors), found {name!r}: {type(value).__name__} "
+                f"in {path}; save the model's state dict alone"
+            )
+    _require_finite(state, path)
+    return dict(state)

@@ -1,0 +1,154 @@
+"""Scans and label maps: `Volume` and what reads it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from samed_peft.errors import InputError
+from samed_peft.io.files import require_file
+from samed_peft.io.readers import (
+    ARRAY_SUFFIXES,
+    ITK_SUFFIXES,
+    NIFTI_SUFFIXES,
+    SUFFIXES,
+    read_dicom,
+    read_hdf5,
+    read_itk,
+    read_nifti,
+    read_npz,
+    suffix_of,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A scan or label map on its own voxel grid.
+
+    Attributes:
+        array: (D, H, W); `array[z, y, x]` is voxel (x, y, z) of nibabel, SAMed's order of axes.
+        affine: (4, 4) float64, voxel index (x, y, z, 1) to RAS+ millimetres; None where the file has none.
+        path: file or folder it was read from.
+        normalized: intensities are already in [0, 1], so no window is applied.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray | None = None
+    path: Path | None = None
+    normalized: bool = False
+
+    @property
+    def spacing_zyx_mm(self) -> tuple[float, float, float]:
+        """Distance between voxel centres along each axis of `array`; ones without an affine."""
+        if self.affine is None:
+            return (1.0, 1.0, 1.0)
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
+        return (z, y, x)
+
+    @property
+    def orientation(self) -> str | None:
+        """Where the (x, y, z) voxel axes point, as nibabel's axis codes ("LAS"); None without an affine."""
+        if self.affine is None:
+            return None
+        from nibabel.orientations import aff2axcodes
+
+        return "".join(str(code) for code in aff2axcodes(self.affine))
+
+
+def _load(path: str | Path, *, key: str) -> Volume:
+    """Any supported file as stored, axes in (D, H, W) order."""
+    path = Path(path)
+    if path.is_dir():
+        return _checked(Volume(*read_dicom(path), path))
+    suffix = suffix_of(require_file(path))
+    if suffix in NIFTI_SUFFIXES:
+        array, affine = read_nifti(path)
+        return _checked(Volume(array.T, affine, path))
+    if suffix in ITK_SUFFIXES:
+        return _checked(Volume(*read_itk(path), path))
+    if suffix in ARRAY_SUFFIXES:
+        array = read_hdf5(path, key) if suffix == ".npy.h5" else read_npz(path, key)
+        return _checked(Volume(array[None] if array.ndim == 2 else array, None, path, True))
+    raise InputError(
+        f"expected {', '.join(SUFFIXES)} or a DICOM folder, found {path}; convert it to one of these"
+    )
+
+
+def _checked(volume: Volume) -> Volume:
+    array, affine, path = volume.array, volume.affine, volume.path
+    if array.ndim != 3 or 0 in array.shape:
+        raise InputError(
+            f"expected a 3-D scan, found shape {array.shape} in {path}; split it into single volumes"
+        )
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"expected numbers, found {array.dtype} in {path}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        count = int((~np.isfinite(array)).sum())
+        raise InputError(
+            f"expected finite voxels, found NaN or infinity in {count} of {array.size} voxels of {path}; "
+            "replace them, with the intensity of air for instance"
+        )
+    if affine is not None:
+        # Relative to the axes' lengths, so that micrometre voxels are not mistaken for flat ones.
+        scale = float(np.prod(np.linalg.norm(affine[:3, :3], axis=0)))
+        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * scale:
+            raise InputError(
+                f"expected an invertible affine, found {affine.tolist()} in {path}; its header is broken, "
+                "export the scan again"
+            )
+    return volume
+
+
+def read_volume(path: str | Path) -> Volume:
+    """Read a scan: `.nii`, `.nii.gz`, `.nrrd`, `.mha`, a DICOM folder, or SAMed's `.npy.h5` and `.npz`.
+
+    SAMed's own files hold intensities in [0, 1] under the name `image` and come back with `normalized=True`.
+
+    Returns:
+        Volume with a float32 array (D, H, W); a 2-D `.npz` has D = 1.
+
+    Raises:
+        InputError: the file is missing, damaged, of an unknown kind, not 3-D, or holds NaN or infinity; its
+            affine cannot be inverted; a DICOM folder holds several series or lacks slices; an `.npy.h5` or
+            `.npz` is not in [0, 1].
+    """
+    volume = _load(path, key="image")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is reported below, with its file
+        array = np.ascontiguousarray(volume.array, dtype=np.float32)
+    if array.dtype != volume.array.dtype and not np.isfinite(array).all():
+        raise InputError(
+            f"expected intensities that float32 can hold, found larger ones in {path}; rescale them"
+        )
+    # Half a unit of slack: resampled slices overshoot [0, 1]; Hounsfield units go far beyond.
+    if volume.normalized and (array.min() < -0.5 or array.max() > 1.5):
+        raise InputError(
+            f"expected intensities in [0, 1], found {array.min():g} to {array.max():g} in {path}; "
+            "clip and scale them as SAMed's preprocessing does, or give the scan as NIfTI"
+        )
+    return Volume(array, volume.affine, volume.path, volume.normalized)
+
+
+def read_labels(path: str | Path) -> Volume:
+    """Read a label map from any file that `read_volume` reads; `.npy.h5` and `.npz` hold it as `label`.
+
+    Returns:
+        Volume with an array (D, H, W) of uint8, or of int16 where a label is negative or above 255.
+
+    Raises:
+        InputError: as `read_volume`, or a label is not a whole number or does not fit int16.
+    """
+    volume = _load(path, key="label")
+    array = volume.array
+    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
+        odd = float(array[array != np.rint(array)][0])
+        raise InputError(
+            f"expected whole numbers as labels, found {odd:g} in {path}; "
+            "resample labels by nearest neighbour, and check that this is not the scan itself"
+        )
+    low, high = array.min(), array.max()
+    if low < -(2**15) or high >= 2**15:
+        raise InputError(
+            f"expected labels of 16 bits, found {low:g} to {high:g} in {path}; is this the scan itself?"
+        )
+    dtype = np.uint8 if low >= 0 and high <= 255 else np.int16
+    return Volume(np.ascontiguousarray(array, dtype=dtype), volume.affine, volume.path, volume.normalized)

@@ -1,0 +1,80 @@
+"""SAMed's loss: cross entropy and Dice over the whole batch."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED_LABEL = -100
+"""Pixels with this label count nowhere."""
+
+_SMOOTH = 1e-5
+
+
+class LossParts(NamedTuple):
+    """A loss and its two parts, each a scalar."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    dice: Tensor
+
+
+def dice_ce_loss(logits: Tensor, labels: Tensor, *, dice_weight: float = 0.8) -> Tensor:
+    """SAMed's loss (arXiv 2304.13785): `(1 - dice_weight)` cross entropy + `dice_weight` Dice.
+
+    Args:
+        logits: (B, K + 1, h, w), background first.
+        labels: (B, h, w) int64 in 0..K, or `IGNORED_LABEL`; larger ones are resized by nearest neighbour.
+        dice_weight: share of the Dice loss.
+
+    Returns:
+        A scalar. Undivided by classes that are absent: as in the original, every class counts in the Dice mean.
+    """
+    return loss_parts(logits, labels, dice_weight=dice_weight).total
+
+
+def loss_parts(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    dice_weight: float = 0.8,
+    sum_over_processes: Callable[[Tensor], Tensor] | None = None,
+) -> LossParts:
+    """`dice_ce_loss` with its parts, over the batches of all processes.
+
+    The sums that Dice and cross entropy are quotients of are added up over processes before dividing, so that N
+    processes give the loss of one process with the N-fold batch.
+
+    Args:
+        logits: (B, K + 1, h, w).
+        labels: (B, h, w) or larger, int64.
+        dice_weight: share of the Dice loss.
+        sum_over_processes: differentiable sum of a (3 K + 5,) tensor over processes; None for one process.
+    """
+    num_labels = logits.shape[1]
+    logits = logits.float()
+    if labels.shape[-2:] != logits.shape[-2:]:
+        labels = F.interpolate(labels[:, None].float(), size=logits.shape[-2:], mode="nearest-exact")[:, 0].long()
+    counted = labels != IGNORED_LABEL
+    log_probabilities = logits.log_softmax(dim=1)
+    probabilities = log_probabilities.exp() * counted[:, None]
+    target = F.one_hot(labels.where(counted, 0), num_labels).movedim(-1, 1) * counted[:, None]
+    target = target.to(logits.dtype)
+    over_pixels = (0, 2, 3)
+    sums = torch.cat(
+        [
+            (probabilities * target).sum(over_pixels),
+            probabilities.square().sum(over_pixels),
+            target.sum(over_pixels),
+            -(log_probabilities * target).sum()[None],
+            counted.sum()[None].to(logits.dtype),
+        ]
+    )
+    if sum_over_processes is not None:
+        sums = sum_over_processes(sums)
+    overlap, predicted, actual = sums[: 3 * num_labels].reshape(3, num_labels)
+    cross_entropy = sums[-2] / sums[-1].clamp(min=1)
+    dice = (1 - (2 * overlap + _SMOOTH) / (predicted + actual + _SMOOTH)).mean()
+    return LossParts((1 - dice_weight) * cross_entropy + dice_weight * dice, cross_entropy, dice)

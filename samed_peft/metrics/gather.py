@@ -1,0 +1,97 @@
+"""The scores as an `evaluate.Metric` that gathers the cases of several processes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+from numpy.typing import ArrayLike
+
+from samed_peft.errors import InputError
+from samed_peft.metrics import (
+    CONVENTIONS,
+    ClassScores,
+    Convention,
+    score_case,
+    summarise,
+    without_nan,
+)
+
+_INPUTS = """
+Args:
+    prediction: (D, H, W) label map, 0 is background.
+    reference: (D, H, W) label map on the same grid.
+    case: name of the case; one that is added twice, as padded samplers do, counts once.
+    spacing_zyx_mm: voxel size in millimetres.
+"""
+
+
+class SegmentationScores(evaluate.Metric):
+    """Mean Dice and HD95 per class and overall, in both conventions, over the cases of all processes.
+
+    Each case is scored when it is added, and only its scores, a few numbers a class, travel between
+    processes: a volume written as an Arrow list would cost far more than its scores.
+
+    Args:
+        class_names: names of labels 1..K, background left out.
+        options: those of `evaluate.Metric`: `num_process` and `process_id` (its own number for each process),
+            `experiment_id` (one for all), `cache_dir` (on a file system that all share).
+    """
+
+    def __init__(self, class_names: Sequence[str], **options: Any) -> None:
+        self.class_names = tuple(class_names)
+        super().__init__(**options)
+
+    def _info(self) -> evaluate.MetricInfo:
+        scores = datasets.Sequence(datasets.Value("float64"))
+        features = {f"{convention}_{name}": scores for convention in CONVENTIONS for name in ("dice", "hd95")}
+        return evaluate.MetricInfo(
+            description="Dice and 95th percentile of the Hausdorff distance, per class and overall.",
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"case": datasets.Value("string"), **features}),
+        )
+
+    def add(
+        self,
+        *,
+        prediction: ArrayLike,
+        reference: ArrayLike,
+        case: str,
+        spacing_zyx_mm: Sequence[float] = (1.0, 1.0, 1.0),
+    ) -> None:
+        """Score one case and keep its scores.
+
+        Raises:
+            InputError: the label maps differ in shape, or hold labels without a name.
+        """
+        try:
+            scores = score_case(
+                prediction, reference, num_classes=len(self.class_names), spacing_zyx_mm=spacing_zyx_mm
+            )
+        except InputError as error:
+            raise InputError(f"{case}: {error}") from error
+        row = {
+            f"{convention}_{name}": [values[name] for values in scores[convention]]
+            for convention in CONVENTIONS
+            for name in ("dice", "hd95")
+        }
+        super().add(case=case, **row)
+
+    def compute(self, **options: Any) -> dict[str, Any] | None:
+        """Means over all cases, as in `report.json`; None on every process but the first."""
+        if self.writer is None:
+            # A process that was given no case must still leave its file, or the first one waits for it.
+            super().add_batch(**{name: [] for name in self._feature_names()})
+        return super().compute(**options)
+
+    def _compute(self, **columns: Sequence[Any]) -> dict[str, Any]:
+        by_case = {}
+        for index, case in enumerate(columns["case"]):
+            by_case[case] = {convention: _scores_at(columns, convention, index) for convention in CONVENTIONS}
+        return without_nan(summarise([by_case[case] for case in sorted(by_case)], self.class_names))
+
+
+def _scores_at(columns: dict[str, Sequence[Any]], convention: Convention, index: int) -> ClassScores:
+    pairs = zip(columns[f"{convention}_dice"][index], columns[f"{convention}_hd95"][index], strict=True)
+    return [{"dice": dice, "hd95": hd95} for dice, hd95 in pairs]

@@ -1,0 +1,200 @@
+"""The README of an adapter: what it is, how to use it, what it scores."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from samed_peft.config import SamedConfig
+
+_ASSETS = Path(__file__).parent / "assets"
+_TAGS = ["samed", "segment-anything", "lora", "medical", "image-segmentation"]
+_CONVENTIONS = {
+    "standard": "`standard`: millimetres; undefined scores are left out of the means.",
+    "samed": "`samed`: voxels, absent organs scored as in the code of SAMed.",
+}
+_CITATIONS = """\
+```bibtex
+@article{zhang2023samed,
+  title   = {Customized Segment Anything Model for Medical Image Segmentation},
+  author  = {Zhang, Kaidong and Liu, Dong},
+  journal = {arXiv preprint arXiv:2304.13785},
+  year    = {2023}
+}
+@article{kirillov2023segment,
+  title   = {Segment Anything},
+  author  = {Kirillov, Alexander and others},
+  journal = {arXiv preprint arXiv:2304.02643},
+  year    = {2023}
+}
+```"""
+
+
+def model_card(
+    config: SamedConfig,
+    *,
+    report: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> str:
+    """The adapter's README.md, with the Hub's YAML front matter.
+
+    Folders of this machine are named by their last part only, as the card may be published.
+
+    Args:
+        config: what the adapter is.
+        report: content of a `report.json`, whose scores are shown; None if the adapter was not evaluated.
+        training: settings it was trained with, as JSON values.
+    """
+    base = _base_label(config)
+    parts = [
+        _front_matter(config, report),
+        f"# SAMed adapter of {base}",
+        f"A low-rank (LoRA) adapter that makes the Segment Anything Model `{base}` segment "
+        f"{len(config.class_names)} classes in medical scans, as proposed by SAMed (arXiv 2304.13785).",
+        *_warnings(config),
+        "## How to use",
+        _usage(config),
+        "## Classes",
+        _table(("Label", "Class"), list(enumerate(config.class_names, start=1))),
+        "## Settings",
+        _table(("Setting", "Value"), _settings(config)),
+    ]
+    if report is not None:
+        parts += ["## Scores", *_scores(report)]
+    if training:
+        parts += ["## Training", _table(("Setting", "Value"), list(training.items()))]
+    parts += ["## Citation", _CITATIONS]
+    return "\n\n".join(parts) + "\n"
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether `base` reads like `owner/name` on the Hub and not like a file or folder."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if base.count("/") != 1 or base.startswith((".", "~", "/")) or base.endswith(".pth"):
+        return False
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return False
+    return not Path(base).exists()
+
+
+def _is_bundled(config: SamedConfig) -> bool:
+    return _ASSETS.resolve() in Path(config.base).resolve().parents
+
+
+def _base_label(config: SamedConfig) -> str:
+    # Split on both separators: an adapter trained on Windows may be described elsewhere.
+    return config.base if is_hub_id(config.base) else re.split(r"[/\\]", config.base.rstrip("/\\"))[-1]
+
+
+def _front_matter(config: SamedConfig, report: Mapping[str, Any] | None) -> str:
+    from huggingface_hub import ModelCardData
+
+    fields: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "image-segmentation", "tags": _TAGS}
+    if is_hub_id(config.base):
+        fields["base_model"] = config.base
+    results = [] if report is None else _eval_results(report)
+    if results:
+        fields |= {"model_name": f"SAMed adapter of {_base_label(config)}", "eval_results": results}
+    return f"---\n{ModelCardData(**fields).to_yaml(line_break=chr(10))}\n---"
+
+
+def _eval_results(report: Mapping[str, Any]) -> list[Any]:
+    """Means in both conventions for the Hub's model-index; undefined ones are left out."""
+    from huggingface_hub import EvalResult
+
+    name = _text(report["settings"].get("dataset", "held-out cases"))
+    results = []
+    for convention in _CONVENTIONS:
+        for metric, value in report[convention]["mean"].items():
+            if _is_defined(value):
+                results.append(
+                    EvalResult(
+                        task_type="image-segmentation",
+                        dataset_type="medical-scans",
+                        dataset_name=name,
+                        metric_type=metric,
+                        metric_name=f"{metric} ({convention})",
+                        metric_value=round(value, 4),
+                    )
+                )
+    return results
+
+
+def _warnings(config: SamedConfig) -> list[str]:
+    notes = [
+        "**Not a medical device.** This adapter is for research. It has no approval for diagnosis or treatment, "
+        "and its masks must be checked by someone qualified before anything depends on them."
+    ]
+    if _is_bundled(config):
+        notes.append(
+            "**The base is no SAM.** It is the tiny stand-in that ships with samed_peft for demonstrations and tests; "
+            "scores on it say nothing about the Segment Anything Model."
+        )
+    return notes
+
+
+def _usage(config: SamedConfig) -> str:
+    base = "" if is_hub_id(config.base) or _is_bundled(config) else ', base="path/to/the/base"'
+    lines = [
+        "```python",
+        "from samed_peft import load_adapter, predict_volume, read_volume, write_mask",
+        "",
+        f'model = load_adapter("path/or/hub-id"{base})',
+        'scan = read_volume("scan.nii.gz")',
+        "mask = predict_volume(model, scan)  # (D, H, W) uint8, 0 is background",
+        'write_mask(mask, scan, "mask.nii.gz")',
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def _settings(config: SamedConfig) -> list[tuple[str, Any]]:
+    values = config.to_dict()
+    values["base"] = _base_label(config)
+    del values["class_names"]  # they have a table of their own
+    return [(name, value) for name, value in values.items() if value is not None]
+
+
+def _scores(report: Mapping[str, Any]) -> list[str]:
+    settings = report["settings"]
+    header = ["Class", "Dice", "HD95 (mm)", "Cases", "Dice (samed)", "HD95 (samed, voxels)"]
+    rows: list[list[Any]] = []
+    for name, standard in report["standard"]["classes"].items():
+        samed = report["samed"]["classes"][name]
+        counts = f"{standard['n_valid']}/{standard['n_cases']}"
+        rows.append([name, *_pair(standard), counts, *_pair(samed)])
+    rows.append(["mean", *_pair(report["standard"]["mean"]), "", *_pair(report["samed"]["mean"])])
+    cases = len(report["cases"])
+    intro = f"{cases} cases of {_text(settings['dataset'])}." if "dataset" in settings else f"{cases} cases."
+    note = [_text(settings["note"])] if "note" in settings else []
+    return [*note, f"{intro} {' '.join(_CONVENTIONS.values())}", _table(header, rows)]
+
+
+def _pair(score: Mapping[str, float | None]) -> tuple[str, str]:
+    dice, hd95 = score["dice"], score["hd95"]
+    return (
+        f"{dice:.4f}" if _is_defined(dice) else "n/a",
+        f"{hd95:.2f}" if _is_defined(hd95) else "n/a",
+    )
+
+
+def _is_defined(value: float | None) -> bool:
+    return value is not None and value == value  # NaN, which a report in memory may hold, differs from itself
+
+
+def _text(value: Any) -> str:
+    """A value for the card; of an absolute path only the last part, which tells strangers nothing of the disk."""
+    text = str(value)
+    parts = re.split(r"[/\\]", text.rstrip("/\\"))
+    is_path = text.startswith(("/", "~")) or re.match(r"[A-Za-z]:[/\\]", text)
+    return parts[-1] if is_path and parts[-1] else text
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    cells = [[_text(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    lines = [list(header), ["---"] * len(header), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,89 @@
+"""What tests share: golden files, SAMs of the golden geometry, real scans where they are at hand."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+from samed_peft.adapters import add_lora
+from samed_peft.checkpoints import rename_meta_keys
+from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
+from samed_peft.io import load_torch_weights
+from samed_peft.modeling import load_sam
+
+GOLDEN = Path(__file__).parent / "golden"
+REAL_SCANS = Path(os.environ.get("SAMED_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Directory of the golden files."""
+    return GOLDEN
+
+
+@pytest.fixture
+def real_scans():
+    """Directory of real scans; the test is skipped where there are none."""
+    if not REAL_SCANS.is_dir():
+        pytest.skip(f"no real scans in {REAL_SCANS}; set SAMED_TEST_DATA")
+    return REAL_SCANS
+
+
+@pytest.fixture
+def golden_config():
+    """SAMed's settings at the golden geometry."""
+    return SamedConfig(
+        base=str(GOLDEN / "sam_base.pth"), class_names=SYNAPSE_CLASSES, image_size=128, input_size=56, rank=4
+    )
+
+
+@pytest.fixture
+def fresh_model(golden_config):
+    """An adapter before training, seeded."""
+    torch.manual_seed(7)
+    model = load_sam(golden_config.base, class_names=golden_config.class_names, image_size=128)
+    return add_lora(model, golden_config)
+
+
+@pytest.fixture
+def golden_model(fresh_model):
+    """The adapter of `samed_adapter.pth`."""
+    load_samed_weights(fresh_model, GOLDEN / "samed_adapter.pth")
+    return fresh_model.eval()
+
+
+def samed_weights(model: PeftModel, path: Path) -> dict[str, torch.Tensor]:
+    """SAMed's checkpoint under the names that the adapter's own parameters have."""
+    saved = load_torch_weights(path)
+    names = {}
+    for key, tensor in rename_meta_keys({k: v for k, v in saved.items() if not k.startswith("w_")}).items():
+        if key.startswith("mask_decoder."):
+            names[f"base_model.model.mask_decoder.modules_to_save.default.{key.removeprefix('mask_decoder.')}"] = tensor
+        elif key == "prompt_encoder.no_mask_embed.weight":
+            names["base_model.model.prompt_encoder.no_mask_embed.modules_to_save.default.weight"] = tensor
+    for key in (k for k in saved if k.startswith("w_")):
+        _, letter, number = key.split("_")
+        layer, projection = divmod(int(number), 2)
+        name = f"vision_encoder.layers.{layer}.attn.{'qv'[projection]}_proj.lora_{letter.upper()}.default.weight"
+        names[f"base_model.model.{name}"] = saved[key]
+    assert names.keys() <= dict(model.named_parameters()).keys()
+    return names
+
+
+def load_samed_weights(model: PeftModel, path: Path) -> None:
+    """Put SAMed's checkpoint into an adapter."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in samed_weights(model, path).items():
+            parameters[name].copy_(tensor)
+
+
+def npz(name: str) -> dict[str, np.ndarray]:
+    """A golden `.npz`, read whole."""
+    with np.load(GOLDEN / name) as data:
+        return {key: data[key] for key in data.files}

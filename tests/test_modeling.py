@@ -1,0 +1,138 @@
+"""The model against the original's numbers, and as a Transformers model."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, npz
+from transformers import BertConfig, SamModel
+
+from samed_peft.attention import SamSplitAttention
+from samed_peft.checkpoints import load_meta_checkpoint
+from samed_peft.config import SYNAPSE_CLASSES
+from samed_peft.errors import InputError
+from samed_peft.inference import upsampled_argmax
+from samed_peft.io import load_torch_weights
+from samed_peft.modeling import SamForSemanticSegmentation, fuse_qkv, load_sam, split_qkv
+
+BASE = GOLDEN / "sam_base.pth"
+
+
+@pytest.fixture
+def pixels():
+    return torch.from_numpy(npz("forward.npz")["pixel_values"]).expand(-1, 3, -1, -1)
+
+
+def test_forward_reproduces_samed(golden_model, pixels):
+    with torch.inference_mode():
+        logits = golden_model(pixel_values=pixels).logits
+    expected = npz("forward.npz")
+    assert logits.shape == (2, 9, 32, 32)
+    np.testing.assert_allclose(logits, expected["low_res_logits"], atol=1e-5, rtol=0)
+    np.testing.assert_array_equal(upsampled_argmax(logits, 128), expected["masks_argmax"])
+
+
+def test_attention_equals_transformers_layer_by_layer():
+    sam = load_meta_checkpoint(BASE)
+    ours = SamForSemanticSegmentation.from_sam(sam)
+    hidden = torch.randn(2, 16, 16, 48, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for mine, theirs in zip(ours.vision_encoder.layers, sam.vision_encoder.layers, strict=True):
+            assert isinstance(mine.attn, SamSplitAttention)
+            torch.testing.assert_close(mine(hidden), theirs(hidden), atol=2e-5, rtol=0)
+
+
+def test_merged_model_is_a_plain_sam(golden_model, pixels, tmp_path):
+    with torch.inference_mode():
+        expected = golden_model(pixel_values=pixels).logits
+        merged = golden_model.merge_and_unload()
+        merged.save_pretrained(tmp_path)
+        plain, info = SamModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        maps = [plain(pixel_values=pixels, multimask_output=many).pred_masks[:, 0] for many in (False, True)]
+        torch.testing.assert_close(torch.cat(maps, dim=1), expected, atol=1e-5, rtol=0)
+        again = SamForSemanticSegmentation.from_pretrained(tmp_path)
+        torch.testing.assert_close(again(pixels).logits, merged(pixels).logits, atol=0, rtol=0)
+
+
+def test_load_sam_keeps_everything_but_the_fresh_parts():
+    sam = load_meta_checkpoint(BASE)
+    torch.manual_seed(0)
+    model = load_sam(BASE, class_names=["a", "b"], image_size=256)
+    mine, theirs = fuse_qkv(model.state_dict()), sam.state_dict()
+    changed = {k.split(".")[1] for k in theirs if k not in mine or not mine[k].equal(theirs[k])}
+    assert changed == {"mask_tokens", "output_hypernetworks_mlps", "iou_prediction_head"}
+    assert model(torch.rand(1, 3, 256, 256)).logits.shape == (1, 3, 64, 64)
+    assert model.mask_decoder.mask_tokens.weight.std() > 0.5
+
+
+def test_positions_are_resized_bilinearly():
+    model = load_sam(BASE, class_names=["a"], image_size=128)
+    original = load_torch_weights(BASE)
+    # Half the size, no antialiasing: each new position is the mean of the two old ones around it.
+    absolute = original["image_encoder.pos_embed"]
+    pairs = absolute.reshape(1, 8, 2, 8, 2, -1).mean(dim=(2, 4))
+    torch.testing.assert_close(model.vision_encoder.pos_embed.data, pairs)
+    assert model.vision_encoder.layers[2].attn.rel_pos_h.shape[0] == 15
+    windowed = model.vision_encoder.layers[0].attn.rel_pos_h
+    assert windowed.equal(original["image_encoder.blocks.0.attn.rel_pos_h"])
+
+
+def test_split_and_fuse_are_inverse():
+    state = {"vision_encoder.layers.0.attn.qkv.weight": torch.randn(12, 4), "mask_decoder.x": torch.ones(1)}
+    again = fuse_qkv(split_qkv(state))
+    assert again.keys() == state.keys()
+    assert all(again[k].equal(state[k]) for k in state)
+
+
+def test_labels_give_the_loss(golden_model, pixels):
+    labels = torch.zeros(2, 32, 32, dtype=torch.long)
+    output = golden_model(pixel_values=pixels, labels=labels)
+    assert output.loss.ndim == 0
+    assert torch.isfinite(output.loss)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(fresh_model, pixels):
+    checkpointed = copy.deepcopy(fresh_model)
+    checkpointed.base_model.model.activation_checkpointing_enable()
+    labels = torch.randint(0, 9, (2, 32, 32), generator=torch.Generator().manual_seed(0))
+    for model in (fresh_model, checkpointed):
+        model.train()(pixel_values=pixels, labels=labels).loss.backward()
+    assert any(layer.gradient_checkpointing for layer in checkpointed.base_model.model.vision_encoder.layers)
+    pairs = zip(fresh_model.named_parameters(), checkpointed.named_parameters(), strict=True)
+    trainable = [(a, b) for (_, a), (_, b) in pairs if a.requires_grad]
+    assert trainable
+    for a, b in trainable:
+        assert a.grad.abs().max() > 0 or a.grad.equal(b.grad)
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-7, rtol=0)
+
+
+def test_a_model_that_is_no_sam_is_refused(tmp_path):
+    BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is a bert model, not a SAM"):
+        load_sam(tmp_path, class_names=["a"])
+
+
+@pytest.mark.parametrize("base", ["no such folder", "./nowhere/at/all", "missing.pth"])
+def test_a_base_that_does_not_exist_is_refused(base):
+    with pytest.raises(InputError, match="neither a file, nor a folder, nor a Hub id"):
+        load_sam(base, class_names=["a"])
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot be opened"):
+        load_sam(tmp_path, class_names=["a"])
+
+
+def test_size_must_fit_the_patches():
+    with pytest.raises(InputError, match="multiple of the patch size 16"):
+        load_sam(BASE, class_names=SYNAPSE_CLASSES, image_size=100)
+
+
+def test_the_same_base_has_the_same_fingerprint_in_any_format(tmp_path):
+    load_meta_checkpoint(BASE).save_pretrained(tmp_path)
+    one = load_sam(BASE, class_names=["a"], image_size=128)
+    two = load_sam(tmp_path, class_names=["a", "b"], image_size=256)
+    assert one.base_sha256 == two.base_sha256

@@ -1,0 +1,171 @@
+"""Fourteen steps of the original, exact resume, accumulation, divergence."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import GOLDEN, load_samed_weights, npz, samed_weights
+
+from samed_peft.errors import InputError
+from samed_peft.schedules import learning_rate
+from samed_peft.training import (
+    NonFiniteLossError,
+    Progress,
+    build_optimizer,
+    claim_run_folder,
+    grouped,
+    load_checkpoint,
+    save_checkpoint,
+    steps_per_epoch,
+    train_epoch,
+)
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def golden_batches():
+    data = npz("train.npz")
+    return [
+        {"pixel_values": torch.from_numpy(x.astype(np.float32)).expand(-1, 3, -1, -1), "labels": torch.from_numpy(y).long()}
+        for x, y in zip(data["images"], data["low_res_labels"], strict=True)
+    ]
+
+
+def samed_rate(step):
+    return learning_rate(step, peak=0.005, warmup_steps=5, max_steps=40)
+
+
+def test_fourteen_steps_reproduce_samed(fresh_model, golden_batches, accelerator):
+    load_samed_weights(fresh_model, GOLDEN / "train_start.pth")
+    optimizer = build_optimizer(fresh_model, weight_decay=0.1)
+    model, optimizer = accelerator.prepare(fresh_model, optimizer)
+    groups = grouped(golden_batches, 1)
+    steps = list(train_epoch(model, groups, optimizer, accelerator=accelerator, step=0, rate=samed_rate))
+    expected = npz("train.npz")
+    for ours, theirs in (("learning_rate", "lr"), ("loss", "loss"), ("cross_entropy", "loss_ce"), ("dice", "loss_dice")):
+        np.testing.assert_allclose([getattr(s, ours) for s in steps], expected[theirs], atol=1e-5, rtol=0)
+    parameters = dict(fresh_model.named_parameters())
+    for name, tensor in samed_weights(fresh_model, GOLDEN / "train_end.pth").items():
+        torch.testing.assert_close(parameters[name].data, tensor, atol=1e-4, rtol=0)
+
+
+def train(model, batches, accelerator, *, state=None, stop=None, start=0):
+    optimizer = build_optimizer(model, weight_decay=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    progress = Progress() if state is None else load_checkpoint(state, model, optimizer, accelerator=accelerator)
+    groups = grouped(batches[progress.step : stop], 1)
+    for step in train_epoch(model, groups, optimizer, accelerator=accelerator, step=progress.step, rate=samed_rate):
+        progress = Progress(step=step.number, best_dice=0.5, best_epoch=1)
+    return optimizer, progress
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    golden_config, fresh_model, golden_batches, accelerator, tmp_path
+):
+    from samed_peft.adapters import add_lora
+    from samed_peft.modeling import load_sam
+
+    batches = golden_batches[:6]
+    start = weights(fresh_model)
+    train(fresh_model, batches, accelerator)
+    uninterrupted = weights(fresh_model)
+
+    def from_start():
+        torch.manual_seed(99)
+        model = add_lora(load_sam(golden_config.base, class_names=golden_config.class_names, image_size=128), golden_config)
+        model.load_state_dict(start, strict=False)
+        return model
+
+    first = from_start()
+    optimizer, progress = train(first, batches, accelerator, stop=3)
+    save_checkpoint(tmp_path, first, optimizer, progress=progress, accelerator=accelerator)
+    second = from_start()
+    _, progress = train(second, batches, accelerator, state=tmp_path)
+    assert progress.step == 6
+    resumed = weights(second)
+    assert all(resumed[name].equal(uninterrupted[name]) for name in uninterrupted)
+    assert not all(uninterrupted[name].equal(start[name]) for name in start)
+
+
+def test_a_checkpoint_holds_no_base_and_replaces_the_older_one(fresh_model, golden_batches, accelerator, tmp_path):
+    optimizer, progress = train(fresh_model, golden_batches[:1], accelerator)
+    save_checkpoint(tmp_path, fresh_model, optimizer, progress=progress, accelerator=accelerator)
+    save_checkpoint(tmp_path, fresh_model, optimizer, progress=Progress(step=2), accelerator=accelerator)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+    size = sum(p.stat().st_size for p in (tmp_path / "step-00000002").iterdir())
+    trainable = sum(p.numel() for p in fresh_model.parameters() if p.requires_grad)
+    assert size < 4 * 3 * trainable + 150_000
+
+
+def test_a_damaged_checkpoint_is_named(fresh_model, golden_batches, accelerator, tmp_path):
+    optimizer, progress = train(fresh_model, golden_batches[:1], accelerator)
+    save_checkpoint(tmp_path, fresh_model, optimizer, progress=progress, accelerator=accelerator)
+    file = tmp_path / "step-00000001" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        load_checkpoint(tmp_path, fresh_model, optimizer, accelerator=accelerator)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(fresh_model, golden_batches, accelerator):
+    before = weights(fresh_model)
+    golden_batches[0]["pixel_values"] = golden_batches[0]["pixel_values"] * float("nan")
+    with pytest.raises(NonFiniteLossError, match="step 1 is nan"):
+        train(fresh_model, golden_batches[:1], accelerator)
+    assert all(p.equal(before[n]) for n, p in weights(fresh_model).items())
+
+
+def test_accumulated_gradients_are_the_mean(fresh_model, golden_batches, accelerator):
+    optimizer = build_optimizer(fresh_model, weight_decay=0.0)
+    model, optimizer = accelerator.prepare(fresh_model, optimizer)
+    group = golden_batches[:2]
+    (step,) = train_epoch(model, [group], optimizer, accelerator=accelerator, step=0, rate=lambda _: 0.0)
+    with torch.no_grad():
+        single = [model(**batch).loss.item() for batch in group]
+    assert step.loss == pytest.approx(np.mean(single), abs=1e-6)
+
+
+def test_steps_per_epoch():
+    assert steps_per_epoch(10, batch_size=2, accumulation_steps=1, num_processes=1) == 5
+    assert steps_per_epoch(10, batch_size=2, accumulation_steps=2, num_processes=2) == 2
+    assert [len(g) for g in grouped([{}] * 5, 2)] == [2, 2, 1]
+
+
+def test_a_run_folder_is_claimed_once(tmp_path):
+    folder, settings = tmp_path / "run", {"rank": 4, "seed": 1}
+    claim_run_folder(folder, settings, resume=False)
+    with pytest.raises(InputError, match="--resume"):
+        claim_run_folder(folder, settings, resume=False)
+    claim_run_folder(folder, settings, resume=True)
+    with pytest.raises(InputError, match="rank: 4 there, 8 now"):
+        claim_run_folder(folder, settings | {"rank": 8}, resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="is no run of this recipe"):
+        claim_run_folder(tmp_path / "other", settings, resume=True)
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one_with_the_double_batch(tmp_path):
+    """The worker trains five steps on slices of the golden batches, the last one too small for two processes."""
+    worker = str(GOLDEN.parent / "two_process_worker.py")
+    one = subprocess.run([sys.executable, worker], capture_output=True, text=True, check=False, timeout=120)
+    assert one.returncode == 0, one.stderr
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker]
+    two = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=120)
+    assert two.returncode == 0, two.stderr
+    losses = [np.array(run.stdout.split(), dtype=float) for run in (one, two)]
+    assert len(losses[0]) == 7
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-5, rtol=0)
+    assert losses[0][0] - losses[0][5] > 0.01

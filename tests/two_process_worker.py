@@ -1,0 +1,51 @@
+"""Trains on golden slices and prints the losses; run alone or under torchrun by test_training.py."""
+
+import os
+
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
+import torch
+from accelerate import Accelerator
+from conftest import GOLDEN, load_samed_weights, npz
+from torch.distributed import destroy_process_group
+
+from samed_peft.adapters import add_lora
+from samed_peft.batches import TrainingSlices, batch_loader, epoch_batches
+from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
+from samed_peft.modeling import load_sam
+from samed_peft.training import build_optimizer, grouped, train_epoch
+
+
+def main():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    config = SamedConfig(base=str(GOLDEN / "sam_base.pth"), class_names=SYNAPSE_CLASSES, image_size=128)
+    model = add_lora(load_sam(config.base, class_names=config.class_names, image_size=128), config)
+    load_samed_weights(model, GOLDEN / "train_start.pth")
+    optimizer = build_optimizer(model, weight_decay=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    data = npz("train.npz")
+    images = data["images"].astype("float32").reshape(-1, 128, 128)[:25]
+    labels = data["low_res_labels"].reshape(-1, 32, 32)[:25].repeat(4, 1).repeat(4, 2)
+    rows = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
+    slices = TrainingSlices(rows, image_size=128, label_size=32, seed=1)
+    batches = epoch_batches(
+        25,
+        batch_size=4 // accelerator.num_processes,
+        seed=1,
+        epoch=0,
+        process=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    loader = grouped(batch_loader(slices, batches, num_workers=0), 1)
+    steps = train_epoch(model, loader, optimizer, accelerator=accelerator, step=0, rate=lambda _: 0.002)
+    losses = [step.loss for step in steps]
+    if accelerator.is_main_process:
+        print(*losses)
+    if accelerator.num_processes > 1:
+        destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
