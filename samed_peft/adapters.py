@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from samed_peft.config import SamedConfig
+from samed_peft.config import SamedConfig, TrainingConfig, is_hub_id
 from samed_peft.errors import InputError
 from samed_peft.io import atomic_dir, load_tensors, read_json, recover_dir, write_json, write_text
 from samed_peft.model_card import model_card
@@ -48,6 +48,7 @@ def add_lora(model: SamForSemanticSegmentation, config: SamedConfig) -> PeftMode
 
 def _attach(model: SamForSemanticSegmentation, peft_config: PeftConfig, config: SamedConfig) -> PeftModel:
     model.samed_config = dataclasses.replace(config, base_sha256=model.base_sha256)
+    peft_config.base_model_name_or_path = None  # PEFT warns where it finds a name other than its own guess
     adapted = get_peft_model(model, peft_config)
     adapted.peft_config["default"].base_model_name_or_path = config.base
     _freeze_iou_head(adapted)
@@ -62,7 +63,7 @@ def _freeze_iou_head(model: PeftModel) -> None:
 
 
 def save_adapter(
-    model: PeftModel, directory: str | Path, *, config: SamedConfig, training: Mapping[str, Any] | None = None
+    model: PeftModel, directory: str | Path, *, config: SamedConfig, training: TrainingConfig | None = None
 ) -> None:
     """Write an adapter directory: PEFT's two files, `samed_config.json` and a model card; never the base.
 
@@ -78,7 +79,16 @@ def save_adapter(
     with atomic_dir(Path(directory)) as folder:
         model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         write_json(folder / CONFIG_FILE, config.to_dict())
-        write_text(folder / CARD_FILE, model_card(config, training=None if training is None else dict(training)))
+        write_card(folder, training=training)
+
+
+def write_card(
+    directory: Path, *, report: Mapping[str, Any] | None = None, training: TrainingConfig | None = None
+) -> None:
+    """Write the model card of an adapter directory anew, with the scores of a report where there is one."""
+    settings = None if training is None else training.to_dict()
+    card = model_card(read_config(directory), report=None if report is None else dict(report), training=settings)
+    write_text(directory / CARD_FILE, card)
 
 
 def load_adapter(
@@ -165,7 +175,7 @@ def _adapter_folder(source: str | Path) -> Path:
     recover_dir(folder)
     if folder.is_dir():
         return folder
-    if folder.exists() or str(source).count("/") != 1:
+    if not is_hub_id(str(source)):
         raise InputError(f"{source} is neither an adapter directory nor a Hub id such as name/adapter")
     files = [WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE]
     return Path(snapshot_download(str(source), allow_patterns=files))

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from samed_peft.errors import InputError
@@ -22,6 +23,23 @@ SYNAPSE_CLASSES = (
 
 CT_WINDOW_HU = (-125.0, 275.0)
 """Hounsfield units that SAMed (arXiv 2304.13785) clips to before scaling to [0, 1]."""
+
+TINY_SAM = "tiny-sam"
+"""Name of the small SAM that ships with this package, wherever a base is asked for. It is no substitute for SAM."""
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether `base` reads like `owner/name` on the Hub and not like a file or folder."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if base.count("/") != 1 or base.startswith((".", "~", "/")) or base.endswith(".pth"):
+        return False
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return False
+    return not Path(base).exists()
 
 
 def _require(condition: bool, message: str) -> None:

@@ -6,7 +6,7 @@ from samed_peft.adapters import CARD_FILE, CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
 from samed_peft.errors import InputError
 
 ADAPTER_FILES = (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE)
-"""All that makes an adapter, and all that is uploaded: checkpoints and reports beside it stay where they are."""
+"""All that makes an adapter, and all that is uploaded: checkpoints and reports beside it stay here."""
 
 
 def push_to_hub(

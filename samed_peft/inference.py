@@ -1,12 +1,17 @@
 """A scan in, a label mask on the scan's own grid out."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from samed_peft.io import Volume
+from samed_peft.io import Volume, write_mask
 from samed_peft.preprocessing import normalized_array, resize_label, slice_to_pixels
 
 
@@ -74,3 +79,28 @@ def _apply(array: np.ndarray, transform: np.ndarray | None) -> np.ndarray:
     if transform is None:
         return array
     return nib.orientations.apply_orientation(array.transpose(2, 1, 0), transform).transpose(2, 1, 0)
+
+
+def segment_cases(
+    model: nn.Module, images: Mapping[str, Volume], directory: Path, *, accelerator: Accelerator
+) -> dict[str, Path]:
+    """Write a mask for every case, the cases shared out among processes.
+
+    Args:
+        model: as for `predict_volume`.
+        images: case -> scan, read when its turn comes.
+        directory: where `CASE.nii.gz` go; each appears whole or not at all.
+        accelerator: processes and precision.
+
+    Returns:
+        case -> file, the same on every process, once all are written.
+    """
+    files = {case: directory / f"{case}.nii.gz" for case in images}
+    mine = list(images)[accelerator.process_index :: accelerator.num_processes]
+    for case in tqdm(mine, desc="segmenting", unit="case", disable=not accelerator.is_main_process):
+        image = images[case]
+        with accelerator.autocast():
+            mask = predict_volume(model, image)
+        write_mask(mask, image, files[case])
+    accelerator.wait_for_everyone()
+    return files

@@ -2,12 +2,10 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from samed_peft.config import SamedConfig
+from samed_peft.config import TINY_SAM, SamedConfig, is_hub_id
 
-_ASSETS = Path(__file__).parent / "assets"
 _TAGS = ["samed", "segment-anything", "lora", "medical", "image-segmentation"]
 _CONVENTIONS = {
     "standard": "`standard`: millimetres; undefined scores are left out of the means.",
@@ -67,22 +65,8 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def is_hub_id(base: str) -> bool:
-    """Whether `base` reads like `owner/name` on the Hub and not like a file or folder."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if base.count("/") != 1 or base.startswith((".", "~", "/")) or base.endswith(".pth"):
-        return False
-    try:
-        validate_repo_id(base)
-    except HFValidationError:
-        return False
-    return not Path(base).exists()
-
-
 def _is_bundled(config: SamedConfig) -> bool:
-    return _ASSETS.resolve() in Path(config.base).resolve().parents
+    return config.base == TINY_SAM
 
 
 def _base_label(config: SamedConfig) -> str:
@@ -126,13 +110,13 @@ def _eval_results(report: Mapping[str, Any]) -> list[Any]:
 
 def _warnings(config: SamedConfig) -> list[str]:
     notes = [
-        "**Not a medical device.** This adapter is for research. It has no approval for diagnosis or treatment, "
-        "and its masks must be checked by someone qualified before anything depends on them."
+        "**Not a medical device.** This adapter is for research. It has no approval for diagnosis or "
+        "treatment, and its masks must be checked by someone qualified before anything depends on them."
     ]
     if _is_bundled(config):
         notes.append(
-            "**The base is no SAM.** It is the tiny stand-in that ships with samed_peft for demonstrations and tests; "
-            "scores on it say nothing about the Segment Anything Model."
+            "**The base is no SAM.** It is the tiny stand-in that ships with samed_peft for demonstrations "
+            "and tests; scores on it say nothing about the Segment Anything Model."
         )
     return notes
 
@@ -187,7 +171,7 @@ def _is_defined(value: float | None) -> bool:
 
 
 def _text(value: Any) -> str:
-    """A value for the card; of an absolute path only the last part, which tells strangers nothing of the disk."""
+    """A value for the card; of an absolute path only its last part, which gives away nothing."""
     text = str(value)
     parts = re.split(r"[/\\]", text.rstrip("/\\"))
     is_path = text.startswith(("/", "~")) or re.match(r"[A-Za-z]:[/\\]", text)

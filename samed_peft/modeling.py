@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -25,12 +24,9 @@ from transformers.models.sam.modeling_sam import (
 
 from samed_peft.attention import SamSplitAttention
 from samed_peft.checkpoints import load_meta_checkpoint
-from samed_peft.config import SamedConfig
+from samed_peft.config import TINY_SAM, SamedConfig, is_hub_id
 from samed_peft.errors import InputError
 from samed_peft.losses import dice_ce_loss
-
-TINY_SAM = "tiny-sam"
-"""Name of the small SAM that ships with this package, wherever a base is asked for. It is no substitute for SAM."""
 
 TINY_SAM_DIR = Path(__file__).parent / "assets" / "tiny_sam"
 
@@ -189,6 +185,11 @@ class SamForSemanticSegmentation(PreTrainedModel):
         loss = None if labels is None else dice_ce_loss(logits, labels)
         return SemanticSegmenterOutput(loss=loss, logits=logits)
 
+    @property
+    def logits_size(self) -> int:
+        """Side of the logits: four times that of the encoder's grid."""
+        return 4 * (self.config.vision_config.image_size // self.config.vision_config.patch_size)
+
     def _positions(self, embeddings: Tensor) -> Tensor:
         batch, _, height, width = embeddings.shape
         centre_y = (torch.arange(height, device=embeddings.device) + 0.5) / height
@@ -231,7 +232,7 @@ def _open_base(base: str, revision: str | None) -> SamModel:
     path = TINY_SAM_DIR if base == TINY_SAM else Path(base)
     if path.is_file():
         return load_meta_checkpoint(path)
-    if not path.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+    if not path.is_dir() and not is_hub_id(base):
         raise InputError(
             f"base {base} is neither a file, nor a folder, nor a Hub id such as facebook/sam-vit-base"
         )

@@ -78,7 +78,7 @@ def test_the_four_files_are_sent_and_nothing_else(hub, adapter):
     assert url == f"{constants.ENDPOINT}/someone/liver"
     path, body = hub.requests[0]
     assert path == "/api/repos/create"
-    assert json.loads(body)["private"] is True
+    assert json.loads(body)["visibility"] == "private"
     assert _committed(hub) == {name: f"content of {name}" for name in ADAPTER_FILES}
 
 

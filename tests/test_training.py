@@ -9,18 +9,16 @@ import torch
 from accelerate import Accelerator
 from conftest import GOLDEN, load_samed_weights, npz, samed_weights
 
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, NonFiniteLossError
 from samed_peft.schedules import learning_rate
 from samed_peft.training import (
-    NonFiniteLossError,
     Progress,
     build_optimizer,
     claim_run_folder,
     grouped,
     load_checkpoint,
     save_checkpoint,
-    steps_per_epoch,
-    train_epoch,
+    train_step,
 )
 
 
@@ -46,23 +44,28 @@ def test_fourteen_steps_reproduce_samed(fresh_model, golden_batches, accelerator
     load_samed_weights(fresh_model, GOLDEN / "train_start.pth")
     optimizer = build_optimizer(fresh_model, weight_decay=0.1)
     model, optimizer = accelerator.prepare(fresh_model, optimizer)
-    groups = grouped(golden_batches, 1)
-    steps = list(train_epoch(model, groups, optimizer, accelerator=accelerator, step=0, rate=samed_rate))
     expected = npz("train.npz")
-    for ours, theirs in (("learning_rate", "lr"), ("loss", "loss"), ("cross_entropy", "loss_ce"), ("dice", "loss_dice")):
-        np.testing.assert_allclose([getattr(s, ours) for s in steps], expected[theirs], atol=1e-5, rtol=0)
+    rates = [samed_rate(step) for step in range(14)]
+    np.testing.assert_allclose(rates, expected["lr"], atol=1e-12, rtol=0)
+    losses = [
+        train_step(model, [batch], optimizer, accelerator=accelerator, learning_rate=rate)
+        for batch, rate in zip(golden_batches, rates, strict=True)
+    ]
+    for ours, theirs in zip(np.transpose(losses), ("loss", "loss_ce", "loss_dice"), strict=True):
+        np.testing.assert_allclose(ours, expected[theirs], atol=1e-5, rtol=0)
     parameters = dict(fresh_model.named_parameters())
     for name, tensor in samed_weights(fresh_model, GOLDEN / "train_end.pth").items():
         torch.testing.assert_close(parameters[name].data, tensor, atol=1e-4, rtol=0)
 
 
-def train(model, batches, accelerator, *, state=None, stop=None, start=0):
+def train(model, batches, accelerator, *, state=None, stop=None):
     optimizer = build_optimizer(model, weight_decay=0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
     progress = Progress() if state is None else load_checkpoint(state, model, optimizer, accelerator=accelerator)
-    groups = grouped(batches[progress.step : stop], 1)
-    for step in train_epoch(model, groups, optimizer, accelerator=accelerator, step=progress.step, rate=samed_rate):
-        progress = Progress(step=step.number, best_dice=0.5, best_epoch=1)
+    for step, batch in enumerate(batches[:stop]):
+        if step >= progress.step:
+            train_step(model, [batch], optimizer, accelerator=accelerator, learning_rate=samed_rate(step))
+            progress = Progress(step=step + 1, best_dice=0.5, best_epoch=1)
     return optimizer, progress
 
 
@@ -120,7 +123,7 @@ def test_a_damaged_checkpoint_is_named(fresh_model, golden_batches, accelerator,
 def test_a_loss_that_is_not_finite_changes_nothing(fresh_model, golden_batches, accelerator):
     before = weights(fresh_model)
     golden_batches[0]["pixel_values"] = golden_batches[0]["pixel_values"] * float("nan")
-    with pytest.raises(NonFiniteLossError, match="step 1 is nan"):
+    with pytest.raises(NonFiniteLossError, match="loss is nan"):
         train(fresh_model, golden_batches[:1], accelerator)
     assert all(p.equal(before[n]) for n, p in weights(fresh_model).items())
 
@@ -129,15 +132,13 @@ def test_accumulated_gradients_are_the_mean(fresh_model, golden_batches, acceler
     optimizer = build_optimizer(fresh_model, weight_decay=0.0)
     model, optimizer = accelerator.prepare(fresh_model, optimizer)
     group = golden_batches[:2]
-    (step,) = train_epoch(model, [group], optimizer, accelerator=accelerator, step=0, rate=lambda _: 0.0)
+    loss, _, _ = train_step(model, group, optimizer, accelerator=accelerator, learning_rate=0.0)
     with torch.no_grad():
         single = [model(**batch).loss.item() for batch in group]
-    assert step.loss == pytest.approx(np.mean(single), abs=1e-6)
+    assert loss == pytest.approx(np.mean(single), abs=1e-6)
 
 
-def test_steps_per_epoch():
-    assert steps_per_epoch(10, batch_size=2, accumulation_steps=1, num_processes=1) == 5
-    assert steps_per_epoch(10, batch_size=2, accumulation_steps=2, num_processes=2) == 2
+def test_micro_batches_are_grouped():
     assert [len(g) for g in grouped([{}] * 5, 2)] == [2, 2, 1]
 
 
@@ -166,6 +167,6 @@ def test_two_processes_give_the_losses_of_one_with_the_double_batch(tmp_path):
     two = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=120)
     assert two.returncode == 0, two.stderr
     losses = [np.array(run.stdout.split(), dtype=float) for run in (one, two)]
-    assert len(losses[0]) == 7
+    assert len(losses[0]) == 14
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-5, rtol=0)
-    assert losses[0][0] - losses[0][5] > 0.01
+    assert losses[0][0] - losses[0][-2] > 0.001

@@ -10,10 +10,10 @@ from conftest import GOLDEN, load_samed_weights, npz
 from torch.distributed import destroy_process_group
 
 from samed_peft.adapters import add_lora
-from samed_peft.batches import TrainingSlices, batch_loader, epoch_batches
-from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
+from samed_peft.batches import TrainingSlices
+from samed_peft.config import SYNAPSE_CLASSES, SamedConfig, TrainingConfig
 from samed_peft.modeling import load_sam
-from samed_peft.training import build_optimizer, grouped, train_epoch
+from samed_peft.training import build_optimizer, training_steps
 
 
 def main():
@@ -30,16 +30,10 @@ def main():
     labels = data["low_res_labels"].reshape(-1, 32, 32)[:25].repeat(4, 1).repeat(4, 2)
     rows = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
     slices = TrainingSlices(rows, image_size=128, label_size=32, seed=1)
-    batches = epoch_batches(
-        25,
-        batch_size=4 // accelerator.num_processes,
-        seed=1,
-        epoch=0,
-        process=accelerator.process_index,
-        num_processes=accelerator.num_processes,
+    training = TrainingConfig(
+        batch_size=4 // accelerator.num_processes, learning_rate=0.002, warmup_steps=0, epochs=2, stop_epoch=2, num_workers=0
     )
-    loader = grouped(batch_loader(slices, batches, num_workers=0), 1)
-    steps = train_epoch(model, loader, optimizer, accelerator=accelerator, step=0, rate=lambda _: 0.002)
+    steps = training_steps(model, optimizer, slices, training=training, accelerator=accelerator)
     losses = [step.loss for step in steps]
     if accelerator.is_main_process:
         print(*losses)

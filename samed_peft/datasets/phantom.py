@@ -1,12 +1,13 @@
 """Analytic abdominal CT in Hounsfield units, written as a raw BTCV folder.
 
 A stand-in for scans that may not be shipped: eight organs, body, fat, spine, bowel and vein as ellipsoids and
-bent tubes, different in place, size, turn and brightness from case to case. It shows that a pipeline works, and
-says nothing about how a model does on people.
+bent tubes, different in place, size, turn and brightness from case to case. It shows that a pipeline works
+and says nothing about how a model does on people.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +146,7 @@ def _points(shape_dhw: tuple[int, int, int], *, rng: np.random.Generator) -> np.
 
 
 def _move(tissue: _Tissue, *, middle: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Matrix (3, 3) and offset (3,) that show points to a tissue moved, scaled and turned about its middle."""
+    """Matrix (3, 3) and offset (3,) that show points to a moved, scaled and turned tissue."""
     if tissue.wander_mm == 0:
         return np.eye(3), np.zeros(3)
     shift = np.clip(rng.normal(0, tissue.wander_mm / 2, 3), -tissue.wander_mm, tissue.wander_mm)
@@ -157,6 +158,8 @@ def _move(tissue: _Tissue, *, middle: np.ndarray, rng: np.random.Generator) -> t
 
 
 def _seen(points: np.ndarray, move: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    if np.array_equal(move[0], np.eye(3)):
+        return points
     matrix, offset = (part.astype(np.float32) for part in move)
     return np.asarray(np.tensordot(matrix, points, axes=1) + offset[:, None, None, None])
 
@@ -200,12 +203,13 @@ def phantom_case(
         image[cavity] = hounsfield
     hounsfields = {name: rng.uniform(*tissue.hounsfield) for name, tissue in _TISSUES.items()}
     moves = {name: _move(tissue, middle=_middle(name), rng=rng) for name, tissue in _TISSUES.items()}
-    for shape in _SHAPES:
-        inside = shape.inside(_seen(points, moves[shape.tissue]))
-        if shape.tissue not in ("bone", "marrow", "cord"):
+    for tissue, shapes in groupby(_SHAPES, key=lambda shape: shape.tissue):
+        seen = _seen(points, moves[tissue])
+        inside = np.logical_or.reduce([shape.inside(seen) for shape in shapes])
+        if tissue not in ("bone", "marrow", "cord"):
             inside &= cavity
-        image[inside] = hounsfields[shape.tissue]
-        label[inside] = _TISSUES[shape.tissue].label
+        image[inside] = hounsfields[tissue]
+        label[inside] = _TISSUES[tissue].label
     blur_mm = (2.5, rng.uniform(1.5, 3.0), rng.uniform(1.5, 3.0))
     image = gaussian_filter(image, [blur / size for blur, size in zip(blur_mm, spacing_zyx_mm, strict=True)])
     noise = gaussian_filter(rng.standard_normal(shape_dhw, dtype=np.float32), (0, 0.5, 0.5))
@@ -231,8 +235,8 @@ def write_phantom(
 ) -> Path:
     """Write cases as a raw BTCV folder: `Training/img/imgNNNN.nii.gz` and `Training/label/labelNNNN.nii.gz`.
 
-    The folder appears complete or not at all; an earlier phantom there is replaced. Equal arguments give equal
-    bytes.
+    The folder appears complete or not at all; an earlier phantom there is replaced. Equal arguments give
+    equal bytes.
 
     Args:
         directory: new, empty, or an earlier phantom.
@@ -245,8 +249,8 @@ def write_phantom(
         `directory`, to be given to `load_synapse`.
 
     Raises:
-        InputError: a case number is out of range or doubled, a size is not positive, or the folder holds other
-            files.
+        InputError: a case number is out of range or doubled, a size is not positive, or the folder holds
+            other files.
     """
     directory = Path(directory)
     if not cases or len(set(cases)) != len(cases) or min(cases) < 0 or max(cases) > 9999:

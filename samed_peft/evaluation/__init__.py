@@ -55,8 +55,7 @@ def evaluate_cases(
     for case in references:
         prediction, reference = _volume(predictions[case]), _volume(references[case])
         scores[case] = _score_pair(case, prediction, reference, num_classes=len(names))
-        if reference.affine is None:
-            without_spacing.append(case)
+        without_spacing += [case] if reference.affine is None else []
         if images is not None and case in images:
             pictures[case] = case_picture(
                 images[case], reference, prediction, class_names=names, window=window

@@ -80,6 +80,20 @@ def case_picture(
     Raises:
         InputError: the shapes differ or are not (D, H, W).
     """
+    scan, labels = _checked(image, reference, prediction)
+    rows = telling_slices(labels[0], labels[1])
+    window = window or _window(scan, list(rows))
+    view = _view(scan, spacing_zyx_mm or scan.spacing_zyx_mm)
+    panels = [[view.turn(array[z]) for array in (scan.array, *labels)] for z in rows]
+    titles = [f"slice {z}\n{reason}" for z, reason in rows.items()]
+    figure = _figure(panels, titles, view=view, window=window, num_classes=len(class_names))
+    _legend(figure, panels, class_names)
+    return _png(figure)
+
+
+def _checked(
+    image: Volume | NDArray, reference: Volume | NDArray, prediction: Volume | NDArray
+) -> tuple[Volume, list[NDArray]]:
     scan = image if isinstance(image, Volume) else Volume(np.asarray(image))
     labels = [
         volume.array if isinstance(volume, Volume) else np.asarray(volume)
@@ -90,14 +104,7 @@ def case_picture(
             "image, reference and prediction must have one shape (D, H, W); "
             f"found {scan.array.shape}, {labels[0].shape} and {labels[1].shape}"
         )
-    rows = telling_slices(labels[0], labels[1])
-    window = window or _window(scan, list(rows))
-    view = _view(scan, spacing_zyx_mm or scan.spacing_zyx_mm)
-    panels = [[view.turn(array[z]) for array in (scan.array, *labels)] for z in rows]
-    titles = [f"slice {z}\n{reason}" for z, reason in rows.items()]
-    figure = _figure(panels, titles, view=view, window=window, num_classes=len(class_names))
-    _legend(figure, panels, class_names)
-    return _png(figure)
+    return scan, labels
 
 
 def telling_slices(reference: NDArray, prediction: NDArray) -> dict[int, str]:

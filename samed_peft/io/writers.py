@@ -120,7 +120,7 @@ def write_volume(volume: Volume, path: str | Path) -> None:
     """Write a scan as NIfTI in its own number type, atomically; equal scans give equal bytes.
 
     Args:
-        volume: array (D, H, W) of uint8, int16, int32, float32 or float64; no affine is written as the identity.
+        volume: array (D, H, W) of uint8, int16, int32, float32 or float64; without affine: the identity.
         path: `.nii.gz` or `.nii`; missing parent folders are made.
 
     Raises:

@@ -1,52 +1,22 @@
-"""One epoch of training, and checkpoints that resume to the bit."""
+"""What a run leaves on disk so that it can go on: checkpoints to the bit, and whose folder it is."""
 
-import contextlib
-import math
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
+from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.errors import InputError
 from samed_peft.io import atomic_dir, load_tensors, read_json, save_tensors, write_json
-from samed_peft.losses import loss_parts
 
-EXIT_DIVERGED = 3
-"""Exit code of a run stopped by a loss that is not finite."""
-
-EXIT_INTERRUPTED = 75
-"""Exit code of a run that saved its state after SIGTERM or SIGINT and can be resumed (EX_TEMPFAIL)."""
-
-Batch = dict[str, Tensor]
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss of a step is NaN or infinite; no weight was changed in that step."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step did.
-
-    Attributes:
-        number: optimizer steps done, this one included.
-        learning_rate: rate in force in this step.
-        loss: whole loss; its parts are `cross_entropy` and `dice`.
-    """
-
-    number: int
-    learning_rate: float
-    loss: float
-    cross_entropy: float
-    dice: float
+_WITHOUT_EFFECT = ("num_workers", "checkpoint_steps")
+"""Training settings that may change between a run and its resumption: they do not touch the result."""
 
 
 @dataclass(frozen=True)
@@ -62,108 +32,6 @@ class Progress:
     step: int = 0
     best_dice: float | None = None
     best_epoch: int | None = None
-
-
-def build_optimizer(model: nn.Module, *, weight_decay: float) -> torch.optim.AdamW:
-    """SAMed's AdamW over the trainable weights; `train_epoch` sets the learning rate before each step."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trainable, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay)
-
-
-def train_epoch(
-    model: nn.Module,
-    batches: Iterable[Sequence[Batch]],
-    optimizer: torch.optim.Optimizer,
-    *,
-    accelerator: Accelerator,
-    step: int,
-    rate: Callable[[int], float],
-    dice_weight: float = 0.8,
-    seed: int = 0,
-) -> Iterator[Step]:
-    """Train on groups of micro-batches, one optimizer step each; yields after every step.
-
-    Dice and cross entropy run over the micro-batches of all processes together. Dropout depends on (seed, step,
-    process) only, so that a resumed run draws what an uninterrupted one would have drawn.
-
-    Args:
-        model: prepared by `accelerator`.
-        batches: groups from `grouped`; a group's gradients are averaged.
-        optimizer: prepared by `accelerator`.
-        accelerator: devices, precision, processes.
-        step: optimizer steps done before.
-        rate: learning rate of a step by its number from 0.
-        dice_weight: share of the Dice loss.
-        seed: seed of dropout.
-
-    Raises:
-        NonFiniteLossError: before any weight is changed by that loss.
-    """
-    model.train()
-    for group in batches:
-        learning_rate = rate(step)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate
-        seeds = np.random.SeedSequence((seed, step, accelerator.process_index))
-        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-        parts = _accumulate(model, group, accelerator=accelerator, dice_weight=dice_weight)
-        if not math.isfinite(parts[0]):
-            raise NonFiniteLossError(f"the loss of step {step + 1} is {parts[0]} at learning rate {learning_rate:g}")
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        yield Step(step, learning_rate, *parts)
-
-
-def _accumulate(
-    model: nn.Module, group: Sequence[Batch], *, accelerator: Accelerator, dice_weight: float
-) -> tuple[float, float, float]:
-    """Gradients of a group's mean loss; returns the mean (loss, cross entropy, Dice loss)."""
-    totals = torch.zeros(3, device=accelerator.device)
-    for index, batch in enumerate(group):
-        # Gradients are exchanged between processes once a group, with its last micro-batch.
-        exchange = index == len(group) - 1
-        with contextlib.nullcontext() if exchange else accelerator.no_sync(model):
-            logits = model(pixel_values=batch["pixel_values"].to(accelerator.device, non_blocking=True)).logits
-            parts = loss_parts(
-                logits,
-                batch["labels"].to(accelerator.device, non_blocking=True),
-                dice_weight=dice_weight,
-                sum_over_processes=_global_sum(accelerator),
-            )
-            if torch.isfinite(parts.total):
-                accelerator.backward(parts.total / len(group))
-        totals += torch.stack(parts).detach() / len(group)
-    return tuple(totals.tolist())  # type: ignore[return-value]
-
-
-def _global_sum(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
-    if accelerator.num_processes == 1:
-        return None
-
-    def global_sum(local: Tensor) -> Tensor:
-        total = accelerator.reduce(local.detach(), reduction="sum")
-        # Its value is the total; its gradient is the local one, times N because DDP averages over N processes.
-        return total + (local - local.detach()) * accelerator.num_processes
-
-    return global_sum
-
-
-def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Consecutive groups of `size` micro-batches; the last may be smaller."""
-    group: list[Batch] = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def steps_per_epoch(num_rows: int, *, batch_size: int, accumulation_steps: int, num_processes: int) -> int:
-    """Optimizer steps in one pass over `num_rows` slices."""
-    return math.ceil(math.ceil(num_rows / (batch_size * num_processes)) / accumulation_steps)
 
 
 class StopSignal:
@@ -285,3 +153,24 @@ def claim_run_folder(directory: Path, settings: dict[str, Any], *, resume: bool)
     else:
         directory.mkdir(parents=True, exist_ok=True)
         write_json(record, settings)
+
+
+def run_settings(
+    config: SamedConfig, training: TrainingConfig, *, data: str, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Everything that decides a run's result, as JSON values.
+
+    Args:
+        config: what is trained.
+        training: how.
+        data: name of the prepared data, which has their fingerprint in it.
+        accelerator: its processes and precision count too.
+    """
+    decisive = {name: value for name, value in training.to_dict().items() if name not in _WITHOUT_EFFECT}
+    return {
+        **config.to_dict(),
+        **decisive,
+        "data": data,
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }

@@ -1,0 +1,65 @@
+"""Arrays as dataset columns: stored as raw bytes with their shape, decoded by a transform."""
+
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+
+ARRAY_FEATURE = {"bytes": Value("large_binary"), "shape": List(Value("int32"))}
+"""Column type of what `pack_array` returns."""
+
+SLICE_FEATURES = Features(
+    {
+        "image": ARRAY_FEATURE,
+        "label": ARRAY_FEATURE,
+        "case": Value("string"),
+        "slice": Value("int32"),
+        "orientation": Value("string"),
+    }
+)
+"""Columns of a training split: one slice a row."""
+
+VOLUME_FEATURES = Features(
+    {
+        "image": ARRAY_FEATURE,
+        "label": ARRAY_FEATURE,
+        "case": Value("string"),
+        "affine": List(Value("float64")),
+        "path": Value("string"),
+    }
+)
+"""Columns of a test split: one whole scan a row; `affine` is flat, or None."""
+
+
+def pack_array(array: np.ndarray) -> dict[str, Any]:
+    """Raw bytes and shape of an array; Arrow's nested lists would take tens of milliseconds to decode."""
+    return {"bytes": np.ascontiguousarray(array).tobytes(), "shape": list(array.shape)}
+
+
+def _unpack(packed: dict[str, Any], dtype: type[np.generic]) -> np.ndarray:
+    # Copied, since an array over the bytes themselves could not be written to.
+    return np.frombuffer(packed["bytes"], dtype=dtype).reshape(packed["shape"]).copy()
+
+
+def decode_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Transform for `Dataset.with_transform`: packed columns to arrays, whichever of them were asked for.
+
+    Returns:
+        the batch with `image` as float32, `label` as uint8 and `affine` as (4, 4) float64 or None.
+    """
+    decoded = dict(batch)
+    if "image" in batch:
+        decoded["image"] = [_unpack(packed, np.float32) for packed in batch["image"]]
+    if "label" in batch:
+        decoded["label"] = [_unpack(packed, np.uint8) for packed in batch["label"]]
+    if "affine" in batch:
+        decoded["affine"] = [
+            None if flat is None else np.array(flat).reshape(4, 4) for flat in batch["affine"]
+        ]
+    return decoded
+
+
+def common_orientation(rows: Dataset) -> str | None:
+    """Axis codes that all slices of a training split share, or None if they differ or are unknown."""
+    found = set(rows.with_format(None)["orientation"])
+    return found.pop() if len(found) == 1 else None

@@ -1,0 +1,208 @@
+"""Optimizer steps over all epochs, from any step on."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from samed_peft.batches import TrainingSlices, batch_loader, epoch_batches
+from samed_peft.config import TrainingConfig
+from samed_peft.errors import NonFiniteLossError
+from samed_peft.losses import loss_parts
+from samed_peft.schedules import learning_rate
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did.
+
+    Attributes:
+        number: optimizer steps done, this one included.
+        steps_per_epoch: optimizer steps in each epoch.
+        learning_rate: rate in force in this step.
+        loss: whole loss; its parts are `cross_entropy` and `dice`.
+    """
+
+    number: int
+    steps_per_epoch: int
+    learning_rate: float
+    loss: float
+    cross_entropy: float
+    dice: float
+
+    @property
+    def epoch(self) -> int:
+        """The epoch this step belongs to, counted from 1."""
+        return (self.number - 1) // self.steps_per_epoch + 1
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether this is its epoch's last step."""
+        return self.number % self.steps_per_epoch == 0
+
+    def scalars(self) -> dict[str, float]:
+        """Values for a log."""
+        return {
+            "train/loss": self.loss,
+            "train/cross_entropy": self.cross_entropy,
+            "train/dice_loss": self.dice,
+            "train/learning_rate": self.learning_rate,
+        }
+
+
+def build_optimizer(model: nn.Module, *, weight_decay: float) -> torch.optim.AdamW:
+    """SAMed's AdamW over the trainable weights; `train_epoch` sets the learning rate before each step."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trainable, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay)
+
+
+def training_steps(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    slices: TrainingSlices,
+    *,
+    training: TrainingConfig,
+    accelerator: Accelerator,
+    start: int = 0,
+) -> Iterator[Step]:
+    """Train from step `start` to the end of the last epoch; yields after every optimizer step.
+
+    Args:
+        model: prepared by `accelerator`.
+        optimizer: prepared by `accelerator`.
+        slices: training examples.
+        training: epochs, batch size, rate and so on.
+        accelerator: devices, precision, processes.
+        start: optimizer steps done before, in this run or the one it resumes.
+
+    Raises:
+        NonFiniteLossError: before any weight is changed by that loss.
+    """
+    split = {"process": accelerator.process_index, "num_processes": accelerator.num_processes}
+    size, accumulation = training.batch_size, training.accumulation_steps
+    micro_batches = math.ceil(len(slices) / (size * accelerator.num_processes))
+    per_epoch = math.ceil(micro_batches / accumulation)
+    rate = partial(
+        learning_rate,
+        peak=training.learning_rate,
+        warmup_steps=training.warmup_steps,
+        max_steps=training.epochs * per_epoch,
+        power=training.decay_power,
+    )
+    for epoch in range(start // per_epoch, training.stop_epoch):
+        batches = epoch_batches(len(slices), batch_size=size, seed=training.seed, epoch=epoch, **split)
+        first = max(start, epoch * per_epoch)
+        left = batches[(first - epoch * per_epoch) * accumulation :]
+        groups = grouped(batch_loader(slices, left, num_workers=training.num_workers), accumulation)
+        for number, group in enumerate(groups, start=first):
+            _seed_dropout(training.seed, step=number, process=accelerator.process_index)
+            parts = train_step(
+                model,
+                group,
+                optimizer,
+                accelerator=accelerator,
+                learning_rate=rate(number),
+                dice_weight=training.dice_weight,
+            )
+            yield Step(number + 1, per_epoch, rate(number), *parts)
+
+
+def _seed_dropout(seed: int, *, step: int, process: int) -> None:
+    # Dropout alone draws from the global state; as a function of the step, it needs no place in checkpoints.
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0]))
+
+
+def train_step(
+    model: nn.Module,
+    group: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    *,
+    accelerator: Accelerator,
+    learning_rate: float,
+    dice_weight: float = 0.8,
+) -> tuple[float, float, float]:
+    """One optimizer step on the mean loss of a group of micro-batches.
+
+    Dice and cross entropy of a micro-batch run over all processes together.
+
+    Args:
+        model: prepared by `accelerator`.
+        group: micro-batches of `pixel_values` (B, 3, S, S) and `labels` (B, h, h).
+        optimizer: prepared by `accelerator`.
+        accelerator: devices, precision, processes.
+        learning_rate: rate in force in this step.
+        dice_weight: share of the Dice loss.
+
+    Returns:
+        Mean (loss, cross entropy, Dice loss), the same on every process.
+
+    Raises:
+        NonFiniteLossError: before any weight is changed.
+    """
+    model.train()
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = learning_rate
+    parts = _accumulate(model, group, accelerator=accelerator, dice_weight=dice_weight)
+    if not math.isfinite(parts[0]):
+        optimizer.zero_grad()
+        raise NonFiniteLossError(
+            f"the loss is {parts[0]} at learning rate {learning_rate:g}; the last saved adapter and checkpoint are "
+            "kept. Try a lower --learning_rate, or bf16 in place of fp16"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    return parts
+
+
+def _accumulate(
+    model: nn.Module, group: Sequence[Batch], *, accelerator: Accelerator, dice_weight: float
+) -> tuple[float, float, float]:
+    """Gradients of a group's mean loss; returns the mean (loss, cross entropy, Dice loss)."""
+    totals = torch.zeros(3, device=accelerator.device)
+    for index, batch in enumerate(group):
+        # Gradients are exchanged between processes once a group, with its last micro-batch.
+        exchange = index == len(group) - 1
+        with contextlib.nullcontext() if exchange else accelerator.no_sync(model):
+            logits = model(pixel_values=batch["pixel_values"].to(accelerator.device, non_blocking=True)).logits
+            parts = loss_parts(
+                logits,
+                batch["labels"].to(accelerator.device, non_blocking=True),
+                dice_weight=dice_weight,
+                sum_over_processes=_global_sum(accelerator),
+            )
+            if torch.isfinite(parts.total):
+                accelerator.backward(parts.total / len(group))
+        totals += torch.stack(parts).detach() / len(group)
+    return tuple(totals.tolist())  # type: ignore[return-value]
+
+
+def _global_sum(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
+    if accelerator.num_processes == 1:
+        return None
+
+    def global_sum(local: Tensor) -> Tensor:
+        total = accelerator.reduce(local.detach(), reduction="sum")
+        # Its value is the total; its gradient is the local one, times N because DDP averages over N processes.
+        return total + (local - local.detach()) * accelerator.num_processes
+
+    return global_sum
+
+
+def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Consecutive groups of `size` micro-batches; the last may be smaller."""
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

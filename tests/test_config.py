@@ -1,0 +1,68 @@
+"""Configurations refuse what cannot work and survive JSON."""
+
+import json
+
+import pytest
+
+from samed_peft.config import SYNAPSE_CLASSES, SamedConfig, TrainingConfig
+from samed_peft.errors import InputError, NonFiniteLossError, RunInterruptedError, exit_on_error
+
+
+def test_defaults_are_sameds():
+    training = TrainingConfig()
+    assert (training.learning_rate, training.warmup_steps, training.weight_decay) == (0.005, 250, 0.1)
+    assert (training.epochs, training.stop_epoch, training.batch_size, training.seed) == (200, 160, 24, 1234)
+    assert (training.dice_weight, training.decay_power) == (0.8, 0.9)
+    config = SamedConfig("b", SYNAPSE_CLASSES)
+    assert (config.image_size, config.rank, config.window, config.num_labels) == (512, 4, (-125.0, 275.0), 9)
+
+
+@pytest.mark.parametrize("config", [SamedConfig("b", ("x", "y"), window=None), TrainingConfig(seed=3)])
+def test_json_round_trip(config):
+    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"class_names": ()},
+        {"class_names": ("a", "a")},
+        {"rank": 0},
+        {"image_size": 0},
+        {"input_size": -1},
+        {"window": (5.0, 5.0)},
+        {"targets": ("qkv",)},
+        {"dropout": 1.0},
+    ],
+)
+def test_bad_adapters_are_refused(values):
+    with pytest.raises(InputError, match=next(iter(values))):
+        SamedConfig(**({"base": "b", "class_names": ("a",)} | values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"batch_size": 0}, {"seed": -1}, {"stop_epoch": 201}, {"dice_weight": 1.5}, {"learning_rate": float("nan")}],
+)
+def test_bad_training_is_refused(values):
+    with pytest.raises(InputError, match=next(iter(values))):
+        TrainingConfig(**values)
+
+
+def test_unknown_and_missing_fields_are_named():
+    with pytest.raises(InputError, match="no field colour"):
+        SamedConfig.from_dict({"base": "b", "class_names": ["a"], "colour": 1})
+    with pytest.raises(InputError, match="class_names"):
+        SamedConfig.from_dict({"base": "b"})
+
+
+@pytest.mark.parametrize(("error", "code"), [(InputError, 2), (NonFiniteLossError, 3), (RunInterruptedError, 75)])
+def test_exit_codes(error, code, capsys):
+    @exit_on_error
+    def main():
+        raise error("what happened")
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == code
+    assert capsys.readouterr().err == "error: what happened\n"

@@ -1,0 +1,245 @@
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+
+from samed_peft.errors import InputError
+from samed_peft.evaluation import Report, case_picture, evaluate_cases, format_table, write_report
+from samed_peft.evaluation.pictures import telling_slices
+from samed_peft.io import Volume
+from samed_peft.metrics import score_masks
+
+NAMES = ("liver", "spleen")
+RAS = np.diag([1.0, 1.0, 5.0, 1.0])
+
+
+def _labels(*boxes, shape=(6, 8, 8)):
+    """Label map with one (label, start_zyx, stop_zyx) box after the other."""
+    labels = np.zeros(shape, np.uint8)
+    for label, start, stop in boxes:
+        labels[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))] = label
+    return labels
+
+
+LIVER = (1, (1, 1, 1), (5, 5, 5))
+LIVER_ONE_SLICE_UP = (1, (2, 1, 1), (6, 5, 5))
+SPLEEN = (2, (0, 6, 6), (2, 8, 8))
+
+
+def _report(**options):
+    """Case a: the liver one slice off, no spleen anywhere. Case b: liver found, spleen missed."""
+    predictions = {"a": _labels(LIVER_ONE_SLICE_UP), "b": _labels(LIVER)}
+    references = {"a": Volume(_labels(LIVER), RAS), "b": Volume(_labels(LIVER, SPLEEN), RAS)}
+    return evaluate_cases(predictions, references, class_names=NAMES, **options)
+
+
+def test_the_report_has_its_agreed_shape_and_scores():
+    off = score_masks(_labels(LIVER_ONE_SLICE_UP), _labels(LIVER), spacing_zyx_mm=(5.0, 1.0, 1.0))
+    voxels = score_masks(_labels(LIVER_ONE_SLICE_UP), _labels(LIVER), convention="samed")
+    right, nothing, missed = ({"dice": d, "hd95": h} for d, h in ((1.0, 0.0), (None, None), (0.0, None)))
+    zero = {"dice": 0.0, "hd95": 0.0}
+    assert off == {"dice": 0.75, "hd95": 5.0}
+    assert _report(settings={"dataset": "two boxes"}).to_dict() == {
+        "standard": {
+            "mean": {"dice": 0.4375, "hd95": 2.5},
+            "classes": {
+                "liver": {"dice": 0.875, "hd95": 2.5, "n_valid": 2, "n_cases": 2},
+                "spleen": {"dice": 0.0, "hd95": None, "n_valid": 1, "n_cases": 2},
+            },
+        },
+        "samed": {
+            "mean": {"dice": 0.4375, "hd95": 0.25},
+            "classes": {
+                "liver": {"dice": 0.875, "hd95": 0.5, "n_valid": 2, "n_cases": 2},
+                "spleen": {"dice": 0.0, "hd95": 0.0, "n_valid": 2, "n_cases": 2},
+            },
+        },
+        "cases": [
+            {
+                "case": "a",
+                "classes": {
+                    "liver": {"standard": off, "samed": voxels},
+                    "spleen": {"standard": nothing, "samed": zero},
+                },
+            },
+            {
+                "case": "b",
+                "classes": {
+                    "liver": {"standard": right, "samed": right},
+                    "spleen": {"standard": missed, "samed": zero},
+                },
+            },
+        ],
+        "settings": {"dataset": "two boxes"},
+    }
+
+
+def test_mappings_are_read_one_case_at_a_time():
+    log = []
+
+    class Lazy(dict):
+        def __getitem__(self, case):
+            log.append(case)
+            return super().__getitem__(case)
+
+    pairs = Lazy({"a": _labels(LIVER), "b": _labels(LIVER), "c": _labels(LIVER)})
+    evaluate_cases(pairs, pairs, class_names=NAMES)
+    assert log == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_cases_without_voxel_size_are_named():
+    report = evaluate_cases({"a": _labels(LIVER)}, {"a": _labels(LIVER)}, class_names=NAMES)
+    assert report.settings["cases_without_spacing"] == ["a"]
+    assert "1 of 1 references have no voxel size" in format_table(report)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        ({}, {}, "no case to evaluate"),
+        ({"a": 0}, {"a": 0, "b": 0}, "no prediction of b, no reference of none"),
+        ({"a": 0, "x": 0}, {"a": 0}, "no prediction of none, no reference of x"),
+        ({}, dict.fromkeys("abcdefg", 0), "a, b, c, d, e and 2 more"),
+    ],
+)
+def test_cases_without_partner_are_refused(predictions, references, message):
+    with pytest.raises(InputError, match=message):
+        evaluate_cases(predictions, references, class_names=NAMES)
+
+
+def test_errors_name_case_and_file(tmp_path):
+    reference = Volume(_labels(LIVER), RAS, tmp_path / "label0031.nii.gz")
+    with pytest.raises(
+        InputError, match=r"case0031: .*label0031.nii.gz: .*prediction hold 14, but only 0..2"
+    ):
+        evaluate_cases({"case0031": _labels((14, *LIVER[1:]))}, {"case0031": reference}, class_names=NAMES)
+    with pytest.raises(InputError, match=r"case0031: .*\(5, 8, 8\) and \(6, 8, 8\)"):
+        evaluate_cases({"case0031": _labels(shape=(5, 8, 8))}, {"case0031": reference}, class_names=NAMES)
+
+
+def test_grids_that_lie_elsewhere_are_refused():
+    moved, rounded = RAS.copy(), RAS.copy()
+    moved[0, 3], rounded[0, 3] = 3.0, 1e-5
+    reference = {"a": Volume(_labels(LIVER), RAS)}
+    evaluate_cases({"a": Volume(_labels(LIVER), rounded)}, reference, class_names=NAMES)
+    with pytest.raises(InputError, match=r"a: prediction and reference must lie on one grid.*3 mm apart"):
+        evaluate_cases({"a": Volume(_labels(LIVER), moved)}, reference, class_names=NAMES)
+
+
+@pytest.mark.parametrize("names", [(), ("liver", "liver"), "liver"])
+def test_unusable_class_names_are_refused(names):
+    with pytest.raises(InputError, match="class_names"):
+        evaluate_cases({"a": _labels()}, {"a": _labels()}, class_names=names)
+
+
+def test_the_written_report(tmp_path):
+    report = _report(settings={"note": "Of the tiny base."}, images={"b": Volume(np.zeros((6, 8, 8)), RAS)})
+    write_report(report, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report.to_dict()
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| liver | 0.8750 | 2.50 | 2/2 | 2/2 | 0.8750 | 0.50 |" in text
+    assert "| spleen | 0.0000 | n/a | 1/2 | 0/2 | 0.0000 | 0.00 |" in text
+    assert "| a | 0.7500 / 5.00 | n/a / n/a |" in text
+    assert "Of the tiny base." in text
+    assert "![b](pictures/b.png)" in text
+    assert (tmp_path / "out" / "pictures" / "b.png").read_bytes() == report.pictures["b"]
+
+
+def test_odd_case_names_make_safe_and_different_files(tmp_path):
+    labels = _labels(LIVER)
+    cases = {"../up": labels, ".._up": labels, "pipe|d": labels}
+    report = evaluate_cases(cases, cases, class_names=NAMES)
+    write_report(report, tmp_path / "out", pictures={case: case.encode() for case in cases})
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out" / "pictures").iterdir()}
+    assert written == {"_up.png": b"../up", "__up.png": b".._up", "pipe_d.png": b"pipe|d"}
+    assert "| pipe\\|d | 1.0000 / 0.00 |" in (tmp_path / "out" / "report.md").read_text()
+    with pytest.raises(InputError, match="pictures must be of cases of the report; found other"):
+        write_report(report, tmp_path / "out", pictures={"other": b""})
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_table_fits_the_terminal(width):
+    nan = math.nan
+    scores = [{"dice": 0.5, "hd95": 123.456}, {"dice": nan, "hd95": nan}]
+    names = ("a very long name of a structure that nobody would print", "[bold]x")
+    table = format_table(
+        Report(names, {"c": {"standard": scores, "samed": scores}}, settings={"note": "word " * 40}),
+        width=width,
+    )
+    assert max(len(line) for line in table.splitlines()) <= max(width, 80)
+    assert table.isascii()
+    for text in ("0.5000", "123.46", "n/a", "1/1", "[bold]x", "HD95 mm"):
+        assert text in table
+
+
+def test_slices_that_tell_something_are_chosen():
+    reference = _labels(
+        (1, (2, 0, 0), (3, 4, 4)), (2, (2, 5, 5), (3, 6, 6)), (1, (8, 0, 0), (9, 8, 8)), shape=(20, 8, 8)
+    )
+    prediction = reference.copy()
+    prediction[15, :5, :5] = 1
+    assert telling_slices(reference, prediction) == {
+        2: "most classes",
+        8: "most foreground",
+        15: "largest disagreement",
+    }
+    assert telling_slices(reference[:1], reference[:1]) == {0: "no label in either"}
+    assert list(telling_slices(reference[2:3], reference[2:3])) == [0]
+
+
+def _pixels(png):
+    from matplotlib.image import imread
+
+    return imread(io.BytesIO(png))
+
+
+def _bright_corner(axes_xy):
+    """Corner of the first panel at which the voxel (x, y) = (0, 0) of a scan with these axes is shown."""
+    image = np.zeros((1, 40, 40), np.float32)
+    image[0, :20, :20] = 1
+    signs = {"R": 1.0, "L": -1.0, "A": 1.0, "P": -1.0}
+    affine = None if axes_xy is None else np.diag([signs[axes_xy[0]], signs[axes_xy[1]], 1.0, 1.0])
+    empty = np.zeros(image.shape, np.uint8)
+    picture = _pixels(case_picture(Volume(image, affine), empty, empty, class_names=NAMES, window=(0, 1)))
+    black = np.argwhere(picture[..., :3].max(axis=-1) < 0.05)
+    panel = black[black[:, 1] < picture.shape[1] / 3]
+    (top, left), (bottom, right) = panel.min(axis=0), panel.max(axis=0)
+    height, width = bottom - top, right - left
+    shown = {
+        (vertical, horizontal): picture[int(top + height * y), int(left + width * x), 0]
+        for vertical, y in (("top", 0.25), ("bottom", 0.75))
+        for horizontal, x in (("left", 0.25), ("right", 0.75))
+    }
+    return max(shown, key=shown.get)
+
+
+@pytest.mark.parametrize(
+    ("axes_xy", "corner"),
+    [
+        # Voxel (0, 0) lies at the start of both axes: for RA that is left and posterior of the patient,
+        # which the radiological view puts on the right and at the bottom.
+        ("RA", ("bottom", "right")),
+        ("LP", ("top", "left")),
+        ("LA", ("bottom", "left")),
+        ("RP", ("top", "right")),
+        (None, ("top", "left")),
+    ],
+)
+def test_pictures_show_anterior_up_and_the_right_side_on_the_left(axes_xy, corner):
+    assert _bright_corner(axes_xy) == corner
+
+
+def test_pictures_survive_odd_input():
+    labels = _labels(LIVER, SPLEEN)
+    constant = np.full(labels.shape, 7, np.int16)
+    png = case_picture(constant, labels, labels, class_names=("_$x^", "[b]"), spacing_zyx_mm=(1.0, 0.1, 5.0))
+    assert png == case_picture(
+        constant, labels, labels, class_names=("_$x^", "[b]"), spacing_zyx_mm=(1.0, 0.1, 5.0)
+    )
+    assert _pixels(png).shape[2] in (3, 4)
+    many = tuple(f"class {k}" for k in range(1, 41))
+    case_picture(constant, np.where(labels, 40, 0), labels, class_names=many)
+    with pytest.raises(InputError, match=r"\(5, 8, 8\)"):
+        case_picture(constant[:5], labels, labels, class_names=NAMES)

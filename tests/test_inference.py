@@ -1,0 +1,76 @@
+"""Volume prediction against the original's, on the scan's own grid, in any orientation."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import npz
+
+from samed_peft.inference import predict_volume, segment_cases
+from samed_peft.io import Volume, read_labels
+from samed_peft.metrics import score_masks
+
+
+@pytest.fixture
+def golden_volume():
+    return npz("volume.npz")
+
+
+def test_volume_inference_reproduces_samed(golden_model, golden_volume):
+    scan = Volume(golden_volume["image"], normalized=True)
+    prediction = predict_volume(golden_model, scan, batch_size=2)
+    assert prediction.dtype == np.uint8
+    assert prediction.shape == scan.array.shape
+    assert (prediction == golden_volume["prediction"]).mean() >= 0.9999
+    for k, expected in enumerate(golden_volume["per_class_dice_hd95"], start=1):
+        scores = score_masks(prediction == k, golden_volume["label"] == k, convention="samed")
+        assert list(scores.values()) == pytest.approx(expected, abs=1e-3)
+
+
+def test_batch_size_does_not_matter(golden_model, golden_volume):
+    scan = Volume(golden_volume["image"], normalized=True)
+    one, many = (predict_volume(golden_model, scan, batch_size=size) for size in (1, 8))
+    assert (one == many).mean() >= 0.9999
+
+
+def test_the_mode_is_left_as_it_was(golden_model, golden_volume):
+    golden_model.train()
+    predict_volume(golden_model, Volume(golden_volume["image"][:1], normalized=True))
+    assert golden_model.training
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SAL"])
+def test_a_scan_in_another_orientation_gives_the_same_mask(golden_model, golden_config, golden_volume, codes):
+    golden_model.base_model.model.samed_config = golden_config.__class__(
+        **{**vars(golden_config), "orientation": "LAS"}
+    )
+    affine = np.diag([-0.8, 0.8, 3.0, 1.0])
+    scan = Volume(golden_volume["image"], affine, normalized=True)
+    expected = predict_volume(golden_model, scan)
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("LAS"), nib.orientations.axcodes2ornt(tuple(codes))
+    )
+
+    def turned(array):
+        return nib.orientations.apply_orientation(array.transpose(2, 1, 0), turn).transpose(2, 1, 0)
+
+    turned_affine = affine @ nib.orientations.inv_ornt_aff(turn, scan.array.shape[::-1])
+    other = Volume(np.ascontiguousarray(turned(scan.array)), turned_affine, normalized=True)
+    assert other.orientation == codes
+    np.testing.assert_array_equal(predict_volume(golden_model, other), turned(expected))
+
+
+def test_segment_cases_writes_masks_on_the_scans_grid(golden_model, golden_volume, tmp_path):
+    affine = np.array([[-0.8, 0, 0, 100], [0, 0.8, 0, -50], [0, 0, 3.0, 7], [0, 0, 0, 1]])
+    images = {"a": Volume(golden_volume["image"][:2], affine, normalized=True)}
+    files = segment_cases(golden_model, images, tmp_path, accelerator=Accelerator(cpu=True))
+    mask = read_labels(files["a"])
+    np.testing.assert_array_equal(mask.array, predict_volume(golden_model, images["a"]))
+    np.testing.assert_allclose(mask.affine, affine, atol=1e-6)
+
+
+def test_no_gradient_is_kept(golden_model, golden_volume):
+    predict_volume(golden_model, Volume(golden_volume["image"][:1], normalized=True))
+    assert all(p.grad is None for p in golden_model.parameters())
+    assert not torch.is_inference_mode_enabled()
