@@ -3,15 +3,13 @@
     accelerate launch recipes/synapse.py --data_dir DATA --base facebook/sam-vit-base --output_dir runs/synapse
     python recipes/synapse.py --demo --output_dir runs/demo
 
-DATA holds raw BTCV (Training/img, Training/label) or SAMed's train_npz and test_vol_h5. The defaults are SAMed's
-published settings, 81.88 DSC / 20.64 HD95 on the 12 test cases; SAMed trained on two 24 GB cards (two processes:
---batch_size 12 each). The demo trains a tiny stand-in for SAM on synthetic CT in minutes on two CPU cores; its scores
-say that the installation works and nothing about SAM. A run that was stopped or killed goes on with --resume.
-Exit codes: 0 done, 2 wrong input, 3 the loss diverged, 75 stopped by a signal with everything saved.
+DATA holds raw BTCV (Training/img, Training/label) or SAMed's train_npz and test_vol_h5. The defaults are SAMed's,
+published with 81.88 DSC / 20.64 HD95 on two 24 GB cards (two processes: --batch_size 12 each). The demo adapts a tiny
+stand-in for SAM to synthetic CT in minutes on two CPU cores; its scores say nothing about SAM. A stopped or killed run
+goes on with --resume. Exit codes: 0 done, 2 wrong input, 3 loss diverged, 75 stopped by a signal, everything saved.
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -19,19 +17,17 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from tqdm import tqdm
 
-from samed_peft.adapters import add_lora, load_adapter, save_adapter, write_card
+from samed_peft import SamedConfig, TrainingConfig, add_lora, evaluate_cases, load_adapter, load_sam, push_to_hub
+from samed_peft.adapters import save_adapter, write_card
 from samed_peft.batches import TrainingSlices
-from samed_peft.config import SYNAPSE_CLASSES, TINY_SAM, SamedConfig, TrainingConfig
+from samed_peft.config import SYNAPSE_CLASSES, TINY_SAM, add_options, from_options
 from samed_peft.datasets import CaseVolumes, common_orientation, load_synapse, split_cases, write_phantom
-from samed_peft.errors import InputError, RunInterruptedError, exit_on_error
-from samed_peft.evaluation import evaluate_cases, format_table, write_report
+from samed_peft.errors import RunInterruptedError, exit_on_error
+from samed_peft.evaluation import format_table, write_report
 from samed_peft.evaluation.validation import mean_dice
-from samed_peft.hub import push_to_hub
 from samed_peft.inference import segment_cases
-from samed_peft.modeling import load_sam
-from samed_peft.training import (
-    StopSignal, build_optimizer, claim_run_folder, load_checkpoint, run_settings, save_checkpoint, training_steps,
-)  # fmt: skip
+from samed_peft.training.loop import build_optimizer, training_steps
+from samed_peft.training.state import StopSignal, claim_run_folder, load_checkpoint, run_settings, save_checkpoint
 
 DEMO = {
     "base": TINY_SAM, "image_size": 96, "batch_size": 12, "epochs": 8, "stop_epoch": 7, "warmup_steps": 20,
@@ -54,14 +50,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=512)
     parser.add_argument("--input_size", type=int, help="bottleneck at prediction; SAMed's test uses 224")
     parser.add_argument("--rank", type=int, default=4)
-    for field in dataclasses.fields(TrainingConfig):
-        kind = argparse.BooleanOptionalAction if isinstance(field.default, bool) else None
-        options = {"action": kind} if kind else {"type": type(field.default)}
-        parser.add_argument(f"--{field.name}", default=field.default, help="default: %(default)s", **options)
+    add_options(parser, TrainingConfig)
     args = parser.parse_args()
     if args.demo:
-        left = {name: value for name, value in DEMO.items() if getattr(args, name) == parser.get_default(name)}
-        vars(args).update(left)
+        vars(args).update({k: v for k, v in DEMO.items() if vars(args)[k] == parser.get_default(k)})
     elif args.data_dir is None:
         parser.error("--data_dir is required, or --demo")
     if bool(args.validate_epochs) != bool(args.validation_cases):
@@ -76,9 +68,9 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Datas
         if args.demo:
             data_dir = args.output_dir.with_name(f"{args.output_dir.name}-phantom")
             if accelerator.is_main_process:
-                write_phantom(data_dir, cases=DEMO["train_cases"] + DEMO["test_cases"], seed=0)
-        train_cases = split_cases(data_dir, "train", args.train_cases, without=held_out)
-        train = load_synapse(data_dir, "train", cases=train_cases)
+                write_phantom(data_dir, cases=args.train_cases + args.test_cases, seed=0)
+        cases = split_cases(data_dir, "train", args.train_cases, without=held_out)
+        train = load_synapse(data_dir, "train", cases=cases)
         test = load_synapse(data_dir, "test", cases=args.test_cases)
         validation = load_synapse(data_dir, "test", cases=held_out) if held_out else None
     return train, test, validation
@@ -90,7 +82,7 @@ def main() -> None:
     args, stop_signal = parse_args(), StopSignal()
     accelerator = Accelerator(log_with="tensorboard", project_dir=args.output_dir)
     main_process, out = accelerator.is_main_process, args.output_dir
-    training = TrainingConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainingConfig)})
+    training = from_options(args, TrainingConfig)
     train_rows, test_rows, validation_rows = load_data(args, accelerator)
     config = SamedConfig(
         args.base, SYNAPSE_CLASSES, image_size=args.image_size, input_size=args.input_size, rank=args.rank,
@@ -104,46 +96,40 @@ def main() -> None:
         sam.activation_checkpointing_enable()
     model = add_lora(sam, config)
     optimizer = build_optimizer(model, weight_decay=training.weight_decay)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    slices = TrainingSlices(
-        train_rows, image_size=config.image_size, label_size=sam.logits_size,
-        seed=training.seed if training.augment else None,
-    )  # fmt: skip
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    seed = training.seed if training.augment else None
+    slices = TrainingSlices(train_rows, image_size=config.image_size, label_size=sam.logits_size, seed=seed)
 
     # The folder belongs to one run, which goes on where its newest checkpoint stands.
     settings = run_settings(config, training, data=train_rows.config_name, accelerator=accelerator)
     if main_process:
         claim_run_folder(out, settings, resume=args.resume)
     accelerator.wait_for_everyone()
-    progress = load_checkpoint(out / "checkpoints", model, optimizer, accelerator=accelerator)
+    progress = load_checkpoint(out / "checkpoints", prepared, optimizer, accelerator=accelerator)
     accelerator.init_trackers("logs")
-    steps = training_steps(
-        model, optimizer, slices, training=training, accelerator=accelerator, start=progress.step
-    )
     bar = tqdm(desc="training", initial=progress.step, unit="step", disable=not main_process)
+    steps = training_steps(prepared, optimizer, slices, training=training, accelerator=accelerator, start=progress.step)
     for step in steps:
-        progress = dataclasses.replace(progress, step=step.number)
+        progress = progress.at(step.number)
         accelerator.log(step.scalars(), step=step.number)
         bar.total = step.steps_per_epoch * training.stop_epoch
         bar.set_postfix(loss=f"{step.loss:.3f}", rate=f"{step.learning_rate:.1e}", refresh=False)
         bar.update()
         if validation_rows is not None and step.ends_epoch and step.epoch % training.validate_epochs == 0:
             volumes = (CaseVolumes.of_rows(validation_rows, column) for column in ("image", "label"))
-            dice = mean_dice(accelerator.unwrap_model(model), *volumes, accelerator=accelerator)
+            dice = mean_dice(model, *volumes, accelerator=accelerator)
             accelerator.log({"validation/dice": dice}, step=step.number)
-            if progress.best_dice is None or dice > progress.best_dice:
-                progress = dataclasses.replace(progress, best_dice=dice, best_epoch=step.epoch)
-                if main_process:
-                    save_adapter(accelerator.unwrap_model(model), out / "adapter_best", config=config, training=training)
+            progress = progress.validated(dice, epoch=step.epoch)
+            if main_process and progress.best_epoch == step.epoch:
+                save_adapter(model, out / "adapter_best", config=config, training=training)
         if step.ends_epoch and main_process:
-            save_adapter(accelerator.unwrap_model(model), out / "adapter", config=config, training=training)
+            save_adapter(model, out / "adapter", config=config, training=training)
         stopping = stop_signal.on_any_process(accelerator)
         if stopping or step.ends_epoch or step.number % training.checkpoint_steps == 0:
-            save_checkpoint(out / "checkpoints", model, optimizer, progress=progress, accelerator=accelerator)
+            save_checkpoint(out / "checkpoints", prepared, optimizer, progress=progress, accelerator=accelerator)
         if stopping:
-            raise RunInterruptedError(f"stopped by a signal after step {step.number}; all is saved, --resume goes on")
+            raise RunInterruptedError(f"stopped by a signal after step {step.number}; --resume goes on from there")
     bar.close()
-    accelerator.wait_for_everyone()
 
     # What is tested is what was saved, read back from disk.
     adapter = out / ("adapter" if progress.best_epoch is None else "adapter_best")
@@ -151,9 +137,8 @@ def main() -> None:
     model = load_adapter(adapter, device=accelerator.device)
     masks = segment_cases(model, images, out / "predictions", accelerator=accelerator)
     if main_process:
-        report = evaluate_cases(
-            CaseVolumes.of_masks(masks), references, class_names=config.class_names, images=images, settings=settings
-        )
+        labels = {"class_names": config.class_names, "settings": settings}
+        report = evaluate_cases(CaseVolumes.of_masks(masks), references, images=images, **labels)
         write_report(report, out)
         write_card(adapter, report=report.to_dict(), training=training)
         print(format_table(report), f"adapter, masks, report and pictures are in {out}", sep="\n")

@@ -156,7 +156,10 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
     Raises:
         InputError: naming the first of them, with both shapes.
     """
-    for problem, keys in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
+    for problem, keys in (
+        ("lacks", expected.keys() - found.keys()),
+        ("has unknown", found.keys() - expected.keys()),
+    ):
         if keys:
             raise InputError(
                 f"{path} {problem} weights {', '.join(sorted(keys)[:3])} ({len(keys)} in all); "

@@ -23,7 +23,13 @@ class SamSplitAttention(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, *, grid_size: int, qkv_bias: bool = True, use_rel_pos: bool = True
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        grid_size: int,
+        qkv_bias: bool = True,
+        use_rel_pos: bool = True,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads

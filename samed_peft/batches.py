@@ -1,4 +1,4 @@
-"""Rows of a dataset -> batches of tensors, in an order and with an augmentation that depend on (seed, epoch, index) alone."""
+"""Rows of a dataset -> batches of tensors; order and augmentation depend on (seed, epoch, index) alone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -80,7 +80,7 @@ def batch_loader(slices: TrainingSlices, batches: Sequence[list[Key]], *, num_wo
     """Load `batches` in order; each is `pixel_values` (B, 3, S, S) and `labels` (B, h, h)."""
     return DataLoader(
         slices,
-        batch_sampler=batches,  # type: ignore[arg-type]  # a list of lists is an iterable of batches
+        batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         # A generator of its own: without one, each epoch would draw from the global random state.

@@ -1,11 +1,13 @@
-"""Meta's SAM checkpoints -> `SamModel`: names of weights, and the geometry read off the tensors themselves."""
+"""Weights by name: Meta's SAM checkpoints -> `SamModel`, positions for other sizes, fused and split projections."""
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import SamConfig, SamModel
 
 from samed_peft.errors import InputError
@@ -21,7 +23,10 @@ _RENAMES = (
     (r"^image_encoder\.neck\.2\.", "vision_encoder.neck.conv2."),
     (r"^image_encoder\.neck\.3\.", "vision_encoder.neck.layer_norm2."),
     (r"^image_encoder\.", "vision_encoder."),
-    (r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$", "shared_image_embedding.positional_embedding"),
+    (
+        r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$",
+        "shared_image_embedding.positional_embedding",
+    ),
     (r"^prompt_encoder\.point_embeddings\.", "prompt_encoder.point_embed."),
     (r"^prompt_encoder\.mask_downscaling\.0\.", "prompt_encoder.mask_embed.conv1."),
     (r"^prompt_encoder\.mask_downscaling\.1\.", "prompt_encoder.mask_embed.layer_norm1."),
@@ -34,7 +39,9 @@ _RENAMES = (
     (r"\.output_upscaling\.1\.", ".upscale_layer_norm."),
     (r"\.output_upscaling\.3\.", ".upscale_conv2."),
 )
-_MLP_LAYER = re.compile(r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.layers\.(\d+)\.(.*)$")
+_MLP_LAYER = re.compile(
+    r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.layers\.(\d+)\.(.*)$"
+)
 _POSITIONS = "shared_image_embedding.positional_embedding"
 _TIED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
 
@@ -138,9 +145,76 @@ def load_meta_checkpoint(path: Path) -> SamModel:
     expected = model.state_dict()
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     misshapen = [k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape]
-    for problem, keys in (("lacks", missing), ("has unknown", unexpected), ("has misshapen", sorted(misshapen))):
+    for problem, keys in (
+        ("lacks", missing),
+        ("has unknown", unexpected),
+        ("has misshapen", sorted(misshapen)),
+    ):
         if keys:
             raise InputError(f"{path} {problem} weights: {', '.join(keys[:5])} ({len(keys)} in all)")
     model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     model.tie_weights()
     return model.eval()
+
+
+def semantic_config(config: SamConfig, *, num_labels: int | None, image_size: int | None) -> SamConfig:
+    """A SAM's configuration for other classes, another size, or both; None keeps what it has.
+
+    Raises:
+        InputError: `image_size` is no multiple of the patch size.
+    """
+    config = copy.deepcopy(config)
+    if num_labels is not None:
+        config.mask_decoder_config.num_multimask_outputs = num_labels - 1
+    if image_size is not None:
+        patch = config.vision_config.patch_size
+        if image_size % patch:
+            raise InputError(f"image_size must be a multiple of the patch size {patch}; found {image_size}")
+        config.vision_config.image_size = image_size
+        config.prompt_encoder_config.image_size = image_size
+        config.prompt_encoder_config.image_embedding_size = image_size // patch
+    return config
+
+
+def resize_positions(state: Mapping[str, Tensor], config: SamConfig) -> dict[str, Tensor]:
+    """Absolute and global relative positions, resized bilinearly for `config`'s image size as in SAMed."""
+    vision = config.vision_config
+    grid = vision.image_size // vision.patch_size
+    resized = dict(state)
+    absolute = state.get("vision_encoder.pos_embed")
+    if absolute is not None and absolute.shape[1] != grid:
+        image = F.interpolate(absolute.movedim(-1, 1), size=(grid, grid), mode="bilinear", align_corners=False)
+        resized["vision_encoder.pos_embed"] = image.movedim(1, -1).contiguous()
+    for index in vision.global_attn_indexes if vision.use_rel_pos else ():
+        for axis in "hw":
+            key = f"vision_encoder.layers.{index}.attn.rel_pos_{axis}"
+            table = state[key]
+            if len(table) != 2 * grid - 1:
+                size = (2 * grid - 1, table.shape[1])
+                resized[key] = F.interpolate(table[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+    return resized
+
+
+def split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's fused `qkv` weights as `q_proj`, `k_proj`, `v_proj`; everything else as it is."""
+    split = {}
+    for key, tensor in state.items():
+        if ".attn.qkv." in key:
+            for name, part in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True):
+                split[key.replace(".qkv.", f".{name}.")] = part
+        else:
+            split[key] = tensor
+    return split
+
+
+def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `split_qkv`."""
+    fused = {}
+    for key, tensor in state.items():
+        encoder_attention = key.startswith("vision_encoder.") and ".attn." in key
+        if encoder_attention and ".q_proj." in key:
+            parts = [state[key.replace(".q_proj.", f".{name}.")] for name in ("q_proj", "k_proj", "v_proj")]
+            fused[key.replace(".q_proj.", ".qkv.")] = torch.cat(parts)
+        elif not (encoder_attention and (".k_proj." in key or ".v_proj." in key)):
+            fused[key] = tensor
+    return fused

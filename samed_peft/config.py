@@ -1,11 +1,12 @@
 """What an adapter is (`SamedConfig`) and how it is trained (`TrainingConfig`)."""
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from samed_peft.errors import InputError
 
@@ -198,3 +199,21 @@ class TrainingConfig(_Json):
             f"stop_epoch ({self.stop_epoch}) must not exceed epochs ({self.epochs})",
         )
         _require(0 <= self.dice_weight <= 1, f"dice_weight must be in [0, 1]; found {self.dice_weight}")
+
+
+ConfigT = TypeVar("ConfigT", bound=_Json)
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type[ConfigT]) -> None:
+    """Add an option `--field` for every field of a configuration whose fields all have plain defaults."""
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        flag, shown = f"--{field.name}", "default: %(default)s"
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, default=field.default, action=argparse.BooleanOptionalAction, help=shown)
+        else:
+            parser.add_argument(flag, default=field.default, type=type(field.default), help=shown)
+
+
+def from_options(args: argparse.Namespace, kind: type[ConfigT]) -> ConfigT:
+    """The configuration that options of `add_options` give."""
+    return kind(**{field.name: vars(args)[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]

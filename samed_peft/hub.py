@@ -9,9 +9,7 @@ ADAPTER_FILES = (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE)
 """All that makes an adapter, and all that is uploaded: checkpoints and reports beside it stay here."""
 
 
-def push_to_hub(
-    directory: str | Path, repo_id: str, *, private: bool = False, token: str | None = None
-) -> str:
+def push_to_hub(directory: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
     """Upload an adapter to the Hub; the repository is made if there is none.
 
     Args:
@@ -44,9 +42,7 @@ def push_to_hub(
 
 def _check_directory(directory: Path) -> None:
     missing = [
-        name
-        for name in ADAPTER_FILES
-        if not (directory / name).is_file() or (directory / name).stat().st_size == 0
+        name for name in ADAPTER_FILES if not (directory / name).is_file() or (directory / name).stat().st_size == 0
     ]
     if missing:
         raise InputError(

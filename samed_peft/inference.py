@@ -2,20 +2,39 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import nibabel as nib
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from samed_peft.config import SamedConfig
+from samed_peft.errors import InputError
 from samed_peft.io import Volume, write_mask
+from samed_peft.modeling import SamForSemanticSegmentation
 from samed_peft.preprocessing import normalized_array, resize_label, slice_to_pixels
 
+Segmenter: TypeAlias = PeftModel | SamForSemanticSegmentation
+"""An adapter on its base, or a merged model; both have a `samed_config`."""
 
-def predict_volume(model: nn.Module, volume: Volume, *, batch_size: int = 8) -> np.ndarray:
+
+def settings_of(model: Segmenter) -> SamedConfig:
+    """How a model sees scans.
+
+    Raises:
+        InputError: it was built by hand and does not say.
+    """
+    if model.samed_config is None:
+        raise InputError("the model has no samed_config; get it from load_sam, add_lora or load_adapter")
+    return model.samed_config
+
+
+def predict_volume(model: Segmenter, volume: Volume, *, batch_size: int = 8) -> np.ndarray:
     """Segment a scan slice by slice, as SAMed's test does, but in batches and without labels.
 
     Each slice is normalised, resized by cubic spline (through the low-resolution bottleneck where the adapter has
@@ -31,7 +50,7 @@ def predict_volume(model: nn.Module, volume: Volume, *, batch_size: int = 8) -> 
     Returns:
         (D, H, W) uint8 on the grid of `volume`, 0 is background.
     """
-    config = model.samed_config
+    config = settings_of(model)
     there, back = _reorientation(volume, config.orientation)
     array = _apply(normalized_array(volume, config.window), there)
     was_training = model.training
@@ -48,11 +67,9 @@ def predict_volume(model: nn.Module, volume: Volume, *, batch_size: int = 8) -> 
 
 
 @torch.inference_mode()
-def _predict_slices(model: nn.Module, slices: np.ndarray) -> list[np.ndarray]:
-    config = model.samed_config
-    pixels = np.stack(
-        [slice_to_pixels(s, image_size=config.image_size, input_size=config.input_size) for s in slices]
-    )
+def _predict_slices(model: Segmenter, slices: np.ndarray) -> list[np.ndarray]:
+    config = settings_of(model)
+    pixels = np.stack([slice_to_pixels(s, image_size=config.image_size, input_size=config.input_size) for s in slices])
     parameter = next(model.parameters())
     inputs = torch.from_numpy(pixels).to(parameter.device)[:, None].expand(-1, 3, -1, -1)
     labels = upsampled_argmax(model(pixel_values=inputs).logits, config.image_size)
@@ -82,7 +99,7 @@ def _apply(array: np.ndarray, transform: np.ndarray | None) -> np.ndarray:
 
 
 def segment_cases(
-    model: nn.Module, images: Mapping[str, Volume], directory: Path, *, accelerator: Accelerator
+    model: Segmenter, images: Mapping[str, Volume], directory: Path, *, accelerator: Accelerator
 ) -> dict[str, Path]:
     """Write a mask for every case, the cases shared out among processes.
 

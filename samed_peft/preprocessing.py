@@ -1,4 +1,4 @@
-"""From a slice in a scan's own intensities and size to the model's pixels; one code path for training and prediction."""
+"""From a slice of a scan to the model's pixels; one code path for training and prediction."""
 
 import numpy as np
 from scipy import ndimage

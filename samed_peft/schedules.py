@@ -1,9 +1,7 @@
 """SAMed's learning rate as a pure function of the step, so that a resumed run needs no schedule state."""
 
 
-def learning_rate(
-    step: int, *, peak: float, warmup_steps: int, max_steps: int, power: float = 0.9
-) -> float:
+def learning_rate(step: int, *, peak: float, warmup_steps: int, max_steps: int, power: float = 0.9) -> float:
     """Rate in force at optimizer step `step` (0, 1, ...).
 
     The original sets the rate after each step, from the number of the step just done, so the rate in force lags by

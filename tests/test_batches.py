@@ -12,7 +12,10 @@ from samed_peft.losses import IGNORED_LABEL
 def rows():
     rng = np.random.default_rng(0)
     return [
-        {"image": rng.random((20, 24), dtype=np.float32), "label": rng.integers(0, 9, (20, 24), dtype=np.uint8)}
+        {
+            "image": rng.random((20, 24), dtype=np.float32),
+            "label": rng.integers(0, 9, (20, 24), dtype=np.uint8),
+        }
         for _ in range(7)
     ]
 

@@ -45,7 +45,10 @@ def test_geometry_and_outputs_equal_segment_anything(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "found"),
-    [("mask_decoder.iou_token.weight", "lacks weights"), ("image_encoder.pos_embed", "geometry cannot be read")],
+    [
+        ("mask_decoder.iou_token.weight", "lacks weights"),
+        ("image_encoder.pos_embed", "geometry cannot be read"),
+    ],
 )
 def test_missing_weights_are_named(tmp_path, key, found):
     state = torch.load(GOLDEN / "sam_base.pth", weights_only=True)

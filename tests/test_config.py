@@ -42,7 +42,13 @@ def test_bad_adapters_are_refused(values):
 
 @pytest.mark.parametrize(
     "values",
-    [{"batch_size": 0}, {"seed": -1}, {"stop_epoch": 201}, {"dice_weight": 1.5}, {"learning_rate": float("nan")}],
+    [
+        {"batch_size": 0},
+        {"seed": -1},
+        {"stop_epoch": 201},
+        {"dice_weight": 1.5},
+        {"learning_rate": float("nan")},
+    ],
 )
 def test_bad_training_is_refused(values):
     with pytest.raises(InputError, match=next(iter(values))):

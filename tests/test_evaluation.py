@@ -111,9 +111,7 @@ def test_cases_without_partner_are_refused(predictions, references, message):
 
 def test_errors_name_case_and_file(tmp_path):
     reference = Volume(_labels(LIVER), RAS, tmp_path / "label0031.nii.gz")
-    with pytest.raises(
-        InputError, match=r"case0031: .*label0031.nii.gz: .*prediction hold 14, but only 0..2"
-    ):
+    with pytest.raises(InputError, match=r"case0031: .*label0031.nii.gz: .*prediction hold 14, but only 0..2"):
         evaluate_cases({"case0031": _labels((14, *LIVER[1:]))}, {"case0031": reference}, class_names=NAMES)
     with pytest.raises(InputError, match=r"case0031: .*\(5, 8, 8\) and \(6, 8, 8\)"):
         evaluate_cases({"case0031": _labels(shape=(5, 8, 8))}, {"case0031": reference}, class_names=NAMES)
@@ -235,9 +233,7 @@ def test_pictures_survive_odd_input():
     labels = _labels(LIVER, SPLEEN)
     constant = np.full(labels.shape, 7, np.int16)
     png = case_picture(constant, labels, labels, class_names=("_$x^", "[b]"), spacing_zyx_mm=(1.0, 0.1, 5.0))
-    assert png == case_picture(
-        constant, labels, labels, class_names=("_$x^", "[b]"), spacing_zyx_mm=(1.0, 0.1, 5.0)
-    )
+    assert png == case_picture(constant, labels, labels, class_names=("_$x^", "[b]"), spacing_zyx_mm=(1.0, 0.1, 5.0))
     assert _pixels(png).shape[2] in (3, 4)
     many = tuple(f"class {k}" for k in range(1, 41))
     case_picture(constant, np.where(labels, 40, 0), labels, class_names=many)

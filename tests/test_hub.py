@@ -21,9 +21,7 @@ class _Hub(BaseHTTPRequestHandler):
             answer = {"url": f"{constants.ENDPOINT}/someone/liver"}
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
-            answer = {
-                "files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
-            }
+            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
         else:
             answer = {"commitUrl": f"{constants.ENDPOINT}/someone/liver/commit/abc", "commitOid": "abc"}
         data = json.dumps(answer).encode()

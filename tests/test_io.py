@@ -155,9 +155,7 @@ WRITERS = {
     ".nrrd": write_itk,
     ".mha": write_itk,
     ".npz": lambda path: np.savez(path, image=np.random.default_rng(0).random((6, 50, 50))) or path,
-    ".npy.h5": lambda path: (
-        [h5py.File(path, "w")][0].create_dataset("image", data=np.ones((3, 9, 9))).file.close()
-    ),
+    ".npy.h5": lambda path: [h5py.File(path, "w")][0].create_dataset("image", data=np.ones((3, 9, 9))).file.close(),
 }
 
 
@@ -179,9 +177,7 @@ def test_flipped_bits_are_noticed(tmp_path, suffix):
         np.savez(path, image=np.zeros((9, 9)))
     else:
         noise = np.random.default_rng(0).integers(0, 999, (9, 9, 9), np.int16)
-        path.write_bytes(
-            gzip.compress(nibabel.Nifti1Image(noise, AFFINE).to_bytes(), compresslevel=0, mtime=0)
-        )
+        path.write_bytes(gzip.compress(nibabel.Nifti1Image(noise, AFFINE).to_bytes(), compresslevel=0, mtime=0))
     data = bytearray(path.read_bytes())
     data[600] ^= 4
     path.write_bytes(data)

@@ -53,9 +53,7 @@ def test_distances_equal_medpy_on_the_full_arrays(seed):
 
 def test_a_cube_shifted_along_z_is_off_by_the_slice_spacing():
     # 4 slices against the same, shifted by one: 3 of 4 overlap; more than 5 % of the surface is a slice off.
-    scores = score_masks(
-        _cube((2, 1, 1), (6, 7, 7)), _cube((1, 1, 1), (5, 7, 7)), spacing_zyx_mm=(5.0, 1.0, 1.0)
-    )
+    scores = score_masks(_cube((2, 1, 1), (6, 7, 7)), _cube((1, 1, 1), (5, 7, 7)), spacing_zyx_mm=(5.0, 1.0, 1.0))
     assert scores == {"dice": 0.75, "hd95": 5.0}
 
 

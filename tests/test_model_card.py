@@ -3,8 +3,7 @@ import math
 import pytest
 import yaml
 
-from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
-from samed_peft.config import is_hub_id
+from samed_peft.config import SYNAPSE_CLASSES, SamedConfig, is_hub_id
 from samed_peft.model_card import model_card
 
 

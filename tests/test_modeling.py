@@ -9,12 +9,12 @@ from conftest import GOLDEN, npz
 from transformers import BertConfig, SamModel
 
 from samed_peft.attention import SamSplitAttention
-from samed_peft.checkpoints import load_meta_checkpoint
+from samed_peft.checkpoints import fuse_qkv, load_meta_checkpoint, split_qkv
 from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.errors import InputError
 from samed_peft.inference import upsampled_argmax
 from samed_peft.io import load_torch_weights
-from samed_peft.modeling import SamForSemanticSegmentation, fuse_qkv, load_sam, split_qkv
+from samed_peft.modeling import SamForSemanticSegmentation, load_sam
 
 BASE = GOLDEN / "sam_base.pth"
 

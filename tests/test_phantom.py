@@ -61,9 +61,7 @@ def test_cases_and_seeds_differ_and_repeat():
     again = phantom_case(5, seed=0, **SMALL)
     assert all(np.array_equal(one, two) for one, two in zip(first, again, strict=True))
     for other in (phantom_case(6, seed=0, **SMALL), phantom_case(5, seed=1, **SMALL)):
-        overlap = (
-            2 * ((first[1] == 6) & (other[1] == 6)).sum() / ((first[1] == 6).sum() + (other[1] == 6).sum())
-        )
+        overlap = 2 * ((first[1] == 6) & (other[1] == 6)).sum() / ((first[1] == 6).sum() + (other[1] == 6).sum())
         assert 0.5 < overlap < 0.98
 
 
@@ -73,9 +71,7 @@ def test_folder_is_raw_btcv(tmp_path):
     assert list_cases(folder) == ["case0001", "case0005", "case0006"]
     image, label = phantom_case(5, seed=0, **SMALL)
     np.testing.assert_array_equal(read_volume(folder / "Training" / "img" / "img0005.nii.gz").array, image)
-    np.testing.assert_array_equal(
-        read_labels(folder / "Training" / "label" / "label0005.nii.gz").array, label
-    )
+    np.testing.assert_array_equal(read_labels(folder / "Training" / "label" / "label0005.nii.gz").array, label)
     train = load_synapse(folder, "train", cache_dir=tmp_path / "cache", num_proc=1)
     test = load_synapse(folder, "test", cache_dir=tmp_path / "cache")
     assert (len(train), len(test)) == (24, 1)
@@ -87,9 +83,7 @@ def test_equal_bytes_and_replacement(tmp_path):
         write_phantom(tmp_path / name, cases=[5], seed=0, **SMALL)
     files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").glob("**/*.*")]
     assert len(files) == 3
-    assert all(
-        (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes() for path in files
-    )
+    assert all((tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes() for path in files)
 
 
 def test_other_peoples_files_are_kept(tmp_path):
@@ -99,9 +93,7 @@ def test_other_peoples_files_are_kept(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"cases": []}, {"cases": [5, 5]}, {"cases": [-1]}, {"cases": [10000]}, {"seed": -1}]
-)
+@pytest.mark.parametrize("wrong", [{"cases": []}, {"cases": [5, 5]}, {"cases": [-1]}, {"cases": [10000]}, {"seed": -1}])
 def test_bad_arguments(tmp_path, wrong):
     with pytest.raises(InputError, match="expected"):
         write_phantom(tmp_path / "phantom", **{"cases": [5], "seed": 0, **wrong})

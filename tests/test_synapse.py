@@ -37,9 +37,7 @@ def write_raw(folder, cases, *, shape=(3, 8, 10), labels=None, affine=AFFINE, la
         image = rng.integers(-300, 500, shape).astype(np.int16)
         label = rng.integers(0, 14, shape).astype(np.uint8) if labels is None else labels
         write_volume(Volume(image, affine), folder / "Training" / "img" / f"img{case:04d}.nii.gz")
-        write_mask(
-            label, Volume(label, label_affine), folder / "Training" / "label" / f"label{case:04d}.nii.gz"
-        )
+        write_mask(label, Volume(label, label_affine), folder / "Training" / "label" / f"label{case:04d}.nii.gz")
     return folder
 
 
@@ -176,9 +174,7 @@ def test_cache_holds_in_another_process(tmp_path, load):
         "import sys; from samed_peft.datasets import load_synapse;"
         "print(load_synapse(sys.argv[1], 'train', cache_dir=sys.argv[2]).cache_files[0]['filename'])"
     )
-    output = subprocess.check_output(
-        [sys.executable, "-c", code, BTCV / "raw", tmp_path / "cache"], text=True
-    )
+    output = subprocess.check_output([sys.executable, "-c", code, BTCV / "raw", tmp_path / "cache"], text=True)
     assert output.strip() == cache_file(first)
 
 

@@ -31,7 +31,10 @@ def accelerator():
 def golden_batches():
     data = npz("train.npz")
     return [
-        {"pixel_values": torch.from_numpy(x.astype(np.float32)).expand(-1, 3, -1, -1), "labels": torch.from_numpy(y).long()}
+        {
+            "pixel_values": torch.from_numpy(x.astype(np.float32)).expand(-1, 3, -1, -1),
+            "labels": torch.from_numpy(y).long(),
+        }
         for x, y in zip(data["images"], data["low_res_labels"], strict=True)
     ]
 
@@ -86,7 +89,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
 
     def from_start():
         torch.manual_seed(99)
-        model = add_lora(load_sam(golden_config.base, class_names=golden_config.class_names, image_size=128), golden_config)
+        model = add_lora(
+            load_sam(golden_config.base, class_names=golden_config.class_names, image_size=128), golden_config
+        )
         model.load_state_dict(start, strict=False)
         return model
 

@@ -31,7 +31,12 @@ def main():
     rows = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
     slices = TrainingSlices(rows, image_size=128, label_size=32, seed=1)
     training = TrainingConfig(
-        batch_size=4 // accelerator.num_processes, learning_rate=0.002, warmup_steps=0, epochs=2, stop_epoch=2, num_workers=0
+        batch_size=4 // accelerator.num_processes,
+        learning_rate=0.002,
+        warmup_steps=0,
+        epochs=2,
+        stop_epoch=2,
+        num_workers=0,
     )
     steps = training_steps(model, optimizer, slices, training=training, accelerator=accelerator)
     losses = [step.loss for step in steps]

@@ -27,7 +27,7 @@ class CaseVolumes(Mapping[str, Volume]):
         def reader(index: int) -> Callable[[], Volume]:
             def read() -> Volume:
                 row = rows[index]
-                return Volume(row[column], row["affine"], row["path"], normalized=column == "image")
+                return Volume(row[column], row["affine"], Path(row["path"]), normalized=column == "image")
 
             return read
 

@@ -138,10 +138,7 @@ def _points(shape_dhw: tuple[int, int, int], *, rng: np.random.Generator) -> np.
     # Slow waves across the field of view make every outline irregular without tearing it.
     waves = rng.uniform(0.6, 1.6, (3, 3)) * (2 * np.pi / 250) * rng.choice([-1, 1], (3, 3))
     phases = rng.uniform(0, 2 * np.pi, 3)
-    bent = [
-        m + 3.0 * np.sin(w[0] * x + w[1] * y + w[2] * z + p)
-        for m, w, p in zip(moved, waves, phases, strict=True)
-    ]
+    bent = [m + 3.0 * np.sin(w[0] * x + w[1] * y + w[2] * z + p) for m, w, p in zip(moved, waves, phases, strict=True)]
     return np.stack([np.broadcast_to(b, shape_dhw) for b in bent]).astype(np.float32)
 
 
@@ -257,8 +254,7 @@ def write_phantom(
         raise InputError(f"expected different case numbers from 0 to 9999, found {list(cases)}")
     if seed < 0 or min(shape_dhw) < 1 or min(spacing_zyx_mm) <= 0:
         raise InputError(
-            f"expected seed >= 0 and positive shape_dhw and spacing_zyx_mm, found {seed}, {shape_dhw}, "
-            f"{spacing_zyx_mm}"
+            f"expected seed >= 0 and positive shape_dhw and spacing_zyx_mm, found {seed}, {shape_dhw}, {spacing_zyx_mm}"
         )
     _require_own(directory)
     # Raw BTCV's axes: x to the left, y to the front, z to the head ("LAS").

@@ -53,9 +53,7 @@ def decode_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     if "label" in batch:
         decoded["label"] = [_unpack(packed, np.uint8) for packed in batch["label"]]
     if "affine" in batch:
-        decoded["affine"] = [
-            None if flat is None else np.array(flat).reshape(4, 4) for flat in batch["affine"]
-        ]
+        decoded["affine"] = [None if flat is None else np.array(flat).reshape(4, 4) for flat in batch["affine"]]
     return decoded
 
 

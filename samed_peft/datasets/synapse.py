@@ -39,9 +39,7 @@ def _require_labels(label: np.ndarray, highest: int, path: Path) -> None:
         )
 
 
-def _read_pair(
-    image_path: Path, label_path: Path, *, window: tuple[float, float] | None
-) -> tuple[Volume, np.ndarray]:
+def _read_pair(image_path: Path, label_path: Path, *, window: tuple[float, float] | None) -> tuple[Volume, np.ndarray]:
     """Normalised scan and labels 0..8, both (D, H, W); raw or preprocessed."""
     scan, reference = read_volume(image_path), read_labels(label_path)
     if scan.array.shape != reference.array.shape:
@@ -85,9 +83,7 @@ def _read_case(case: Case, *, window: tuple[float, float] | None) -> tuple[Volum
 def _slice_rows(case: Case, *, window: tuple[float, float] | None) -> Iterator[dict[str, Any]]:
     if case.slices:
         pairs = (_read_pair(path, path, window=window) for path in case.images)
-        arrays = (
-            (index, scan.array[0], label[0]) for index, (scan, label) in zip(case.slices, pairs, strict=True)
-        )
+        arrays = ((index, scan.array[0], label[0]) for index, (scan, label) in zip(case.slices, pairs, strict=True))
         orientation = None
     else:
         scan, labels = _read_pair(case.images[0], (case.labels or case.images)[0], window=window)

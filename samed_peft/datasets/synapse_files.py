@@ -89,9 +89,7 @@ def scan_folder(data_dir: str | Path) -> Folder:
     """
     root = Path(data_dir).expanduser().resolve()
     if not root.is_dir():
-        raise InputError(
-            f"expected a data folder at {root}, found {'a file' if root.exists() else 'nothing'}"
-        )
+        raise InputError(f"expected a data folder at {root}, found {'a file' if root.exists() else 'nothing'}")
     raw = [folder for folder in (root / "Training", root, root / "RawData" / "Training") if _is_raw(folder)]
     processed = (root / "train_npz").is_dir() or (root / "test_vol_h5").is_dir()
     if raw and processed:

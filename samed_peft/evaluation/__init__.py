@@ -57,9 +57,7 @@ def evaluate_cases(
         scores[case] = _score_pair(case, prediction, reference, num_classes=len(names))
         without_spacing += [case] if reference.affine is None else []
         if images is not None and case in images:
-            pictures[case] = case_picture(
-                images[case], reference, prediction, class_names=names, window=window
-            )
+            pictures[case] = case_picture(images[case], reference, prediction, class_names=names, window=window)
     found = {"cases_without_spacing": without_spacing} if without_spacing else {}
     return Report(names, scores, settings={**(settings or {}), **found}, pictures=pictures)
 
@@ -77,9 +75,7 @@ def _checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
 
 def _check_cases(predictions: Mapping[str, Labels], references: Mapping[str, Labels]) -> None:
     if not references:
-        raise InputError(
-            "there is no case to evaluate: no reference was given; check the folder of references"
-        )
+        raise InputError("there is no case to evaluate: no reference was given; check the folder of references")
     missing = [case for case in references if case not in predictions]
     extra = [case for case in predictions if case not in references]
     if missing or extra:

@@ -95,10 +95,7 @@ def _checked(
     image: Volume | NDArray, reference: Volume | NDArray, prediction: Volume | NDArray
 ) -> tuple[Volume, list[NDArray]]:
     scan = image if isinstance(image, Volume) else Volume(np.asarray(image))
-    labels = [
-        volume.array if isinstance(volume, Volume) else np.asarray(volume)
-        for volume in (reference, prediction)
-    ]
+    labels = [volume.array if isinstance(volume, Volume) else np.asarray(volume) for volume in (reference, prediction)]
     if not scan.array.ndim == 3 or any(array.shape != scan.array.shape for array in labels):
         raise InputError(
             "image, reference and prediction must have one shape (D, H, W); "
@@ -117,9 +114,7 @@ def telling_slices(reference: NDArray, prediction: NDArray) -> dict[int, str]:
         prediction: (D, H, W) labels.
     """
     depth = len(reference)
-    area = np.array(
-        [np.count_nonzero(a) + np.count_nonzero(b) for a, b in zip(reference, prediction, strict=True)]
-    )
+    area = np.array([np.count_nonzero(a) + np.count_nonzero(b) for a, b in zip(reference, prediction, strict=True)])
     differing = np.array([np.count_nonzero(a != b) for a, b in zip(reference, prediction, strict=True)])
     classes = np.array([_count_classes(a, b) for a, b in zip(reference, prediction, strict=True)])
     if not area.any():
@@ -171,9 +166,7 @@ def _figure(
     height, width = panels[0][0].shape
     # The clip keeps long, thin slices from making a picture of unreasonable size.
     row_inches = _COLUMN_INCHES * float(np.clip(height * view.row_over_column / width, 0.25, 2.0))
-    figure = Figure(
-        figsize=(3 * _COLUMN_INCHES, row_inches * len(panels) + 0.9), dpi=110, layout="compressed"
-    )
+    figure = Figure(figsize=(3 * _COLUMN_INCHES, row_inches * len(panels) + 0.9), dpi=110, layout="compressed")
     grid = figure.subplots(len(panels), 3, squeeze=False)
     colours = _palette(num_classes)
     for axes, (pixels, *labels), title in zip(grid, panels, titles, strict=True):
@@ -199,9 +192,7 @@ def _palette(num_classes: int) -> NDArray[np.float64]:
     """(K + 1, 3) colours in [0, 1]; index 0, background, is never shown."""
     listed = [tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)) for colour in _COLOURS]
     # Steps of the golden ratio keep any number of further hues apart.
-    further = [
-        colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.6, 1.0) for index in range(len(listed), num_classes)
-    ]
+    further = [colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.6, 1.0) for index in range(len(listed), num_classes)]
     return np.array([(0.0, 0.0, 0.0), *listed[:num_classes], *further])
 
 
@@ -219,9 +210,7 @@ def _legend(figure: "Figure", panels: Sequence[Sequence[NDArray]], class_names: 
     """Name the classes that are shown."""
     from matplotlib.patches import Patch
 
-    shown = sorted(
-        {int(label) for _, *maps in panels for labels in maps for label in np.unique(labels)} - {0}
-    )
+    shown = sorted({int(label) for _, *maps in panels for labels in maps for label in np.unique(labels)} - {0})
     if not shown:
         return
     colours = _palette(len(class_names))

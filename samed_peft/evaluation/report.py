@@ -63,9 +63,7 @@ class Report:
         return sum(not math.isnan(scores["standard"][index]["hd95"]) for scores in self.cases.values())
 
 
-def write_report(
-    report: Report, directory: str | Path, *, pictures: Mapping[str, bytes] | None = None
-) -> None:
+def write_report(report: Report, directory: str | Path, *, pictures: Mapping[str, bytes] | None = None) -> None:
     """Write report.json, report.md and pictures/CASE.png, each file atomically.
 
     Args:
@@ -183,9 +181,7 @@ def _markdown(report: Report, links: Mapping[str, str]) -> str:
         parts += [f"## Cases, {convention} ({units[convention]})", _case_table(report, convention)]
     if links:
         parts.append("## Pictures")
-        parts += [
-            f"{_cell(case)}\n\n![{_cell(case)}]({links[case]})" for case in report.cases if case in links
-        ]
+        parts += [f"{_cell(case)}\n\n![{_cell(case)}]({links[case]})" for case in report.cases if case in links]
     if report.settings:
         rows = [(name, str(value)) for name, value in report.settings.items()]
         parts += ["## Settings", markdown_table(["Setting", "Value"], rows)]

@@ -4,15 +4,14 @@ from collections.abc import Mapping
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
 
-from samed_peft.inference import predict_volume
+from samed_peft.inference import Segmenter, predict_volume, settings_of
 from samed_peft.io import Volume
 from samed_peft.metrics import score_case, summarise
 
 
 def mean_dice(
-    model: nn.Module,
+    model: Segmenter,
     images: Mapping[str, Volume],
     references: Mapping[str, Volume],
     *,
@@ -29,7 +28,7 @@ def mean_dice(
     Returns:
         The same number on every process; NaN if no reference and no prediction has any label.
     """
-    class_names = model.samed_config.class_names
+    class_names = settings_of(model).class_names
     scores = []
     for case in list(images)[accelerator.process_index :: accelerator.num_processes]:
         with accelerator.autocast():

@@ -141,9 +141,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path).resolve()  # a link is followed: its target is replaced, not the link
     if path.exists() and not path.is_dir():
-        raise InputError(
-            f"expected a folder or a free name at {path}, found a file; choose another name or move it"
-        )
+        raise InputError(f"expected a folder or a free name at {path}, found a file; choose another name or move it")
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_dir(path)
     temporary = _temporary_sibling(path)
@@ -203,9 +201,7 @@ def read_text(path: str | Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"expected UTF-8 text in {path}, found other bytes ({error}); was it damaged?"
-        ) from error
+        raise InputError(f"expected UTF-8 text in {path}, found other bytes ({error}); was it damaged?") from error
 
 
 def _refuse_constant(name: str) -> None:
@@ -222,9 +218,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"expected JSON in {path}, but it cannot be read: {error}; write the file again"
-        ) from error
+        raise InputError(f"expected JSON in {path}, but it cannot be read: {error}; write the file again") from error
 
 
 def _sha256(path: Path) -> str:
@@ -232,9 +226,7 @@ def _sha256(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror}; check that it exists and may be read"
-        ) from error
+        raise InputError(f"{path} cannot be read: {error.strerror}; check that it exists and may be read") from error
 
 
 def content_fingerprint(paths: Iterable[str | Path]) -> str:

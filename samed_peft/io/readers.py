@@ -27,9 +27,7 @@ def suffix_of(path: Path) -> str | None:
 
 
 def _damaged(path: Path, reason: object) -> InputError:
-    return InputError(
-        f"{path} cannot be read: {reason}; it is damaged, cut off or of another format, fetch it again"
-    )
+    return InputError(f"{path} cannot be read: {reason}; it is damaged, cut off or of another format, fetch it again")
 
 
 def _nifti_bytes(path: Path) -> bytes:
@@ -59,15 +57,9 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         image: Any = (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image).from_bytes(data)
         proxy = image.dataobj
         if proxy.dtype.kind not in "iuf":
-            raise InputError(
-                f"expected one number a voxel, found {proxy.dtype} in {path}; export it as greyscale"
-            )
+            raise InputError(f"expected one number a voxel, found {proxy.dtype} in {path}; export it as greyscale")
         # Unscaled values need no detour through float64, which would double the memory.
-        array = (
-            proxy.get_unscaled()
-            if (proxy.slope, proxy.inter) == (1, 0)
-            else image.get_fdata(caching="unchanged")
-        )
+        array = proxy.get_unscaled() if (proxy.slope, proxy.inter) == (1, 0) else image.get_fdata(caching="unchanged")
         return np.asarray(array), np.asarray(image.affine, dtype=np.float64)
     except (ImageFileError, HeaderDataError, WrapStructError, OSError, OverflowError) as error:
         raise _damaged(path, error) from error
@@ -133,9 +125,7 @@ def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
     if len(series) != 1:
         found = f"{len(series)} series ({', '.join(series)})" if series else "no DICOM files"
-        raise InputError(
-            f"expected a folder with one DICOM series, found {found} in {path}; give each its own folder"
-        )
+        raise InputError(f"expected a folder with one DICOM series, found {found} in {path}; give each its own folder")
     reader = sitk.ImageSeriesReader()
     reader.MetaDataDictionaryArrayUpdateOn()
     names = reader.GetGDCMSeriesFileNames(str(path), series[0])
@@ -159,9 +149,7 @@ def read_hdf5(path: Path, key: str) -> np.ndarray:
     try:
         with h5py.File(path, "r") as file:
             if not isinstance(file.get(key), h5py.Dataset):
-                raise InputError(
-                    f"expected a dataset {key!r} in {path}, found {', '.join(file) or 'nothing'}"
-                )
+                raise InputError(f"expected a dataset {key!r} in {path}, found {', '.join(file) or 'nothing'}")
             return np.asarray(file[key][()])
     except (OSError, RuntimeError) as error:
         raise _damaged(path, error) from error

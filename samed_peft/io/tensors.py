@@ -49,8 +49,7 @@ def load_tensors(path: str | Path) -> "dict[str, Tensor]":
         tensors: dict[str, Tensor] = load_file(path, device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
-            f"expected a safetensors file, but {path} cannot be read: {error}; "
-            "it is damaged or cut off, fetch it again"
+            f"expected a safetensors file, but {path} cannot be read: {error}; it is damaged or cut off, fetch it again"
         ) from error
     _require_finite(tensors, path)
     return tensors

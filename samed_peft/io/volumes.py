@@ -69,17 +69,13 @@ def _load(path: str | Path, *, key: str) -> Volume:
     if suffix in ARRAY_SUFFIXES:
         array = read_hdf5(path, key) if suffix == ".npy.h5" else read_npz(path, key)
         return _checked(Volume(array[None] if array.ndim == 2 else array, None, path, True))
-    raise InputError(
-        f"expected {', '.join(SUFFIXES)} or a DICOM folder, found {path}; convert it to one of these"
-    )
+    raise InputError(f"expected {', '.join(SUFFIXES)} or a DICOM folder, found {path}; convert it to one of these")
 
 
 def _checked(volume: Volume) -> Volume:
     array, affine, path = volume.array, volume.affine, volume.path
     if array.ndim != 3 or 0 in array.shape:
-        raise InputError(
-            f"expected a 3-D scan, found shape {array.shape} in {path}; split it into single volumes"
-        )
+        raise InputError(f"expected a 3-D scan, found shape {array.shape} in {path}; split it into single volumes")
     if array.dtype.kind not in "biuf":
         raise InputError(f"expected numbers, found {array.dtype} in {path}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -116,9 +112,7 @@ def read_volume(path: str | Path) -> Volume:
     with np.errstate(over="ignore"):  # what float32 cannot hold is reported below, with its file
         array = np.ascontiguousarray(volume.array, dtype=np.float32)
     if array.dtype != volume.array.dtype and not np.isfinite(array).all():
-        raise InputError(
-            f"expected intensities that float32 can hold, found larger ones in {path}; rescale them"
-        )
+        raise InputError(f"expected intensities that float32 can hold, found larger ones in {path}; rescale them")
     # Half a unit of slack: resampled slices overshoot [0, 1]; Hounsfield units go far beyond.
     if volume.normalized and (array.min() < -0.5 or array.max() > 1.5):
         raise InputError(
@@ -147,8 +141,6 @@ def read_labels(path: str | Path) -> Volume:
         )
     low, high = array.min(), array.max()
     if low < -(2**15) or high >= 2**15:
-        raise InputError(
-            f"expected labels of 16 bits, found {low:g} to {high:g} in {path}; is this the scan itself?"
-        )
+        raise InputError(f"expected labels of 16 bits, found {low:g} to {high:g} in {path}; is this the scan itself?")
     dtype = np.uint8 if low >= 0 and high <= 255 else np.int16
     return Volume(np.ascontiguousarray(array, dtype=dtype), volume.affine, volume.path, volume.normalized)

@@ -63,9 +63,7 @@ def _mask_nifti(mask: np.ndarray, like: Volume) -> Any:
 def _write_nifti(image: Any, path: Path) -> None:
     data: bytes = image.to_bytes()
     # A fixed time stamp, so that equal images give equal files.
-    write_bytes(
-        path, gzip.compress(data, compresslevel=6, mtime=0) if path.name.lower().endswith(".gz") else data
-    )
+    write_bytes(path, gzip.compress(data, compresslevel=6, mtime=0) if path.name.lower().endswith(".gz") else data)
 
 
 def _write_itk(mask: np.ndarray, like: Volume, path: Path) -> None:
@@ -103,9 +101,7 @@ def write_mask(mask: np.ndarray, like: Volume, path: str | Path) -> None:
             f"for {path}; resample it"
         )
     if mask.dtype.kind not in "biu" or mask.min() < 0 or mask.max() > 255:
-        raise InputError(
-            f"expected integer labels in 0..255, found {mask.dtype} up to {mask.max()} for {path}"
-        )
+        raise InputError(f"expected integer labels in 0..255, found {mask.dtype} up to {mask.max()} for {path}")
     if suffix not in NIFTI_SUFFIXES + ITK_SUFFIXES:
         known = ", ".join(NIFTI_SUFFIXES + ITK_SUFFIXES)
         raise InputError(f"expected a mask name ending in {known}, found {path}; choose one of these")
@@ -134,9 +130,7 @@ def write_volume(volume: Volume, path: str | Path) -> None:
         np.float32,
         np.float64,
     ):
-        raise InputError(
-            f"expected a 3-D scan of numbers, found {volume.array.dtype} {volume.array.shape} for {path}"
-        )
+        raise InputError(f"expected a 3-D scan of numbers, found {volume.array.dtype} {volume.array.shape} for {path}")
     if suffix_of(path) not in NIFTI_SUFFIXES:
         raise InputError(f"expected a scan name ending in .nii.gz or .nii, found {path}; choose one of these")
     _write_nifti(_new_nifti(volume.array, volume.affine), path)

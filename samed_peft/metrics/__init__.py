@@ -120,9 +120,7 @@ def score_case(
 
 def summarise(cases: Sequence[CaseScores], class_names: Sequence[str]) -> dict[Convention, Summary]:
     """Means over cases for each class, then over classes; undefined (NaN) scores are left out and counted."""
-    return {
-        convention: _summary([case[convention] for case in cases], class_names) for convention in CONVENTIONS
-    }
+    return {convention: _summary([case[convention] for case in cases], class_names) for convention in CONVENTIONS}
 
 
 def mean_defined(values: Sequence[float]) -> float:
@@ -181,9 +179,7 @@ def _score(
             continue
         union = _union(predicted, referenced)
         crops = [labels[union] == label for labels in pair]
-        for convention, score in _present(
-            crops[0], crops[1], conventions=conventions, spacing=spacing
-        ).items():
+        for convention, score in _present(crops[0], crops[1], conventions=conventions, spacing=spacing).items():
             scores[convention].append(score)
     return scores
 
@@ -215,9 +211,7 @@ def _absent(convention: Convention, predicted: bool, referenced: bool) -> Score:
 
 
 def _union(first: Box, second: Box) -> Box:
-    return tuple(
-        slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(first, second, strict=True)
-    )
+    return tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(first, second, strict=True))
 
 
 def _as_integers(labels: NDArray[Any]) -> NDArray[Any]:
@@ -231,15 +225,11 @@ def _same_shape(prediction: NDArray[Any], reference: NDArray[Any]) -> tuple[NDAr
             "Bring the prediction to the reference's grid"
         )
     if prediction.ndim not in (2, 3) or prediction.size == 0:
-        raise InputError(
-            f"expected masks of shape (D, H, W) or (H, W) with voxels in them; found {prediction.shape}"
-        )
+        raise InputError(f"expected masks of shape (D, H, W) or (H, W) with voxels in them; found {prediction.shape}")
     return prediction, reference
 
 
-def _label_maps(
-    prediction: ArrayLike, reference: ArrayLike, *, num_classes: int
-) -> tuple[NDArray[Any], NDArray[Any]]:
+def _label_maps(prediction: ArrayLike, reference: ArrayLike, *, num_classes: int) -> tuple[NDArray[Any], NDArray[Any]]:
     pair = _same_shape(np.asarray(prediction), np.asarray(reference))
     return (
         _whole_numbers(pair[0], "prediction", num_classes=num_classes),
@@ -259,16 +249,12 @@ def _whole_numbers(labels: NDArray[Any], role: str, *, num_classes: int) -> NDAr
         return labels
     whole = labels.astype(np.int32)
     if not np.array_equal(whole, labels):
-        raise InputError(
-            f"labels of the {role} must be whole numbers; found fractions. Are they probabilities?"
-        )
+        raise InputError(f"labels of the {role} must be whole numbers; found fractions. Are they probabilities?")
     return whole
 
 
 def _spacing(spacing_zyx_mm: Sequence[float], ndim: int) -> tuple[float, ...]:
     spacing = tuple(float(size) for size in spacing_zyx_mm)
     if len(spacing) not in (ndim, 3) or not all(size > 0 and math.isfinite(size) for size in spacing):
-        raise InputError(
-            f"spacing_zyx_mm must be {ndim} positive sizes in millimetres; found {tuple(spacing_zyx_mm)}"
-        )
+        raise InputError(f"spacing_zyx_mm must be {ndim} positive sizes in millimetres; found {tuple(spacing_zyx_mm)}")
     return spacing[-ndim:]

@@ -66,9 +66,7 @@ class SegmentationScores(evaluate.Metric):
             InputError: the label maps differ in shape, or hold labels without a name.
         """
         try:
-            scores = score_case(
-                prediction, reference, num_classes=len(self.class_names), spacing_zyx_mm=spacing_zyx_mm
-            )
+            scores = score_case(prediction, reference, num_classes=len(self.class_names), spacing_zyx_mm=spacing_zyx_mm)
         except InputError as error:
             raise InputError(f"{case}: {error}") from error
         row = {

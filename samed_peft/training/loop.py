@@ -181,7 +181,7 @@ def _accumulate(
             if torch.isfinite(parts.total):
                 accelerator.backward(parts.total / len(group))
         totals += torch.stack(parts).detach() / len(group)
-    return tuple(totals.tolist())  # type: ignore[return-value]
+    return tuple(totals.tolist())
 
 
 def _global_sum(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:

@@ -1,5 +1,7 @@
 """What a run leaves on disk so that it can go on: checkpoints to the bit, and whose folder it is."""
 
+import dataclasses
+import math
 import shutil
 import signal
 from dataclasses import dataclass
@@ -33,6 +35,16 @@ class Progress:
     best_dice: float | None = None
     best_epoch: int | None = None
 
+    def at(self, step: int) -> "Progress":
+        """After `step` optimizer steps."""
+        return dataclasses.replace(self, step=step)
+
+    def validated(self, dice: float, *, epoch: int) -> "Progress":
+        """After a validation; the earlier of two equal epochs stays the best, and NaN is never the best."""
+        if self.best_dice is None or dice > self.best_dice:
+            return dataclasses.replace(self, best_dice=None if math.isnan(dice) else dice, best_epoch=epoch)
+        return self
+
 
 class StopSignal:
     """Notes SIGTERM and SIGINT, so that a run ends after the step at hand; a second one ends it at once.
@@ -59,7 +71,12 @@ class StopSignal:
 
 
 def save_checkpoint(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, progress: Progress, accelerator: Accelerator
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    progress: Progress,
+    accelerator: Accelerator,
 ) -> None:
     """Write `directory/step-NNNNNNNN` (adapter, optimizer, position; never the base) and remove older ones.
 
@@ -140,7 +157,9 @@ def claim_run_folder(directory: Path, settings: dict[str, Any], *, resume: bool)
     if record.is_file():
         found = read_json(record)
         keys = sorted(set(settings) | set(found))
-        differing = [f"{k}: {found.get(k)} there, {settings.get(k)} now" for k in keys if found.get(k) != settings.get(k)]
+        differing = [
+            f"{k}: {found.get(k)} there, {settings.get(k)} now" for k in keys if found.get(k) != settings.get(k)
+        ]
         if differing:
             raise InputError(
                 f"{directory} holds a run with other settings ({'; '.join(differing)}); "

@@ -1,0 +1,176 @@
+"""The recipe as users run it: from files to report, killed and resumed, and stopped by bad input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN
+
+from samed_peft.datasets import write_phantom
+from samed_peft.io import read_labels, read_volume
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SMALL = [
+    *("--base", "tiny-sam", "--image_size", "64", "--batch_size", "4", "--epochs", "2", "--stop_epoch", "2"),
+    *("--warmup_steps", "2", "--learning_rate", "0.003", "--checkpoint_steps", "3"),
+    *("--train_cases", "5", "6", "--test_cases", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Three small phantoms in the raw BTCV layout."""
+    return write_phantom(tmp_path_factory.mktemp("data") / "btcv", cases=(5, 6, 1), seed=0, shape_dhw=(12, 48, 48))
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return os.environ | {
+        "HF_DATASETS_CACHE": str(cache),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "2",
+    }
+
+
+@pytest.fixture(scope="module")
+def start(environment):
+    """Start the recipe; returns the process."""
+
+    def start(*options, recipe="synapse.py"):
+        command = [sys.executable, str(RECIPES / recipe), *map(str, options)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def run(start):
+    """Run the recipe to its end; returns (exit code, stdout, stderr)."""
+
+    def run(*options, **names):
+        process = start(*options, **names)
+        out, err = process.communicate(timeout=240)
+        return process.returncode, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(run, scans, tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    code, stdout, stderr = run("--data_dir", scans, "--output_dir", out, *SMALL, "--num_workers", 0)
+    assert code == 0, stderr
+    assert "pancreas" in stdout
+    return out
+
+
+@pytest.mark.slow
+def test_everything_promised_is_there(finished, scans):
+    names = {path.name for path in finished.iterdir()}
+    assert {"adapter", "checkpoints", "logs", "predictions", "report.json", "report.md", "run.json"} <= names
+    report = json.loads((finished / "report.json").read_text())
+    assert set(report) == {"standard", "samed", "cases", "settings"}
+    assert report["standard"]["classes"]["liver"]["n_cases"] == 1
+    assert list(finished.rglob("case0001*.png"))
+    mask = read_labels(finished / "predictions" / "case0001.nii.gz")
+    scan = read_volume(scans / "Training" / "img" / "img0001.nii.gz")
+    assert mask.array.shape == scan.array.shape
+    assert (mask.affine == scan.affine).all()
+    checkpoint = sum(path.stat().st_size for path in (finished / "checkpoints").rglob("*") if path.is_file())
+    adapter = (finished / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert checkpoint < 3.2 * adapter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "workers"), [("SIGKILL", 0), ("SIGKILL", 2), ("SIGTERM", 0)])
+def test_a_stopped_run_resumes_to_the_same_bits(finished, start, run, scans, tmp_path, sent, workers):
+    options = ("--data_dir", scans, "--output_dir", tmp_path / "run", *SMALL, "--num_workers", workers)
+    process = start(*options)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "run").glob("checkpoints/step-*")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, sent))
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == {"SIGKILL": -9, "SIGTERM": 75}[sent], stderr
+    assert not (tmp_path / "run" / "report.json").exists()
+    code, _, stderr = run(*options)
+    assert code == 2
+    assert "--resume" in stderr
+    code, _, stderr = run(*options, "--resume")
+    assert code == 0, stderr
+    one, two = (folder / "adapter" / "adapter_model.safetensors" for folder in (finished, tmp_path / "run"))
+    assert one.read_bytes() == two.read_bytes()
+    one, two = (json.loads((folder / "report.json").read_text()) for folder in (finished, tmp_path / "run"))
+    assert one["cases"] == two["cases"]
+
+
+@pytest.mark.slow
+def test_a_loss_that_diverges_keeps_the_last_good_adapter(run, scans, tmp_path):
+    options = ["--data_dir", scans, "--output_dir", tmp_path / "run", *SMALL, "--num_workers", 0]
+    options[options.index("0.003")] = "1e30"
+    code, _, stderr = run(*options, "--warmup_steps", 100000000)
+    assert code == 0, stderr
+    code, _, stderr = run(*options[:3], tmp_path / "bad", *options[4:], "--warmup_steps", 0)
+    assert code == 3
+    assert "the loss is nan" in stderr
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.slow
+def test_validation_keeps_the_best_adapter_beside_the_last(run, scans, tmp_path):
+    out = tmp_path / "run"
+    options = ["--data_dir", scans, "--output_dir", out, *SMALL, "--num_workers", 0]
+    code, _, stderr = run(*options, "--validate_epochs", 1, "--validation_cases", "0006")
+    assert code == 0, stderr
+    assert (out / "adapter" / "samed_config.json").is_file()
+    assert (out / "adapter_best" / "samed_config.json").is_file()
+    state = json.loads(next(out.glob("checkpoints/*/state.json")).read_text())
+    assert 0 <= state["progress"]["best_dice"] <= 1
+    assert state["progress"]["best_epoch"] in (1, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data_dir", "no/such/folder"], r"expected a data folder at .*no/such/folder, found nothing"),
+        (["--data_dir", "{scans}", "--base", "{scans}"], "cannot be opened as a SAM"),
+        (["--data_dir", "{scans}", "--train_cases", "7"], r"found no \[7\]"),
+        (["--data_dir", "{scans}", "--rank", "0"], "rank must be at least 1"),
+        (["--data_dir", "{golden}"], "expected raw BTCV"),
+    ],
+)
+def test_bad_input_ends_with_one_message_and_writes_nothing(run, scans, tmp_path, options, message):
+    given = [option.format(scans=scans, golden=GOLDEN) for option in options]
+    code, _, stderr = run(*SMALL, "--output_dir", tmp_path / "run", *given)
+    assert code == 2, stderr
+    assert re.search(message, stderr), stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_another_runs_folder_is_left_alone(finished, run, scans):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    code, _, stderr = run(
+        "--data_dir", scans, "--output_dir", finished, *SMALL, "--num_workers", 0, "--rank", 8, "--resume"
+    )
+    assert code == 2
+    assert "rank: 4 there, 8 now" in stderr
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.py")))
+def test_recipes_stay_short_and_explain_themselves(name):
+    text = (RECIPES / name).read_text()
+    assert text.count("\n") <= 150
+    assert re.match(r'"""[^"]*(python|accelerate launch) recipes/' + re.escape(name), text)
