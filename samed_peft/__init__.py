@@ -38,6 +38,8 @@ _MODULE_OF = {
     "write_mask": "io",
 }
 
+_SUBMODULES = ("datasets", "metrics")
+
 __all__ = [
     "InputError",
     "Report",
@@ -59,14 +61,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name in ("datasets", "metrics"):
-        return importlib.import_module(f"samed_peft.{name}")
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'samed_peft' has no attribute {name!r}")
-    value = vars(importlib.import_module(f"samed_peft.{_MODULE_OF[name]}"))[name]
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # so that type checkers refuse names that do not exist
+
+    def __getattr__(name: str) -> object:
+        if name in _SUBMODULES:
+            return importlib.import_module(f"samed_peft.{name}")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'samed_peft' has no attribute {name!r}")
+        value = vars(importlib.import_module(f"samed_peft.{_MODULE_OF[name]}"))[name]
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
