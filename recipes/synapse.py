@@ -30,8 +30,9 @@ from samed_peft.training.loop import build_optimizer, training_steps
 from samed_peft.training.state import StopSignal, claim_run_folder, load_checkpoint, run_settings, save_checkpoint
 
 DEMO = {
-    "base": TINY_SAM, "image_size": 96, "batch_size": 12, "epochs": 8, "stop_epoch": 7, "warmup_steps": 20,
-    "learning_rate": 0.003, "num_workers": 0, "train_cases": [5, 6, 7, 9, 10, 21, 23, 24], "test_cases": [1, 2, 3, 4],
+    "base": TINY_SAM, "image_size": 96, "batch_size": 16, "epochs": 20, "stop_epoch": 18, "warmup_steps": 20,
+    "learning_rate": 0.004, "augment": False, "num_workers": 0,
+    "train_cases": [5, 6, 7, 9, 10, 21, 23, 24], "test_cases": [1, 2, 3, 4],
 }  # fmt: skip
 
 
@@ -84,10 +85,8 @@ def main() -> None:
     main_process, out = accelerator.is_main_process, args.output_dir
     training = from_options(args, TrainingConfig)
     train_rows, test_rows, validation_rows = load_data(args, accelerator)
-    config = SamedConfig(
-        args.base, SYNAPSE_CLASSES, image_size=args.image_size, input_size=args.input_size, rank=args.rank,
-        orientation=common_orientation(train_rows),
-    )  # fmt: skip
+    shape = {"image_size": args.image_size, "input_size": args.input_size, "rank": args.rank}
+    config = SamedConfig(args.base, SYNAPSE_CLASSES, orientation=common_orientation(train_rows), **shape)
 
     # The seed decides the fresh weights; order and augmentation depend on (seed, epoch, slice).
     set_seed(training.seed)
@@ -134,8 +133,8 @@ def main() -> None:
     # What is tested is what was saved, read back from disk.
     adapter = out / ("adapter" if progress.best_epoch is None else "adapter_best")
     images, references = (CaseVolumes.of_rows(test_rows, column) for column in ("image", "label"))
-    model = load_adapter(adapter, device=accelerator.device)
-    masks = segment_cases(model, images, out / "predictions", accelerator=accelerator)
+    tested = load_adapter(adapter, device=accelerator.device)
+    masks = segment_cases(tested, images, out / "predictions", accelerator=accelerator)
     if main_process:
         labels = {"class_names": config.class_names, "settings": settings}
         report = evaluate_cases(CaseVolumes.of_masks(masks), references, images=images, **labels)

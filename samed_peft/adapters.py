@@ -1,6 +1,7 @@
 """LoRA on SAM's query and value projections through PEFT; adapters saved, checked and loaded."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def add_lora(model: SamForSemanticSegmentation, config: SamedConfig) -> PeftMode
 def _attach(model: SamForSemanticSegmentation, peft_config: PeftConfig, config: SamedConfig) -> PeftModel:
     model.samed_config = dataclasses.replace(config, base_sha256=model.base_sha256)
     peft_config.base_model_name_or_path = None  # PEFT warns where it finds a name other than its own guess
-    adapted = get_peft_model(model, peft_config)
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks Transformers 5.23 by a name that is on its way out; users can do nothing about it.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        adapted = get_peft_model(model, peft_config)
     adapted.peft_config["default"].base_model_name_or_path = config.base
     _freeze_iou_head(adapted)
     return adapted
@@ -130,7 +134,8 @@ def load_adapter(
     tensors = load_tensors(folder / WEIGHTS_FILE)
     check_tensors(tensors, get_peft_model_state_dict(adapted, save_embedding_layers=False), folder / WEIGHTS_FILE)
     set_peft_model_state_dict(adapted, tensors)
-    adapted.requires_grad_(False) if not trainable else None
+    if not trainable:
+        adapted.requires_grad_(False)
     loaded = adapted.merge_and_unload() if merge else adapted
     loaded.train(trainable)
     return loaded if device is None else loaded.to(device)

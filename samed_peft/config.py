@@ -28,6 +28,11 @@ CT_WINDOW_HU = (-125.0, 275.0)
 TINY_SAM = "tiny-sam"
 """Name of the small SAM that ships with this package, wherever a base is asked for. It is no substitute for SAM."""
 
+TINY_SAM_NOTE = (
+    "The base is no SAM but the tiny stand-in that ships with samed_peft; these scores say nothing about SAM."
+)
+"""Stands wherever figures of the tiny SAM are shown."""
+
 
 def is_hub_id(base: str) -> bool:
     """Whether `base` reads like `owner/name` on the Hub and not like a file or folder."""

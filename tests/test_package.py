@@ -15,7 +15,7 @@ import samed_peft
 from samed_peft.config import TrainingConfig
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -57,35 +57,40 @@ def test_other_names_are_refused():
 
 def test_importing_the_package_loads_nothing_else():
     code = "import sys; before = set(sys.modules); import samed_peft; print(*sorted(set(sys.modules) - before))"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
+    ).stdout
     assert "samed_peft" in loaded.split()
     assert not {"torch", "numpy", "transformers", "datasets", "samed_peft.config"} & set(loaded.split())
 
 
 def test_version_is_that_of_the_project():
-    assert samed_peft.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert (
+        samed_peft.__version__
+        == tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    )
 
 
 def test_each_layer_imports_from_below_only():
     lint_imports = Path(sys.executable).with_name("lint-imports")
-    done = subprocess.run([lint_imports, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([lint_imports, "--no-cache"], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_ci_runs_the_test_command_of_the_readme():
     (command,) = [block.strip() for _, block in BLOCKS if "pytest" in block]
     assert "\n" not in command
-    assert command in (ROOT / ".ci" / "run").read_text().replace(" || exit\n", "\n").splitlines()
+    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace(" || exit\n", "\n").splitlines()
 
 
 def test_the_changelog_says_what_is_unreleased():
-    changelog = (ROOT / "CHANGELOG.md").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     unreleased = changelog.split("## Unreleased\n", 1)[1].split("\n## ", 1)[0]
     assert re.search(r"^- ", unreleased, flags=re.MULTILINE)
 
 
 def test_options_in_the_readme_exist():
-    recipe = (ROOT / "recipes" / "synapse.py").read_text()
+    recipe = (ROOT / "recipes" / "synapse.py").read_text(encoding="utf-8")
     fields = {field.name for field in dataclasses.fields(TrainingConfig)}
     known = _defined_options(recipe) | {f"--{name}" for name in fields}
     in_commands = set().union(*(_recipe_options(block) for _, block in BLOCKS))

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from samed_peft.config import SamedConfig, TrainingConfig
+from samed_peft.config import TINY_SAM, TINY_SAM_NOTE, SamedConfig, TrainingConfig
 from samed_peft.errors import InputError
 from samed_peft.io import atomic_dir, load_tensors, read_json, save_tensors, write_json
 
@@ -186,7 +186,9 @@ def run_settings(
         accelerator: its processes and precision count too.
     """
     decisive = {name: value for name, value in training.to_dict().items() if name not in _WITHOUT_EFFECT}
+    note = {"note": TINY_SAM_NOTE} if config.base == TINY_SAM else {}
     return {
+        **note,
         **config.to_dict(),
         **decisive,
         "data": data,
