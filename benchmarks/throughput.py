@@ -3,8 +3,8 @@
     python benchmarks/throughput.py --geometry vit_b --threads 2
 
 Random weights: they cost the same as trained ones and need no download. Each attention runs in a process of its own, so
-that peak memory, which counts creating the model too, is its own. About four minutes for ViT-B on two cores. Writes one
-JSON to benchmarks/results. Memory is read from /proc, so this runs on Linux.
+that peak memory, which counts creating the model too, is its own. About three minutes for ViT-B on two cores. Writes
+one JSON to benchmarks/results. Memory is read from /proc, so this runs on Linux.
 """
 
 import argparse

@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--learning_rate", type=float, default=0.003)
+    parser.add_argument("--learning_rate", type=float, default=0.004)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--augment", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--results_dir", type=Path, default=Path(__file__).parent / "results")

@@ -1,6 +1,7 @@
 """Scans, masks, atomic files and folders, weights."""
 
 import gzip
+import locale
 import math
 import os
 import pickle
@@ -55,6 +56,8 @@ def write_dicom(folder, *, positions=(-368.0, -365.0, -362.0, -359.0, -356.0), s
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{first + index}.dcm"))
         writer.Execute(image)
+    # GDCM leaves the process in the C locale when it has written a file, and every later text file in ASCII.
+    locale.setlocale(locale.LC_ALL, "")
     return folder
 
 

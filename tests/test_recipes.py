@@ -13,7 +13,7 @@ import pytest
 from conftest import GOLDEN
 
 from samed_peft.datasets import write_phantom
-from samed_peft.io import read_labels, read_volume
+from samed_peft.io import load_tensors, read_labels, read_volume
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = [
@@ -45,7 +45,9 @@ def start(environment):
 
     def start(*options, recipe="synapse.py"):
         command = [sys.executable, str(RECIPES / recipe), *map(str, options)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+        )
 
     return start
 
@@ -76,7 +78,7 @@ def finished(run, scans, tmp_path_factory):
 def test_everything_promised_is_there(finished, scans):
     names = {path.name for path in finished.iterdir()}
     assert {"adapter", "checkpoints", "logs", "predictions", "report.json", "report.md", "run.json"} <= names
-    report = json.loads((finished / "report.json").read_text())
+    report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
     assert set(report) == {"standard", "samed", "cases", "settings"}
     assert report["standard"]["classes"]["liver"]["n_cases"] == 1
     assert list(finished.rglob("case0001*.png"))
@@ -109,20 +111,24 @@ def test_a_stopped_run_resumes_to_the_same_bits(finished, start, run, scans, tmp
     assert code == 0, stderr
     one, two = (folder / "adapter" / "adapter_model.safetensors" for folder in (finished, tmp_path / "run"))
     assert one.read_bytes() == two.read_bytes()
-    one, two = (json.loads((folder / "report.json").read_text()) for folder in (finished, tmp_path / "run"))
+    one, two = (
+        json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in (finished, tmp_path / "run")
+    )
     assert one["cases"] == two["cases"]
 
 
 @pytest.mark.slow
-def test_a_loss_that_diverges_keeps_the_last_good_adapter(run, scans, tmp_path):
-    options = ["--data_dir", scans, "--output_dir", tmp_path / "run", *SMALL, "--num_workers", 0]
-    options[options.index("0.003")] = "1e30"
-    code, _, stderr = run(*options, "--warmup_steps", 100000000)
-    assert code == 0, stderr
-    code, _, stderr = run(*options[:3], tmp_path / "bad", *options[4:], "--warmup_steps", 0)
-    assert code == 3
-    assert "the loss is nan" in stderr
+def test_a_loss_that_diverges_keeps_what_was_saved(run, scans, tmp_path):
+    out = tmp_path / "run"
+    # Four steps an epoch of harmless warm-up, then a rate that throws the weights out of float32.
+    wild = ("--learning_rate", 1e30, "--warmup_steps", 6, "--epochs", 9, "--stop_epoch", 9)
+    code, _, stderr = run("--data_dir", scans, "--output_dir", out, *SMALL, "--num_workers", 0, *wild)
+    assert code == 3, stderr
+    assert re.search("error: the loss is (nan|inf) at learning rate", stderr)
     assert "Traceback" not in stderr
+    assert not (out / "report.json").exists()
+    for file in out.rglob("*.safetensors"):
+        load_tensors(file)  # refuses values that are not finite
 
 
 @pytest.mark.slow
@@ -133,7 +139,7 @@ def test_validation_keeps_the_best_adapter_beside_the_last(run, scans, tmp_path)
     assert code == 0, stderr
     assert (out / "adapter" / "samed_config.json").is_file()
     assert (out / "adapter_best" / "samed_config.json").is_file()
-    state = json.loads(next(out.glob("checkpoints/*/state.json")).read_text())
+    state = json.loads(next(out.glob("checkpoints/*/state.json")).read_text(encoding="utf-8"))
     assert 0 <= state["progress"]["best_dice"] <= 1
     assert state["progress"]["best_epoch"] in (1, 2)
 
@@ -144,7 +150,7 @@ def test_validation_keeps_the_best_adapter_beside_the_last(run, scans, tmp_path)
     [
         (["--data_dir", "no/such/folder"], r"expected a data folder at .*no/such/folder, found nothing"),
         (["--data_dir", "{scans}", "--base", "{scans}"], "cannot be opened as a SAM"),
-        (["--data_dir", "{scans}", "--train_cases", "7"], r"found no \[7\]"),
+        (["--data_dir", "{scans}", "--train_cases", "7"], r"\[7\]"),
         (["--data_dir", "{scans}", "--rank", "0"], "rank must be at least 1"),
         (["--data_dir", "{golden}"], "expected raw BTCV"),
     ],
@@ -171,6 +177,6 @@ def test_another_runs_folder_is_left_alone(finished, run, scans):
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.py")))
 def test_recipes_stay_short_and_explain_themselves(name):
-    text = (RECIPES / name).read_text()
+    text = (RECIPES / name).read_text(encoding="utf-8")
     assert text.count("\n") <= 150
     assert re.match(r'"""[^"]*(python|accelerate launch) recipes/' + re.escape(name), text)
