@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import GOLDEN, load_samed_weights, npz, samed_weights
 
 from samed_peft.errors import InputError, NonFiniteLossError
@@ -131,6 +132,25 @@ def test_a_loss_that_is_not_finite_changes_nothing(fresh_model, golden_batches, 
     with pytest.raises(NonFiniteLossError, match="loss is nan"):
         train(fresh_model, golden_batches[:1], accelerator)
     assert all(p.equal(before[n]) for n, p in weights(fresh_model).items())
+
+
+def test_bfloat16_follows_float32(fresh_model, golden_batches):
+    load_samed_weights(fresh_model, GOLDEN / "train_start.pth")
+    AcceleratorState._reset_state(reset_partial_state=True)  # precision is the process's, not the accelerator's
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        optimizer = build_optimizer(fresh_model, weight_decay=0.1)
+        model, optimizer = accelerator.prepare(fresh_model, optimizer)
+        losses = [
+            train_step(model, [batch], optimizer, accelerator=accelerator, learning_rate=samed_rate(step))[0]
+            for step, batch in enumerate(golden_batches[:4])
+        ]
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    expected = npz("train.npz")["loss"][:4]
+    np.testing.assert_allclose(losses, expected, atol=0.02, rtol=0)
+    assert not np.allclose(losses, expected, atol=1e-6, rtol=0)
+    assert all(p.dtype == torch.float32 for p in fresh_model.parameters() if p.requires_grad)
 
 
 def test_accumulated_gradients_are_the_mean(fresh_model, golden_batches, accelerator):
