@@ -21,7 +21,8 @@ from samed_peft import SamedConfig, TrainingConfig, add_lora, evaluate_cases, lo
 from samed_peft.adapters import save_adapter, write_card
 from samed_peft.batches import TrainingSlices
 from samed_peft.config import SYNAPSE_CLASSES, TINY_SAM, add_options, from_options
-from samed_peft.datasets import CaseVolumes, common_orientation, load_synapse, split_cases, write_phantom
+from samed_peft.datasets import CaseVolumes, common_orientation, load_synapse, write_phantom
+from samed_peft.datasets.synapse_files import require_disjoint, split_cases
 from samed_peft.errors import RunInterruptedError, exit_on_error
 from samed_peft.evaluation import format_table, write_report
 from samed_peft.evaluation.validation import mean_dice
@@ -45,20 +46,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--demo", action="store_true", help="phantom CT and the tiny SAM, nothing downloaded")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output_dir")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the adapter, as name/repository")
-    parser.add_argument("--train_cases", nargs="+", help="in place of SAMed's 18, such as 0005 0007")
-    parser.add_argument("--validation_cases", nargs="+", default=[], help="held out of training, for --validate_epochs")
-    parser.add_argument("--test_cases", nargs="+", help="in place of SAMed's 12")
+    parser.add_argument("--train_cases", type=int, nargs="+", help="in place of SAMed's 18, such as 0005 0007")
+    parser.add_argument("--validation_cases", type=int, nargs="+", default=[], help="held out, for --validate_epochs")
+    parser.add_argument("--test_cases", type=int, nargs="+", help="in place of SAMed's 12")
     parser.add_argument("--image_size", type=int, default=512)
     parser.add_argument("--input_size", type=int, help="bottleneck at prediction; SAMed's test uses 224")
     parser.add_argument("--rank", type=int, default=4)
     add_options(parser, TrainingConfig)
+    if parser.parse_known_args()[0].demo:
+        parser.set_defaults(**DEMO)
     args = parser.parse_args()
-    if args.demo:
-        vars(args).update({k: v for k, v in DEMO.items() if vars(args)[k] == parser.get_default(k)})
-    elif args.data_dir is None:
-        parser.error("--data_dir is required, or --demo")
-    if bool(args.validate_epochs) != bool(args.validation_cases):
-        parser.error("--validate_epochs and --validation_cases go together; give both or neither")
+    if args.demo == (args.data_dir is not None) or bool(args.validate_epochs) != bool(args.validation_cases):
+        parser.error("give either --data_dir or --demo; --validate_epochs and --validation_cases go together")
     return args
 
 
@@ -70,21 +69,22 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Datas
             data_dir = args.output_dir.with_name(f"{args.output_dir.name}-phantom")
             if accelerator.is_main_process:
                 write_phantom(data_dir, cases=args.train_cases + args.test_cases, seed=0)
-        cases = split_cases(data_dir, "train", args.train_cases, without=held_out)
-        train = load_synapse(data_dir, "train", cases=cases)
-        test = load_synapse(data_dir, "test", cases=args.test_cases)
-        validation = load_synapse(data_dir, "test", cases=held_out) if held_out else None
-    return train, test, validation
+        train_cases = split_cases(data_dir, "train", args.train_cases, without=held_out)
+        test_cases = split_cases(data_dir, "test", args.test_cases)
+        require_disjoint(train=train_cases, validation=held_out, test=test_cases)
+        train = load_synapse(data_dir, "train", cases=train_cases)
+        test = load_synapse(data_dir, "test", cases=test_cases)
+        return train, test, load_synapse(data_dir, "test", cases=held_out) if held_out else None
 
 
 @exit_on_error
 def main() -> None:
     """Train, test, report."""
-    args, stop_signal = parse_args(), StopSignal()
+    args = parse_args()
     accelerator = Accelerator(log_with="tensorboard", project_dir=args.output_dir)
     main_process, out = accelerator.is_main_process, args.output_dir
     training = from_options(args, TrainingConfig)
-    train_rows, test_rows, validation_rows = load_data(args, accelerator)
+    train_rows, test_rows, validation_rows = data = load_data(args, accelerator)
     shape = {"image_size": args.image_size, "input_size": args.input_size, "rank": args.rank}
     config = SamedConfig(args.base, SYNAPSE_CLASSES, orientation=common_orientation(train_rows), **shape)
 
@@ -94,26 +94,26 @@ def main() -> None:
     if training.gradient_checkpointing:
         sam.activation_checkpointing_enable()
     model = add_lora(sam, config)
+    config = sam.samed_config  # with the base's fingerprint and revision
     optimizer = build_optimizer(model, weight_decay=training.weight_decay)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     seed = training.seed if training.augment else None
     slices = TrainingSlices(train_rows, image_size=config.image_size, label_size=sam.logits_size, seed=seed)
 
     # The folder belongs to one run, which goes on where its newest checkpoint stands.
-    settings = run_settings(config, training, data=train_rows.config_name, accelerator=accelerator)
+    settings = run_settings(config, training, data=[rows.config_name for rows in data if rows], accelerator=accelerator)
     if main_process:
         claim_run_folder(out, settings, resume=args.resume)
-    accelerator.wait_for_everyone()
     progress = load_checkpoint(out / "checkpoints", prepared, optimizer, accelerator=accelerator)
     accelerator.init_trackers("logs")
-    bar = tqdm(desc="training", initial=progress.step, unit="step", disable=not main_process)
     steps = training_steps(prepared, optimizer, slices, training=training, accelerator=accelerator, start=progress.step)
-    for step in steps:
+    bar = tqdm(steps, desc="training", initial=progress.step, unit="step", disable=not main_process)
+    stop_signal = StopSignal()
+    for step in bar:
         progress = progress.at(step.number)
         accelerator.log(step.scalars(), step=step.number)
         bar.total = step.steps_per_epoch * training.stop_epoch
         bar.set_postfix(loss=f"{step.loss:.3f}", rate=f"{step.learning_rate:.1e}", refresh=False)
-        bar.update()
         if validation_rows is not None and step.ends_epoch and step.epoch % training.validate_epochs == 0:
             volumes = (CaseVolumes.of_rows(validation_rows, column) for column in ("image", "label"))
             dice = mean_dice(model, *volumes, accelerator=accelerator)
@@ -128,7 +128,7 @@ def main() -> None:
             save_checkpoint(out / "checkpoints", prepared, optimizer, progress=progress, accelerator=accelerator)
         if stopping:
             raise RunInterruptedError(f"stopped by a signal after step {step.number}; --resume goes on from there")
-    bar.close()
+    stop_signal.close()
 
     # What is tested is what was saved, read back from disk.
     adapter = out / ("adapter" if progress.best_epoch is None else "adapter_best")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from samed_peft.config import SamedConfig, TrainingConfig, is_hub_id
 from samed_peft.errors import InputError
-from samed_peft.io import atomic_dir, load_tensors, read_json, recover_dir, write_json, write_text
+from samed_peft.io import atomic_dir, load_tensors, read_json, require_replaceable, write_json, write_text
 from samed_peft.model_card import model_card
 from samed_peft.modeling import SamForSemanticSegmentation, load_sam
 
@@ -48,7 +48,11 @@ def add_lora(model: SamForSemanticSegmentation, config: SamedConfig) -> PeftMode
 
 
 def _attach(model: SamForSemanticSegmentation, peft_config: PeftConfig, config: SamedConfig) -> PeftModel:
-    model.samed_config = dataclasses.replace(config, base_sha256=model.base_sha256)
+    model.samed_config = dataclasses.replace(
+        config,
+        base_sha256=model.base_sha256,
+        base_revision=config.base_revision or model.base_revision,
+    )
     peft_config.base_model_name_or_path = None  # PEFT warns where it finds a name other than its own guess
     with warnings.catch_warnings():
         # PEFT 0.21 asks Transformers 5.23 by a name that is on its way out; users can do nothing about it.
@@ -78,8 +82,12 @@ def save_adapter(
         directory: where to; an adapter already there is replaced.
         config: what the adapter is; the fingerprint of the model's base is added.
         training: settings shown in the model card.
+
+    Raises:
+        InputError: the directory holds something else than an adapter.
     """
     config = dataclasses.replace(config, base_sha256=model.base_sha256)
+    require_replaceable(Path(directory), marker=CONFIG_FILE)
     with atomic_dir(Path(directory)) as folder:
         model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         write_json(folder / CONFIG_FILE, config.to_dict())
@@ -180,7 +188,6 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
 
 def _adapter_folder(source: str | Path) -> Path:
     folder = Path(source)
-    recover_dir(folder)
     if folder.is_dir():
         return folder
     if not is_hub_id(str(source)):

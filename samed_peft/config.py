@@ -133,6 +133,7 @@ class SamedConfig(_Json):
             self.window is None or (len(self.window) == 2 and self.window[0] < self.window[1]),
             f"window must be (low, high) with low < high, or None; found {self.window}",
         )
+        _require(self.alpha is None or self.alpha > 0, f"alpha must be at least 1 or None; found {self.alpha}")
         _require(self.rank > 0, f"rank must be at least 1; found {self.rank}")
         allowed = ("q_proj", "k_proj", "v_proj")
         _require(

@@ -101,6 +101,7 @@ class SamForSemanticSegmentation(PreTrainedModel):
     Attributes:
         samed_config: the settings that prediction needs.
         base_sha256: fingerprint of the base's frozen weights.
+        base_revision: commit of a base from the Hub.
     """
 
     config_class = SamConfig
@@ -130,6 +131,7 @@ class SamForSemanticSegmentation(PreTrainedModel):
         self.mask_decoder = SemanticMaskDecoder(decoder_config)
         self.samed_config: SamedConfig | None = None
         self.base_sha256: str | None = None
+        self.base_revision: str | None = None
         self.post_init()
 
     @classmethod
@@ -221,7 +223,8 @@ def load_sam(
     sha256 = _fingerprint(sam)
     model = SamForSemanticSegmentation.from_sam(sam, num_labels=config.num_labels, image_size=image_size)
     model.base_sha256 = sha256
-    model.samed_config = dataclasses.replace(config, base_sha256=sha256)
+    model.base_revision = revision or vars(sam.config).get("_commit_hash")  # Transformers notes it for the Hub
+    model.samed_config = dataclasses.replace(config, base_sha256=sha256, base_revision=model.base_revision)
     return model
 
 
@@ -241,7 +244,9 @@ def _open_base(base: str, revision: str | None) -> SamModel:
             f"base {base} is a {config.model_type} model, not a SAM; use facebook/sam-vit-base, -large or -huge"
         )
     try:
-        sam, info = SamModel.from_pretrained(source, revision=revision, dtype=torch.float32, output_loading_info=True)
+        sam, info = SamModel.from_pretrained(
+            source, revision=revision, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (OSError, SafetensorError) as error:
         raise InputError(f"base {base} cannot be opened as a SAM: {error}") from error
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])

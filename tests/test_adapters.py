@@ -114,6 +114,13 @@ def test_saving_again_replaces_the_adapter(saved, fresh_model, golden_config, pi
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
 
 
+def test_a_folder_of_other_files_is_not_replaced(golden_model, golden_config, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="which would be lost"):
+        save_adapter(golden_model, tmp_path, config=golden_config)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
 def test_another_base_is_refused(saved, tmp_path):
     sam = load_meta_checkpoint(GOLDEN / "sam_base.pth")
     with torch.no_grad():

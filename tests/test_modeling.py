@@ -126,6 +126,14 @@ def test_a_folder_without_weights_is_refused(tmp_path):
         load_sam(tmp_path, class_names=["a"])
 
 
+def test_a_base_whose_weights_do_not_fit_its_config_is_refused(tmp_path):
+    load_meta_checkpoint(BASE).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"mlp_dim": 64', '"mlp_dim": 32'), encoding="utf-8")
+    with pytest.raises(InputError, match="lacks weights of a SAM"):
+        load_sam(tmp_path, class_names=["a"])
+
+
 def test_size_must_fit_the_patches():
     with pytest.raises(InputError, match="multiple of the patch size 16"):
         load_sam(BASE, class_names=SYNAPSE_CLASSES, image_size=100)

@@ -3,17 +3,19 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import GOLDEN
 
 from samed_peft.datasets import write_phantom
-from samed_peft.io import load_tensors, read_labels, read_volume
+from samed_peft.io import load_tensors, read_labels, read_volume, write_mask
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = [
@@ -170,6 +172,7 @@ def test_validation_keeps_the_best_adapter_beside_the_last(run, scans, tmp_path)
         (["--data_dir", "{scans}", "--train_cases", "7"], r"\[7\]"),
         (["--data_dir", "{scans}", "--rank", "0"], "rank must be at least 1"),
         (["--data_dir", "{golden}"], "expected raw BTCV"),
+        (["--data_dir", "{scans}", "--test_cases", "5"], r"cases \[5\] are in both the train and the test split"),
     ],
 )
 def test_bad_input_ends_with_one_message_and_writes_nothing(run, scans, tmp_path, options, message):
@@ -190,6 +193,30 @@ def test_another_runs_folder_is_left_alone(finished, run, scans):
     assert code == 2
     assert "rank: 4 there, 8 now" in stderr
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_edited_scans_do_not_resume(finished, run, scans, tmp_path):
+    edited = tmp_path / "btcv"
+    shutil.copytree(scans, edited)
+    path = edited / "Training" / "label" / "label0006.nii.gz"
+    labels = read_labels(path)
+    write_mask(np.where(labels.array == 1, 2, labels.array), labels, path)
+    code, _, stderr = run("--data_dir", edited, "--output_dir", finished, *SMALL, "--num_workers", 0, "--resume")
+    assert code == 2
+    assert "holds a run with other settings (data:" in stderr
+
+
+@pytest.mark.slow
+def test_a_damaged_scan_among_others_is_named(run, scans, tmp_path):
+    damaged = tmp_path / "btcv"
+    shutil.copytree(scans, damaged)
+    path = damaged / "Training" / "img" / "img0006.nii.gz"
+    path.write_bytes(path.read_bytes()[:2000])
+    code, _, stderr = run("--data_dir", damaged, "--output_dir", tmp_path / "run", *SMALL)
+    assert code == 2, stderr
+    assert "img0006.nii.gz" in stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.py")))

@@ -1,5 +1,7 @@
 """Fourteen steps of the original, exact resume, accumulation, divergence."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from samed_peft.errors import InputError, NonFiniteLossError
 from samed_peft.schedules import learning_rate
 from samed_peft.training import (
     Progress,
+    StopSignal,
     build_optimizer,
     claim_run_folder,
     grouped,
@@ -161,6 +164,23 @@ def test_accumulated_gradients_are_the_mean(fresh_model, golden_batches, acceler
     with torch.no_grad():
         single = [model(**batch).loss.item() for batch in group]
     assert loss == pytest.approx(np.mean(single), abs=1e-6)
+
+
+def test_validation_keeps_the_earlier_of_equals_and_no_nan():
+    first = Progress(step=4).validated(float("nan"), epoch=1)
+    assert first.best_epoch is None
+    best = first.validated(0.5, epoch=2).validated(0.5, epoch=3).validated(float("nan"), epoch=4)
+    assert (best.best_dice, best.best_epoch) == (0.5, 2)
+
+
+def test_signals_do_again_what_they_did_before():
+    before = signal.getsignal(signal.SIGTERM)
+    stop_signal = StopSignal()
+    assert signal.getsignal(signal.SIGTERM) != before
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop_signal.received
+    stop_signal.close()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_micro_batches_are_grouped():

@@ -4,7 +4,7 @@ from samed_peft.datasets.cases import CaseVolumes
 from samed_peft.datasets.phantom import phantom_case, write_phantom
 from samed_peft.datasets.rows import common_orientation
 from samed_peft.datasets.synapse import load_synapse
-from samed_peft.datasets.synapse_files import list_cases, split_cases
+from samed_peft.datasets.synapse_files import list_cases, require_disjoint, split_cases
 
 __all__ = [
     "CaseVolumes",
@@ -12,6 +12,7 @@ __all__ = [
     "list_cases",
     "load_synapse",
     "phantom_case",
+    "require_disjoint",
     "split_cases",
     "write_phantom",
 ]

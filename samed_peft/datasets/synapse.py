@@ -214,7 +214,9 @@ def load_synapse(
     folder = scan_folder(data_dir)
     chosen = [case_files(folder, split, number) for number in select_cases(folder, split, cases)]
     low, high = (None, None) if window is None else (float(window[0]), float(window[1]))
+    fingerprint = content_fingerprint(path for case in chosen for path in case.images + case.labels)
     builder = SynapseBuilder(
+        config_name=f"{folder.layout}-{split}-{fingerprint[:16]}",
         cache_dir=None if cache_dir is None else str(cache_dir),
         data_dir=str(folder.root),
         layout=folder.layout,
@@ -222,7 +224,7 @@ def load_synapse(
         case_names=",".join(case.name for case in chosen),
         window_low=low,
         window_high=high,
-        fingerprint=content_fingerprint(path for case in chosen for path in case.images + case.labels),
+        fingerprint=fingerprint,
         # Rows held in memory before they are written; a volume is a few hundred megabytes.
         writer_batch_size=16 if split == "train" else 1,
     )

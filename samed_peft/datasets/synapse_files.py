@@ -1,5 +1,6 @@
 """Which files make up the cases of a Synapse folder, raw BTCV or preprocessed; nothing is opened here."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -170,6 +171,18 @@ def split_cases(
     if not left:
         raise InputError(f"no case of split {split!r} is left when {sorted(held_out)} are held out; choose others")
     return [f"case{number:04d}" for number in left]
+
+
+def require_disjoint(**splits: Sequence[int | str]) -> None:
+    """Refuse splits that share a case, whose scores would say nothing.
+
+    Raises:
+        InputError: naming the two splits and the cases.
+    """
+    for (one, first), (two, second) in itertools.combinations(splits.items(), 2):
+        shared = sorted({_case_number(case) for case in first} & {_case_number(case) for case in second})
+        if shared:
+            raise InputError(f"cases {shared} are in both the {one} and the {two} split; leave them out of one")
 
 
 def case_files(folder: Folder, split: str, number: int) -> Case:

@@ -128,6 +128,21 @@ def _swap_in(new: Path, path: Path) -> None:
         shutil.rmtree(backup)
 
 
+def require_replaceable(directory: Path, *, marker: str) -> None:
+    """Refuse to replace a folder that is neither missing, nor empty, nor of its own kind.
+
+    Raises:
+        InputError: `directory` is a file, or holds files but no `marker`.
+    """
+    if not directory.exists() or (directory / marker).is_file():
+        return
+    if not directory.is_dir() or any(directory.iterdir()):
+        raise InputError(
+            f"expected an empty folder or an earlier one with {marker} at {directory}, found other files, "
+            "which would be lost; choose another folder"
+        )
+
+
 @contextlib.contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
     """Write a folder as a whole: it appears under `path` complete, or not at all.

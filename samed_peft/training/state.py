@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import os
 import shutil
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -41,13 +43,13 @@ class Progress:
 
     def validated(self, dice: float, *, epoch: int) -> "Progress":
         """After a validation; the earlier of two equal epochs stays the best, and NaN is never the best."""
-        if self.best_dice is None or dice > self.best_dice:
-            return dataclasses.replace(self, best_dice=None if math.isnan(dice) else dice, best_epoch=epoch)
-        return self
+        if math.isnan(dice) or (self.best_dice is not None and dice <= self.best_dice):
+            return self
+        return dataclasses.replace(self, best_dice=dice, best_epoch=epoch)
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT, so that a run ends after the step at hand; a second one ends it at once.
+    """From now to `close`, notes SIGTERM and SIGINT, so that a run ends after its step; a second one ends it at once.
 
     Attributes:
         received: whether a signal came.
@@ -55,12 +57,21 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self._process = os.getpid()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._note) for number in signals}
+
+    def close(self) -> None:
+        """Let signals do again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = True
         signal.signal(number, signal.SIG_DFL)
+        if os.getpid() == self._process:
+            self.received = True
+        else:  # a forked worker, which must end when it is told to
+            os.kill(os.getpid(), number)
 
     def on_any_process(self, accelerator: Accelerator) -> bool:
         """Whether any process got a signal; every process must ask at the same step."""
@@ -167,22 +178,27 @@ def claim_run_folder(directory: Path, settings: dict[str, Any], *, resume: bool)
             )
         if not resume:
             raise InputError(f"{directory} holds a run with these settings; pass --resume to continue it")
-    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    elif directory.exists() and (not directory.is_dir() or _holds_files(directory)):
         raise InputError(f"{directory} exists and is no run of this recipe; choose an empty or new --output_dir")
     else:
         directory.mkdir(parents=True, exist_ok=True)
         write_json(record, settings)
 
 
+def _holds_files(directory: Path) -> bool:
+    # What a killed write left behind is nobody's file.
+    return any(not path.name.startswith(".tmp-") for path in directory.iterdir())
+
+
 def run_settings(
-    config: SamedConfig, training: TrainingConfig, *, data: str, accelerator: Accelerator
+    config: SamedConfig, training: TrainingConfig, *, data: Sequence[str], accelerator: Accelerator
 ) -> dict[str, Any]:
     """Everything that decides a run's result, as JSON values.
 
     Args:
         config: what is trained.
         training: how.
-        data: name of the prepared data, which has their fingerprint in it.
+        data: names of the prepared splits, which have the fingerprints of their files in them.
         accelerator: its processes and precision count too.
     """
     decisive = {name: value for name, value in training.to_dict().items() if name not in _WITHOUT_EFFECT}
@@ -191,7 +207,7 @@ def run_settings(
         **note,
         **config.to_dict(),
         **decisive,
-        "data": data,
+        "data": list(data),
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
