@@ -41,9 +41,14 @@ CONFIG = SamConfig(
 
 @torch.no_grad()
 def initialise(model: nn.Module) -> None:
-    """Random weights at a scale that trains: Transformers leaves SAM's encoder near 1e-10."""
+    """Random weights at a scale that trains: Transformers leaves SAM's encoder near 1e-10.
+
+    Fourier features of positions get SAM's frequencies, of deviation 1; Transformers' are so high that they alias.
+    """
     for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and "positional_embedding" not in name:
+        if "positional_embedding" in name:
+            nn.init.normal_(parameter)
+        elif parameter.ndim >= 2:
             nn.init.trunc_normal_(parameter, std=0.02 if "encoder" in name else parameter[0].numel() ** -0.5)
 
 
@@ -68,8 +73,8 @@ def main() -> None:
     """Pretrain, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,12 +1,12 @@
 """SAMed on Synapse multi-organ CT: from scans on disk to an adapter, its scores and pictures.
 
-    accelerate launch recipes/synapse.py --data_dir DATA --base facebook/sam-vit-base --output_dir runs/synapse
+    accelerate launch recipes/synapse.py --data_dir DATA --output_dir runs/synapse
     python recipes/synapse.py --demo --output_dir runs/demo
 
-DATA holds raw BTCV (Training/img, Training/label) or SAMed's train_npz and test_vol_h5. The defaults are SAMed's,
-published with 81.88 DSC / 20.64 HD95 on two 24 GB cards (two processes: --batch_size 12 each). The demo adapts a tiny
-stand-in for SAM to synthetic CT in minutes on two CPU cores; its scores say nothing about SAM. A stopped or killed run
-goes on with --resume. Exit codes: 0 done, 2 wrong input, 3 loss diverged, 75 stopped by a signal, everything saved.
+DATA is raw BTCV, or SAMed's train_npz and test_vol_h5. The defaults are SAMed's, published with 81.88 DSC / 20.64 HD95
+on two 24 GB cards (--batch_size 12 each). The demo adapts a tiny stand-in to synthetic CT in minutes on two CPU cores;
+its scores say nothing about SAM. A stopped or killed run goes on with --resume. Exit codes: 0 done, 2 wrong input,
+3 loss diverged, 75 stopped by a signal.
 """
 
 import argparse
@@ -26,9 +26,11 @@ from samed_peft.datasets.synapse_files import require_disjoint, split_cases
 from samed_peft.errors import RunInterruptedError, exit_on_error
 from samed_peft.evaluation import format_table, write_report
 from samed_peft.evaluation.validation import mean_dice
+from samed_peft.hub import check_repo_id
 from samed_peft.inference import segment_cases
+from samed_peft.io import require_replaceable
+from samed_peft.training import state
 from samed_peft.training.loop import build_optimizer, training_steps
-from samed_peft.training.state import StopSignal, claim_run_folder, load_checkpoint, run_settings, save_checkpoint
 
 DEMO = {
     "base": TINY_SAM, "image_size": 96, "batch_size": 16, "epochs": 20, "stop_epoch": 18, "warmup_steps": 20,
@@ -37,8 +39,8 @@ DEMO = {
 }  # fmt: skip
 
 
-def parse_args() -> argparse.Namespace:
-    """Options; every field of TrainingConfig is one."""
+def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
+    """Options, checked before anything is written; every field of TrainingConfig is one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, help="raw BTCV or SAMed's preprocessed folder")
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder, or a run to --resume")
@@ -58,7 +60,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.demo == (args.data_dir is not None) or bool(args.validate_epochs) != bool(args.validation_cases):
         parser.error("give either --data_dir or --demo; --validate_epochs and --validation_cases go together")
-    return args
+    if args.push_to_hub:
+        check_repo_id(args.push_to_hub)
+    require_replaceable(args.output_dir, marker=state.RUN_FILE)
+    return args, from_options(args, TrainingConfig)
 
 
 def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Dataset, Dataset, Dataset | None]:
@@ -66,7 +71,7 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Datas
     data_dir, held_out = args.data_dir, args.validation_cases
     with accelerator.main_process_first():
         if args.demo:
-            data_dir = args.output_dir.with_name(f"{args.output_dir.name}-phantom")
+            data_dir = Path(f"{args.output_dir.resolve()}-phantom")
             if accelerator.is_main_process:
                 write_phantom(data_dir, cases=args.train_cases + args.test_cases, seed=0)
         train_cases = split_cases(data_dir, "train", args.train_cases, without=held_out)
@@ -80,10 +85,10 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Datas
 @exit_on_error
 def main() -> None:
     """Train, test, report."""
-    args = parse_args()
+    args, training = parse_args()
     accelerator = Accelerator(log_with="tensorboard", project_dir=args.output_dir)
+    state.require_replicas(accelerator)
     main_process, out = accelerator.is_main_process, args.output_dir
-    training = from_options(args, TrainingConfig)
     train_rows, test_rows, validation_rows = data = load_data(args, accelerator)
     shape = {"image_size": args.image_size, "input_size": args.input_size, "rank": args.rank}
     config = SamedConfig(args.base, SYNAPSE_CLASSES, orientation=common_orientation(train_rows), **shape)
@@ -96,43 +101,38 @@ def main() -> None:
     model = add_lora(sam, config)
     config = sam.samed_config  # with the base's fingerprint and revision
     optimizer = build_optimizer(model, weight_decay=training.weight_decay)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    trained = prepared, optimizer = accelerator.prepare(model, optimizer)
     seed = training.seed if training.augment else None
     slices = TrainingSlices(train_rows, image_size=config.image_size, label_size=sam.logits_size, seed=seed)
 
-    # The folder belongs to one run, which goes on where its newest checkpoint stands.
-    settings = run_settings(config, training, data=[rows.config_name for rows in data if rows], accelerator=accelerator)
-    if main_process:
-        claim_run_folder(out, settings, resume=args.resume)
-    progress = load_checkpoint(out / "checkpoints", prepared, optimizer, accelerator=accelerator)
-    accelerator.init_trackers("logs")
+    settings = state.run_settings(config, training, data=data, accelerator=accelerator)
+    state.claim_run_folder(out, settings, resume=args.resume, accelerator=accelerator)
+    progress = state.load_checkpoint(out / "checkpoints", *trained, accelerator=accelerator)
     steps = training_steps(prepared, optimizer, slices, training=training, accelerator=accelerator, start=progress.step)
     bar = tqdm(steps, desc="training", initial=progress.step, unit="step", disable=not main_process)
-    stop_signal = StopSignal()
-    for step in bar:
-        progress = progress.at(step.number)
-        accelerator.log(step.scalars(), step=step.number)
-        bar.total = step.steps_per_epoch * training.stop_epoch
-        bar.set_postfix(loss=f"{step.loss:.3f}", rate=f"{step.learning_rate:.1e}", refresh=False)
-        if validation_rows is not None and step.ends_epoch and step.epoch % training.validate_epochs == 0:
-            volumes = (CaseVolumes.of_rows(validation_rows, column) for column in ("image", "label"))
-            dice = mean_dice(model, *volumes, accelerator=accelerator)
-            accelerator.log({"validation/dice": dice}, step=step.number)
-            progress = progress.validated(dice, epoch=step.epoch)
-            if main_process and progress.best_epoch == step.epoch:
-                save_adapter(model, out / "adapter_best", config=config, training=training)
-        if step.ends_epoch and main_process:
-            save_adapter(model, out / "adapter", config=config, training=training)
-        stopping = stop_signal.on_any_process(accelerator)
-        if stopping or step.ends_epoch or step.number % training.checkpoint_steps == 0:
-            save_checkpoint(out / "checkpoints", prepared, optimizer, progress=progress, accelerator=accelerator)
-        if stopping:
-            raise RunInterruptedError(f"stopped by a signal after step {step.number}; --resume goes on from there")
-    stop_signal.close()
+    with state.tracked(accelerator, start=progress.step), state.StopSignal() as stop_signal:
+        for step in bar:
+            progress = progress.at(step.number)
+            accelerator.log(step.scalars(), step=step.number)
+            bar.total = step.steps_per_epoch * training.stop_epoch
+            bar.set_postfix(loss=f"{step.loss:.3f}", rate=f"{step.learning_rate:.1e}", refresh=False)
+            if validation_rows is not None and step.ends_epoch and step.epoch % training.validate_epochs == 0:
+                dice = mean_dice(model, *CaseVolumes.pairs(validation_rows), accelerator=accelerator)
+                accelerator.log({"validation/dice": dice}, step=step.number)
+                progress = progress.validated(dice, epoch=step.epoch)
+                if main_process and progress.best_epoch == step.epoch:
+                    save_adapter(model, out / "adapter_best", config=config, training=training)
+            if step.ends_epoch and main_process:
+                save_adapter(model, out / "adapter", config=config, training=training)
+            stopping = stop_signal.on_any_process(accelerator)
+            if stopping or step.ends_epoch or step.number % training.checkpoint_steps == 0:
+                state.save_checkpoint(out / "checkpoints", *trained, progress=progress, accelerator=accelerator)
+            if stopping:
+                raise RunInterruptedError(f"stopped by a signal after step {step.number}; --resume goes on from there")
 
     # What is tested is what was saved, read back from disk.
     adapter = out / ("adapter" if progress.best_epoch is None else "adapter_best")
-    images, references = (CaseVolumes.of_rows(test_rows, column) for column in ("image", "label"))
+    images, references = CaseVolumes.pairs(test_rows)
     tested = load_adapter(adapter, device=accelerator.device)
     masks = segment_cases(tested, images, out / "predictions", accelerator=accelerator)
     if main_process:

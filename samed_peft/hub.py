@@ -28,7 +28,7 @@ def push_to_hub(directory: str | Path, repo_id: str, *, private: bool = False, t
 
     directory = Path(directory)
     _check_directory(directory)
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
     api.upload_folder(
@@ -51,7 +51,12 @@ def _check_directory(directory: Path) -> None:
         )
 
 
-def _check_repo_id(repo_id: str) -> None:
+def check_repo_id(repo_id: str) -> None:
+    """Whether `repo_id` can name a repository, without asking the Hub.
+
+    Raises:
+        InputError: it cannot.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

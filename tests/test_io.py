@@ -18,6 +18,7 @@ import torch
 
 from samed_peft import io
 from samed_peft.errors import InputError
+from samed_peft.io.files import _HOST
 
 AFFINE = np.array([[-1.5, 0, 0, 90], [0, 1.5, 0, -120], [0, 0, 3, -368], [0, 0, 0, 1.0]])
 
@@ -380,12 +381,14 @@ def test_backup_beside_a_complete_folder_goes(tmp_path):
 
 
 def test_live_temporaries_of_others_stay(tmp_path):
-    other = tmp_path / f".tmp-{os.getppid()}-0a0b0c0d-out"
+    other = tmp_path / f".tmp-{_HOST}-{os.getppid()}-0a0b0c0d-out"
     other.mkdir()
-    dead = tmp_path / ".tmp-4194399-0a0b0c0d-out"  # above the largest process number
+    dead = tmp_path / f".tmp-{_HOST}-4194399-0a0b0c0d-out"  # above the largest process number
     dead.mkdir()
+    elsewhere = tmp_path / ".tmp-00000000-4194399-0a0b0c0d-out"  # another machine's, where that number may live
+    elsewhere.mkdir()
     fill(tmp_path / "out", "new")
-    assert sorted(item.name for item in tmp_path.iterdir()) == [other.name, "out"]
+    assert {item.name for item in tmp_path.iterdir()} == {other.name, elsewhere.name, "out"}
 
 
 def test_tensors_round_trip(tmp_path):

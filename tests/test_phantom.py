@@ -88,7 +88,7 @@ def test_equal_bytes_and_replacement(tmp_path):
 
 def test_other_peoples_files_are_kept(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="would be lost"):
+    with pytest.raises(InputError, match="must not be lost"):
         write_phantom(tmp_path, cases=[5], seed=0, **SMALL)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from samed_peft.datasets import write_phantom
 from samed_peft.io import load_tensors, read_labels, read_volume, write_mask
@@ -76,6 +77,10 @@ def finished(run, scans, tmp_path_factory):
     return out
 
 
+def steps_of(run_folder):
+    return int(next(run_folder.glob("checkpoints/step-*")).name.removeprefix("step-"))
+
+
 @pytest.mark.slow
 def test_everything_promised_is_there(finished, scans):
     names = {path.name for path in finished.iterdir()}
@@ -117,6 +122,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(finished, start, run, scans, tmp
         json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in (finished, tmp_path / "run")
     )
     assert one["cases"] == two["cases"]
+    log = EventAccumulator(str(tmp_path / "run" / "logs")).Reload()
+    assert [event.step for event in log.Scalars("train/loss")] == list(range(1, 1 + steps_of(finished)))
 
 
 @pytest.mark.slow
@@ -134,6 +141,17 @@ def test_two_processes_train_what_one_trains(finished, environment, scans, tmp_p
     )
     # AdamW turns differences in the last bit of a tiny gradient into differences of a share of the rate.
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 0.01
+
+
+@pytest.mark.slow
+def test_two_processes_end_alike_where_one_finds_the_folder_taken(finished, environment, scans):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, RECIPES / "synapse.py", "--data_dir", scans, "--output_dir", finished, *SMALL]
+    one_thread = environment | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=one_thread, capture_output=True, encoding="utf-8", check=False, timeout=100)
+    assert ended.returncode != 0
+    assert ended.stderr.count("error: ") == 2
+    assert "num_processes: 1 there, 2 now" in ended.stderr
 
 
 @pytest.mark.slow
@@ -170,6 +188,7 @@ def test_validation_keeps_the_best_adapter_beside_the_last(run, scans, tmp_path)
         (["--data_dir", "no/such/folder"], r"expected a data folder at .*no/such/folder, found nothing"),
         (["--data_dir", "{scans}", "--base", "{scans}"], "cannot be opened as a SAM"),
         (["--data_dir", "{scans}", "--train_cases", "7"], r"\[7\]"),
+        (["--data_dir", "{scans}", "--push_to_hub", "a/b/c"], "expected owner/name as repository, found 'a/b/c'"),
         (["--data_dir", "{scans}", "--rank", "0"], "rank must be at least 1"),
         (["--data_dir", "{golden}"], "expected raw BTCV"),
         (["--data_dir", "{scans}", "--test_cases", "5"], r"cases \[5\] are in both the train and the test split"),

@@ -12,8 +12,9 @@ import h5py
 import nibabel
 import numpy as np
 import pytest
+from datasets import Dataset
 
-from samed_peft.datasets import list_cases, load_synapse
+from samed_peft.datasets import common_orientation, list_cases, load_synapse
 from samed_peft.errors import InputError
 from samed_peft.io import Volume, read_labels, write_mask, write_volume
 
@@ -284,7 +285,7 @@ def spoil_label(folder, **options):
     ("options", "message"),
     [
         ({"shape": (3, 8, 9)}, r"shape \(3, 8, 10\) .*img0006.*found \(3, 8, 9\) in .*label0006"),
-        ({"label_affine": np.diag([-2.0, 2.0, 3.01, 1.0])}, r"label0006.*affines that differ by 0\.01"),
+        ({"label_affine": np.diag([-2.0, 2.0, 3.5, 1.0])}, r"label0006.*corners lie 1 mm apart"),
         ({"labels": np.full((3, 8, 10), 14, np.uint8)}, r"label0006\.nii\.gz hold 14, but only 0\.\.13"),
     ],
 )
@@ -293,6 +294,13 @@ def test_label_maps_that_do_not_fit(tmp_path, load, options, message, num_proc):
     spoil_label(folder, **options)
     with pytest.raises(InputError, match=message):
         load(folder, num_proc=num_proc)
+
+
+def test_scans_that_lie_differently_are_no_training_set():
+    rows = Dataset.from_dict({"orientation": ["LAS", "LAS", "RAS"], "case": ["case0005", "case0005", "case0006"]})
+    assert common_orientation(rows.select(range(2))) == "LAS"
+    with pytest.raises(InputError, match=r"found LAS \(case0005\), RAS \(case0006\)"):
+        common_orientation(rows)
 
 
 def test_tiny_differences_of_affines_pass(tmp_path, load):

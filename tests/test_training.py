@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from conftest import GOLDEN, load_samed_weights, npz, samed_weights
 
 from samed_peft.errors import InputError, NonFiniteLossError
@@ -24,6 +26,7 @@ from samed_peft.training import (
     save_checkpoint,
     train_step,
 )
+from samed_peft.training.state import require_replicas
 
 
 @pytest.fixture
@@ -175,11 +178,10 @@ def test_validation_keeps_the_earlier_of_equals_and_no_nan():
 
 def test_signals_do_again_what_they_did_before():
     before = signal.getsignal(signal.SIGTERM)
-    stop_signal = StopSignal()
-    assert signal.getsignal(signal.SIGTERM) != before
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop_signal.received
-    stop_signal.close()
+    with StopSignal() as stop_signal:
+        assert signal.getsignal(signal.SIGTERM) != before
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_signal.received
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -188,18 +190,23 @@ def test_micro_batches_are_grouped():
 
 
 def test_a_run_folder_is_claimed_once(tmp_path):
-    folder, settings = tmp_path / "run", {"rank": 4, "seed": 1}
-    claim_run_folder(folder, settings, resume=False)
+    folder, settings, accelerator = tmp_path / "run", {"rank": 4, "seed": 1}, Accelerator(cpu=True)
+    claim_run_folder(folder, settings, resume=False, accelerator=accelerator)
     with pytest.raises(InputError, match="--resume"):
-        claim_run_folder(folder, settings, resume=False)
-    claim_run_folder(folder, settings, resume=True)
+        claim_run_folder(folder, settings, resume=False, accelerator=accelerator)
+    claim_run_folder(folder, settings, resume=True, accelerator=accelerator)
     with pytest.raises(InputError, match="rank: 4 there, 8 now"):
-        claim_run_folder(folder, settings | {"rank": 8}, resume=True)
+        claim_run_folder(folder, settings | {"rank": 8}, resume=True, accelerator=accelerator)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="is no run of this recipe"):
-        claim_run_folder(tmp_path / "other", settings, resume=True)
+    with pytest.raises(InputError, match="found other files, which must not be lost"):
+        claim_run_folder(tmp_path / "other", settings, resume=True, accelerator=accelerator)
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+
+
+def test_a_model_split_over_processes_is_refused():
+    with pytest.raises(InputError, match="found FSDP in Accelerate's configuration"):
+        require_replicas(SimpleNamespace(distributed_type=DistributedType.FSDP))
 
 
 @pytest.mark.slow

@@ -23,15 +23,21 @@ class CaseVolumes(Mapping[str, Volume]):
     @classmethod
     def of_rows(cls, rows: Dataset, column: str) -> Self:
         """The "image" (in [0, 1]) or "label" of each row of a split of whole volumes."""
+        needed = rows.select_columns([column, "affine", "path"])  # the other array is not decoded
 
         def reader(index: int) -> Callable[[], Volume]:
             def read() -> Volume:
-                row = rows[index]
+                row = needed[index]
                 return Volume(row[column], row["affine"], Path(row["path"]), normalized=column == "image")
 
             return read
 
         return cls({case: reader(index) for index, case in enumerate(rows.with_format(None)["case"])})
+
+    @classmethod
+    def pairs(cls, rows: Dataset) -> tuple[Self, Self]:
+        """Scans and references of a split of whole volumes."""
+        return cls.of_rows(rows, "image"), cls.of_rows(rows, "label")
 
     @classmethod
     def of_masks(cls, files: Mapping[str, Path]) -> Self:

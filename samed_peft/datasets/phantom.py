@@ -15,7 +15,7 @@ from scipy.interpolate import CubicSpline
 from scipy.ndimage import gaussian_filter
 
 from samed_peft.errors import InputError
-from samed_peft.io import Volume, atomic_dir, write_json, write_mask, write_volume
+from samed_peft.io import Volume, atomic_dir, require_replaceable, write_json, write_mask, write_volume
 
 RECIPE_FILE = "phantom.json"
 """Marks a folder as a phantom, which a later call may replace."""
@@ -214,14 +214,6 @@ def phantom_case(
     return np.clip(np.rint(image), -1024, 3071).astype(np.int16), label
 
 
-def _require_own(directory: Path) -> None:
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / RECIPE_FILE).is_file():
-        raise InputError(
-            f"expected an empty folder or an earlier phantom at {directory}, found other files, "
-            "which would be lost; choose another folder"
-        )
-
-
 def write_phantom(
     directory: str | Path,
     *,
@@ -256,7 +248,7 @@ def write_phantom(
         raise InputError(
             f"expected seed >= 0 and positive shape_dhw and spacing_zyx_mm, found {seed}, {shape_dhw}, {spacing_zyx_mm}"
         )
-    _require_own(directory)
+    require_replaceable(directory, marker=RECIPE_FILE)
     # Raw BTCV's axes: x to the left, y to the front, z to the head ("LAS").
     affine = np.diag([-spacing_zyx_mm[2], spacing_zyx_mm[1], spacing_zyx_mm[0], 1.0])
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape_dhw[::-1]) - 1) / 2)

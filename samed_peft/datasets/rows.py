@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
+from samed_peft.errors import InputError
+
 ARRAY_FEATURE = {"bytes": Value("large_binary"), "shape": List(Value("int32"))}
 """Column type of what `pack_array` returns."""
 
@@ -58,6 +60,17 @@ def decode_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def common_orientation(rows: Dataset) -> str | None:
-    """Axis codes that all slices of a training split share, or None if they differ or are unknown."""
-    found = set(rows.with_format(None)["orientation"])
-    return found.pop() if len(found) == 1 else None
+    """Axis codes that all slices of a training split share, or None if they are unknown.
+
+    Raises:
+        InputError: they differ, so that no scan to predict could be turned to lie as the slices did.
+    """
+    plain = rows.with_format(None)
+    examples = dict(zip(plain["orientation"], plain["case"], strict=True))
+    if len(examples) > 1:
+        found = ", ".join(f"{codes or 'unknown'} ({case})" for codes, case in sorted(examples.items(), key=str))
+        raise InputError(
+            f"expected training scans of one orientation, found {found}; reorient them, with nibabel's "
+            "as_closest_canonical for instance, or leave some out"
+        )
+    return next(iter(examples))

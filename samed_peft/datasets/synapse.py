@@ -18,7 +18,7 @@ from samed_peft.config import CT_WINDOW_HU
 from samed_peft.datasets.rows import SLICE_FEATURES, VOLUME_FEATURES, decode_rows, pack_array
 from samed_peft.datasets.synapse_files import Case, case_files, list_cases, scan_folder, select_cases
 from samed_peft.errors import InputError
-from samed_peft.io import Volume, content_fingerprint, read_labels, read_volume
+from samed_peft.io import Volume, content_fingerprint, grids_apart_mm, read_labels, read_volume
 from samed_peft.preprocessing import normalized_array
 
 __all__ = ["BTCV_TO_SYNAPSE", "list_cases", "load_synapse"]
@@ -27,7 +27,6 @@ BTCV_TO_SYNAPSE = {1: 1, 2: 2, 3: 3, 4: 4, 6: 5, 7: 6, 8: 7, 11: 8}
 """Raw BTCV label to label of `SYNAPSE_CLASSES`; the other five organs become background."""
 
 _RAW_LABELS, _SYNAPSE_LABELS = 13, 8
-_AFFINE_TOLERANCE = 1e-3
 
 
 def _require_labels(label: np.ndarray, highest: int, path: Path) -> None:
@@ -47,14 +46,11 @@ def _read_pair(image_path: Path, label_path: Path, *, window: tuple[float, float
             f"expected a label map of the scan's shape {scan.array.shape} ({image_path}), found "
             f"{reference.array.shape} in {label_path}; resample it to the scan by nearest neighbour"
         )
-    if scan.affine is not None and reference.affine is not None:
-        difference = float(np.abs(scan.affine - reference.affine).max())
-        if difference > _AFFINE_TOLERANCE:
-            raise InputError(
-                f"expected {label_path} on the grid of {image_path}, found affines that differ by "
-                f"{difference:.3g}; resample the label map to the scan, or copy the scan's header "
-                "if the voxels do match"
-            )
+    if apart_mm := grids_apart_mm(reference, scan):
+        raise InputError(
+            f"expected {label_path} on the grid of {image_path}, found affines whose corners lie {apart_mm:.3g} mm "
+            "apart; resample the label map to the scan, or copy the scan's header if the voxels do match"
+        )
     if scan.normalized:
         _require_labels(reference.array, _SYNAPSE_LABELS, label_path)
         return scan, reference.array.astype(np.uint8, copy=False)

@@ -8,15 +8,12 @@ import numpy as np
 from samed_peft.errors import InputError
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.evaluation.report import Report, format_table, write_report
-from samed_peft.io import Volume
+from samed_peft.io import Volume, grids_apart_mm
 from samed_peft.metrics import CaseScores, score_case
 
 __all__ = ["Report", "case_picture", "evaluate_cases", "format_table", "write_report"]
 
 Labels = Volume | np.ndarray
-
-_GRID_TOLERANCE = 0.1
-"""Share of a voxel by which two grids may differ: files that store affines in float32 differ by less."""
 
 
 def evaluate_cases(
@@ -108,12 +105,7 @@ def _score_pair(case: str, prediction: Volume, reference: Volume, *, num_classes
 
 def _check_grids(prediction: Volume, reference: Volume) -> None:
     """Refuse grids that lie elsewhere in space, which equal shapes would hide."""
-    if prediction.affine is None or reference.affine is None:
-        return
-    last_xyz = np.array(reference.array.shape[::-1]) - 1
-    corners = np.array([[*(corner * last_xyz), 1] for corner in np.ndindex(2, 2, 2)])
-    apart_mm = np.linalg.norm(corners @ (prediction.affine - reference.affine)[:3].T, axis=1).max()
-    if apart_mm > _GRID_TOLERANCE * min(reference.spacing_zyx_mm):
+    if apart_mm := grids_apart_mm(prediction, reference):
         raise InputError(
             f"prediction and reference must lie on one grid; found corners {apart_mm:.3g} mm apart. "
             "Resample the prediction to the reference's grid"

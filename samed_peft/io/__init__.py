@@ -17,7 +17,7 @@ from samed_peft.io.files import (
     write_text,
 )
 from samed_peft.io.tensors import load_tensors, load_torch_weights, save_tensors
-from samed_peft.io.volumes import Volume, read_labels, read_volume
+from samed_peft.io.volumes import Volume, grids_apart_mm, read_labels, read_volume
 from samed_peft.io.writers import write_mask, write_volume
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "atomic_dir",
     "atomic_file",
     "content_fingerprint",
+    "grids_apart_mm",
     "load_tensors",
     "load_torch_weights",
     "read_json",

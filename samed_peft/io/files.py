@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
@@ -12,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from samed_peft.errors import InputError
+
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+"""Stands in temporary names: process numbers of another machine on the same disk say nothing here."""
 
 
 def _sync(path: Path) -> None:
@@ -28,7 +33,7 @@ def _sync(path: Path) -> None:
 
 def _temporary_sibling(path: Path) -> Path:
     """A hidden, unused name beside `path` with its suffix, which some writers choose the format by."""
-    return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    return path.with_name(f".tmp-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
 def _process_is_alive(pid: int) -> bool:
@@ -51,15 +56,14 @@ def _remove(path: Path) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Delete temporary siblings of `path` whose process was killed before it could delete them itself."""
+    """Delete temporary siblings of `path` whose process, of this machine, was killed before it could."""
     if not path.parent.is_dir():
         return
+    mine = re.compile(rf"\.tmp-{_HOST}-(\d+)-[0-9a-f]{{8}}-{re.escape(path.name)}")
     for sibling in path.parent.iterdir():
-        if sibling.name.startswith(".tmp-") and sibling.name.endswith(f"-{path.name}"):
-            pid, _, rest = sibling.name.removeprefix(".tmp-").partition("-")
-            same_name = rest.partition("-")[2] == path.name
-            if same_name and pid.isdecimal() and not _process_is_alive(int(pid)):
-                _remove(sibling)
+        match = mine.fullmatch(sibling.name)
+        if match and not _process_is_alive(int(match[1])):
+            _remove(sibling)
 
 
 @contextlib.contextmanager
@@ -136,10 +140,11 @@ def require_replaceable(directory: Path, *, marker: str) -> None:
     """
     if not directory.exists() or (directory / marker).is_file():
         return
-    if not directory.is_dir() or any(directory.iterdir()):
+    # What a killed write left behind is nobody's file.
+    if not directory.is_dir() or any(not path.name.startswith(".tmp-") for path in directory.iterdir()):
         raise InputError(
             f"expected an empty folder or an earlier one with {marker} at {directory}, found other files, "
-            "which would be lost; choose another folder"
+            "which must not be lost; choose an empty or new folder"
         )
 
 

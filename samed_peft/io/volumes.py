@@ -55,6 +55,24 @@ class Volume:
         return "".join(str(code) for code in aff2axcodes(self.affine))
 
 
+_GRID_TOLERANCE = 0.1
+"""Share of a voxel by which two grids may differ: files that store affines in float32 differ by less."""
+
+
+def grids_apart_mm(one: Volume, other: Volume) -> float:
+    """How far two grids of one shape lie apart, at the corner where they differ most.
+
+    Returns:
+        Millimetres; 0 if it is less than a tenth of a voxel, or if a volume has no affine to compare.
+    """
+    if one.affine is None or other.affine is None:
+        return 0.0
+    last_xyz = np.array(other.array.shape[::-1]) - 1
+    corners = np.array([[*(corner * last_xyz), 1] for corner in np.ndindex(2, 2, 2)])
+    apart_mm = float(np.linalg.norm(corners @ (one.affine - other.affine)[:3].T, axis=1).max())
+    return apart_mm if apart_mm > _GRID_TOLERANCE * min(other.spacing_zyx_mm) else 0.0
+
+
 def _load(path: str | Path, *, key: str) -> Volume:
     """Any supported file as stored, axes in (D, H, W) order."""
     path = Path(path)

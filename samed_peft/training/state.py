@@ -1,23 +1,29 @@
 """What a run leaves on disk so that it can go on: checkpoints to the bit, and whose folder it is."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list
+from datasets import Dataset
 from torch import nn
 
 from samed_peft.config import TINY_SAM, TINY_SAM_NOTE, SamedConfig, TrainingConfig
 from samed_peft.errors import InputError
-from samed_peft.io import atomic_dir, load_tensors, read_json, save_tensors, write_json
+from samed_peft.io import atomic_dir, load_tensors, read_json, require_replaceable, save_tensors, write_json
+
+RUN_FILE = "run.json"
+"""Record of a run's settings, by which its folder is known."""
 
 _WITHOUT_EFFECT = ("num_workers", "checkpoint_steps")
 """Training settings that may change between a run and its resumption: they do not touch the result."""
@@ -49,7 +55,7 @@ class Progress:
 
 
 class StopSignal:
-    """From now to `close`, notes SIGTERM and SIGINT, so that a run ends after its step; a second one ends it at once.
+    """Within `with`, notes SIGTERM and SIGINT, so that a run ends after its step; a second one ends it at once.
 
     Attributes:
         received: whether a signal came.
@@ -58,11 +64,13 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = False
         self._process = os.getpid()
+
+    def __enter__(self) -> Self:
         signals = (signal.SIGTERM, signal.SIGINT)
         self._before = {number: signal.signal(number, self._note) for number in signals}
+        return self
 
-    def close(self) -> None:
-        """Let signals do again what they did before."""
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -153,18 +161,57 @@ def _checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if path.is_dir())
 
 
-def claim_run_folder(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
+def require_replicas(accelerator: Accelerator) -> None:
+    """Refuse setups that split one model over processes: checkpoints and adapters are read off a whole one.
+
+    Raises:
+        InputError: FSDP, DeepSpeed or the like is configured.
+    """
+    split = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if accelerator.distributed_type in split:
+        raise InputError(
+            f"expected one process or data-parallel ones, found {accelerator.distributed_type.value} in Accelerate's "
+            "configuration; the model fits on each device, so launch with --multi_gpu instead"
+        )
+
+
+@contextlib.contextmanager
+def tracked(accelerator: Accelerator, *, start: int) -> Iterator[None]:
+    """TensorBoard's log of the steps after `start`: a resumed run replaces what it repeats, any end writes it out."""
+    accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": start + 1}})
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def claim_run_folder(directory: Path, settings: dict[str, Any], *, resume: bool, accelerator: Accelerator) -> None:
     """Make `directory` the folder of the run with these settings, or refuse without touching it.
+
+    The main process does it; what it finds wrong ends all of them alike.
 
     Args:
         directory: output folder.
-        settings: JSON values that decide the result; written to `run.json`.
+        settings: JSON values that decide the result; written to `RUN_FILE`.
         resume: whether a run already there is to be continued.
+        accelerator: its processes.
 
     Raises:
         InputError: the folder holds other files, another run, or this run and `resume` is not set.
     """
-    record = directory / "run.json"
+    messages: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            _claim(directory, settings, resume=resume)
+        except InputError as error:
+            messages = [str(error)]
+    if broadcast_object_list(messages)[0] is not None:
+        raise InputError(messages[0])
+
+
+def _claim(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
+    record = directory / RUN_FILE
     if record.is_file():
         found = read_json(record)
         keys = sorted(set(settings) | set(found))
@@ -178,27 +225,21 @@ def claim_run_folder(directory: Path, settings: dict[str, Any], *, resume: bool)
             )
         if not resume:
             raise InputError(f"{directory} holds a run with these settings; pass --resume to continue it")
-    elif directory.exists() and (not directory.is_dir() or _holds_files(directory)):
-        raise InputError(f"{directory} exists and is no run of this recipe; choose an empty or new --output_dir")
     else:
+        require_replaceable(directory, marker=RUN_FILE)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(record, settings)
 
 
-def _holds_files(directory: Path) -> bool:
-    # What a killed write left behind is nobody's file.
-    return any(not path.name.startswith(".tmp-") for path in directory.iterdir())
-
-
 def run_settings(
-    config: SamedConfig, training: TrainingConfig, *, data: Sequence[str], accelerator: Accelerator
+    config: SamedConfig, training: TrainingConfig, *, data: Sequence[Dataset | None], accelerator: Accelerator
 ) -> dict[str, Any]:
     """Everything that decides a run's result, as JSON values.
 
     Args:
         config: what is trained.
         training: how.
-        data: names of the prepared splits, which have the fingerprints of their files in them.
+        data: the prepared splits; the fingerprints of their files are in their names.
         accelerator: its processes and precision count too.
     """
     decisive = {name: value for name, value in training.to_dict().items() if name not in _WITHOUT_EFFECT}
@@ -207,7 +248,7 @@ def run_settings(
         **note,
         **config.to_dict(),
         **decisive,
-        "data": list(data),
+        "data": [rows.config_name for rows in data if rows is not None],
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
