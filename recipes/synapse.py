@@ -29,14 +29,11 @@ from samed_peft.evaluation.validation import mean_dice
 from samed_peft.hub import check_repo_id
 from samed_peft.inference import segment_cases
 from samed_peft.io import require_replaceable
+from samed_peft.presets import DEMO, PRESETS
 from samed_peft.training import state
 from samed_peft.training.loop import build_optimizer, training_steps
 
-DEMO = {
-    "base": TINY_SAM, "image_size": 96, "batch_size": 16, "epochs": 20, "stop_epoch": 18, "warmup_steps": 20,
-    "learning_rate": 0.004, "augment": False, "num_workers": 0,
-    "train_cases": [5, 6, 7, 9, 10, 21, 23, 24], "test_cases": [1, 2, 3, 4],
-}  # fmt: skip
+SHAPE = ("image_size", "input_size", "rank", "decoder")
 
 
 def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
@@ -44,19 +41,19 @@ def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, help="raw BTCV or SAMed's preprocessed folder")
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder, or a run to --resume")
-    parser.add_argument("--base", default="facebook/sam-vit-base", help=f"Hub id, folder, Meta .pth or {TINY_SAM}")
+    parser.add_argument("--preset", choices=PRESETS, default="samed", help="published variant to start from")
+    parser.add_argument("--base", help=f"Hub id, folder, Meta .pth or {TINY_SAM}; by default the preset's")
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="by default the preset's")
+    add_options(parser, SamedConfig, SHAPE)
+    add_options(parser, TrainingConfig)
     parser.add_argument("--demo", action="store_true", help="phantom CT and the tiny SAM, nothing downloaded")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output_dir")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the adapter, as name/repository")
     parser.add_argument("--train_cases", type=int, nargs="+", help="in place of SAMed's 18, such as 0005 0007")
     parser.add_argument("--validation_cases", type=int, nargs="+", default=[], help="held out, for --validate_epochs")
     parser.add_argument("--test_cases", type=int, nargs="+", help="in place of SAMed's 12")
-    parser.add_argument("--image_size", type=int, default=512)
-    parser.add_argument("--input_size", type=int, help="bottleneck at prediction; SAMed's test uses 224")
-    parser.add_argument("--rank", type=int, default=4)
-    add_options(parser, TrainingConfig)
-    if parser.parse_known_args()[0].demo:
-        parser.set_defaults(**DEMO)
+    known = parser.parse_known_args()[0]
+    parser.set_defaults(**PRESETS[known.preset].options | (DEMO if known.demo else {}))
     args = parser.parse_args()
     if args.demo == (args.data_dir is not None) or bool(args.validate_epochs) != bool(args.validation_cases):
         parser.error("give either --data_dir or --demo; --validate_epochs and --validation_cases go together")
@@ -86,11 +83,12 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Datas
 def main() -> None:
     """Train, test, report."""
     args, training = parse_args()
-    accelerator = Accelerator(log_with="tensorboard", project_dir=args.output_dir)
+    logs = {"log_with": "tensorboard", "project_dir": args.output_dir}
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, **logs)
     state.require_replicas(accelerator)
     main_process, out = accelerator.is_main_process, args.output_dir
     train_rows, test_rows, validation_rows = data = load_data(args, accelerator)
-    shape = {"image_size": args.image_size, "input_size": args.input_size, "rank": args.rank}
+    shape = {name: vars(args)[name] for name in (*SHAPE, "preset")}
     config = SamedConfig(args.base, SYNAPSE_CLASSES, orientation=common_orientation(train_rows), **shape)
 
     # The seed decides the fresh weights; order and augmentation depend on (seed, epoch, slice).

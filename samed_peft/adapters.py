@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from samed_peft.config import SamedConfig, TrainingConfig, is_hub_id
 from samed_peft.errors import InputError
-from samed_peft.io import atomic_dir, load_tensors, read_json, require_replaceable, write_json, write_text
+from samed_peft.io import atomic_dir, load_tensors, read_json, require_replaceable, save_tensors, write_json, write_text
 from samed_peft.model_card import model_card
 from samed_peft.modeling import SamForSemanticSegmentation, load_sam
 
@@ -23,15 +23,27 @@ PEFT_FILE = "adapter_config.json"
 CONFIG_FILE = "samed_config.json"
 CARD_FILE = "README.md"
 
+UNUSED_PROMPTS = (
+    *(f"prompt_encoder.point_embed.{index}" for index in range(4)),
+    "prompt_encoder.not_a_point_embed",
+    "prompt_encoder.mask_embed",
+)
+"""Parts of the prompt encoder that no segmentation without prompts runs, and no loss reaches."""
 
-def add_lora(model: SamForSemanticSegmentation, config: SamedConfig) -> PeftModel:
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_IOU_HEAD = "iou_prediction_head"
+
+
+def add_lora(model: SamForSemanticSegmentation, config: SamedConfig, *, also_save: Sequence[str] = ()) -> PeftModel:
     """Make a SAM adaptable as SAMed does: LoRA in the encoder, mask decoder and `no_mask_embed` trained in full.
 
-    The rest of the encoder and the IoU head, which no loss reaches, are frozen.
+    The rest of the encoder and the IoU head, which no loss reaches, are frozen. With `config.decoder` "lora", as in
+    SAMed_s, the decoder's transformer is frozen and has LoRA as well.
 
     Args:
         model: from `load_sam`; it is changed in place.
-        config: rank, alpha, targets and dropout; classes and size must be the model's.
+        config: rank, alpha, targets, decoder and dropout; classes and size must be the model's.
+        also_save: frozen parts, of `UNUSED_PROMPTS`, that the adapter has its own weights for.
 
     Raises:
         InputError: the model was loaded with other classes or another image size than `config` names.
@@ -41,10 +53,28 @@ def add_lora(model: SamForSemanticSegmentation, config: SamedConfig) -> PeftMode
         r=config.rank,
         lora_alpha=config.rank if config.alpha is None else config.alpha,
         lora_dropout=config.dropout,
-        target_modules=rf"vision_encoder\.layers\.\d+\.attn\.({'|'.join(config.targets)})",
-        modules_to_save=["mask_decoder", "no_mask_embed"],
+        target_modules=_adapted_layers(config),
+        modules_to_save=["no_mask_embed", *_decoder_parts(model, config), *also_save],
     )
     return _attach(model, lora, config)
+
+
+def _adapted_layers(config: SamedConfig) -> str:
+    """Regular expression of the linear layers that get LoRA."""
+    attention = r"vision_encoder\.layers\.\d+\.attn"
+    if config.decoder == "lora":
+        kinds = "self_attn|cross_attn_token_to_image|cross_attn_image_to_token"
+        attention = rf"({attention}|mask_decoder\.transformer\.(layers\.\d+\.({kinds})|final_attn_token_to_image))"
+    return rf"{attention}\.({'|'.join(config.targets)})"
+
+
+def _decoder_parts(model: SamForSemanticSegmentation, config: SamedConfig) -> list[str]:
+    """Parts of the decoder that are trained in full and saved; the IoU head is only saved."""
+    if config.decoder == "full":
+        return ["mask_decoder"]
+    children = [name for name, _ in model.mask_decoder.named_children() if name not in ("transformer", "activation")]
+    mlps = "output_hypernetworks_mlps"  # a list, which PEFT takes one by one
+    return [n for n in children if n != mlps] + [f"{mlps}.{i}" for i in range(config.num_labels)]
 
 
 def _attach(model: SamForSemanticSegmentation, peft_config: PeftConfig, config: SamedConfig) -> PeftModel:
@@ -59,19 +89,25 @@ def _attach(model: SamForSemanticSegmentation, peft_config: PeftConfig, config: 
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         adapted = get_peft_model(model, peft_config)
     adapted.peft_config["default"].base_model_name_or_path = config.base
-    _freeze_iou_head(adapted)
+    _freeze_unused(adapted)
     return adapted
 
 
-def _freeze_iou_head(model: PeftModel) -> None:
+def _freeze_unused(model: PeftModel) -> None:
     # PEFT unfreezes whole modules_to_save; a trainable weight without gradient stops data-parallel training.
+    unused = [f".{part}." for part in (_IOU_HEAD, *UNUSED_PROMPTS)]
     for name, parameter in model.named_parameters():
-        if ".iou_prediction_head." in name:
+        if any(part in name for part in unused):
             parameter.requires_grad_(False)
 
 
 def save_adapter(
-    model: PeftModel, directory: str | Path, *, config: SamedConfig, training: TrainingConfig | None = None
+    model: PeftModel,
+    directory: str | Path,
+    *,
+    config: SamedConfig,
+    training: TrainingConfig | None = None,
+    dtype: str = "float32",
 ) -> None:
     """Write an adapter directory: PEFT's two files, `samed_config.json` and a model card; never the base.
 
@@ -82,16 +118,27 @@ def save_adapter(
         directory: where to; an adapter already there is replaced.
         config: what the adapter is; the fingerprint of the model's base is added.
         training: settings shown in the model card.
+        dtype: numbers in the file; "float16" and "bfloat16" halve it, and cost the accuracy of their last digits.
 
     Raises:
-        InputError: the directory holds something else than an adapter.
+        InputError: the directory holds something else than an adapter, or a weight is too large for `dtype`.
     """
     config = dataclasses.replace(config, base_sha256=model.base_sha256)
     require_replaceable(Path(directory), marker=CONFIG_FILE)
     with atomic_dir(Path(directory)) as folder:
         model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        if dtype != "float32":
+            _store_as(folder / WEIGHTS_FILE, _DTYPES[dtype])
         write_json(folder / CONFIG_FILE, config.to_dict())
         write_card(folder, training=training)
+
+
+def _store_as(file: Path, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in load_tensors(file).items()}
+    overflown = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if overflown:
+        raise InputError(f"weight {overflown[0]} is too large for {dtype}; store the adapter as bfloat16 or float32")
+    save_tensors(tensors, file, metadata={"format": "pt"})
 
 
 def write_card(

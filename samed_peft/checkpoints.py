@@ -42,7 +42,9 @@ _RENAMES = (
 _MLP_LAYER = re.compile(
     r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.layers\.(\d+)\.(.*)$"
 )
-_POSITIONS = "shared_image_embedding.positional_embedding"
+POSITIONS = "shared_image_embedding.positional_embedding"
+"""Name of the Fourier frequencies of positions, a buffer that no training changes."""
+
 _TIED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
 
 
@@ -63,8 +65,8 @@ def rename_meta_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for pattern, replacement in _RENAMES:
             key = re.sub(pattern, replacement, key)
         renamed[key] = tensor
-    if _POSITIONS in renamed:
-        renamed[_TIED_POSITIONS] = renamed[_POSITIONS]
+    if POSITIONS in renamed:
+        renamed[_TIED_POSITIONS] = renamed[POSITIONS]
     return renamed
 
 
@@ -105,7 +107,7 @@ def infer_config(state: Mapping[str, Tensor]) -> SamConfig:
             "mlp_ratio": state[f"{encoder}.layers.0.mlp.lin1.weight"].shape[0] / width,
             "window_size": min(spans),
             "global_attn_indexes": [i for i, span in enumerate(spans) if span == grid],
-            "num_pos_feats": state[_POSITIONS].shape[1],
+            "num_pos_feats": state[POSITIONS].shape[1],
         },
         prompt_encoder_config={
             "hidden_size": out_channels,
@@ -138,7 +140,7 @@ def load_meta_checkpoint(path: Path) -> SamModel:
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise InputError(
             f"{path} is no SAM checkpoint in Meta's format: its geometry cannot be read ({error}). "
-            "Expected sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth or one shaped like them."
+            "Expected sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth or one shaped like them; for SAMed's own, give --base"
         ) from error
     with torch.device("meta"):
         model = SamModel(config)

@@ -3,10 +3,11 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args, get_type_hints
 
 from samed_peft.errors import InputError
 
@@ -97,7 +98,8 @@ class SamedConfig(_Json):
         preset: name of the published recipe these settings follow.
         rank: rank of the low-rank updates.
         alpha: numerator of LoRA's scaling alpha / rank; None means `rank`, that is no scaling, as in SAMed.
-        targets: linear layers of the image encoder's attention that are adapted.
+        targets: linear layers of attention that are adapted.
+        decoder: "full" trains the whole mask decoder, as SAMed; "lora" adapts its frozen transformer, as SAMed_s.
         dropout: dropout in front of LoRA's A.
 
     Raises:
@@ -116,6 +118,7 @@ class SamedConfig(_Json):
     rank: int = 4
     alpha: int | None = None
     targets: tuple[str, ...] = ("q_proj", "v_proj")
+    decoder: str = "full"
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -140,6 +143,7 @@ class SamedConfig(_Json):
             bool(self.targets) and set(self.targets) <= set(allowed),
             f"targets must be some of {', '.join(allowed)}; found {list(self.targets)}",
         )
+        _require(self.decoder in ("full", "lora"), f"decoder must be full or lora; found {self.decoder!r}")
         _require(0 <= self.dropout < 1, f"dropout must be in [0, 1); found {self.dropout}")
 
     @property
@@ -210,14 +214,25 @@ class TrainingConfig(_Json):
 ConfigT = TypeVar("ConfigT", bound=_Json)
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type[ConfigT]) -> None:
-    """Add an option `--field` for every field of a configuration whose fields all have plain defaults."""
+def add_options(parser: argparse.ArgumentParser, kind: type[ConfigT], names: Sequence[str] | None = None) -> None:
+    """Add options `--field` for fields of a configuration; their help is its docstring.
+
+    Args:
+        parser: gets the options.
+        kind: configuration.
+        names: fields; by default all, which must have plain defaults then.
+    """
+    described = dict(re.findall(r"^ +(\w+): (.+)\.$", kind.__doc__ or "", flags=re.MULTILINE))
+    types = get_type_hints(kind)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        flag, shown = f"--{field.name}", "default: %(default)s"
-        if isinstance(field.default, bool):
+        if names is not None and field.name not in names:
+            continue
+        flag, shown = f"--{field.name}", described[field.name].replace("%", "%%") + " (default: %(default)s)"
+        if types[field.name] is bool:
             parser.add_argument(flag, default=field.default, action=argparse.BooleanOptionalAction, help=shown)
         else:
-            parser.add_argument(flag, default=field.default, type=type(field.default), help=shown)
+            plain = next(t for t in (*get_args(types[field.name]), types[field.name]) if t is not type(None))
+            parser.add_argument(flag, default=field.default, type=plain, help=shown)
 
 
 def from_options(args: argparse.Namespace, kind: type[ConfigT]) -> ConfigT:

@@ -219,7 +219,7 @@ def load_sam(
         InputError: `base` is missing or no SAM, or `image_size` does not fit its patch size.
     """
     config = SamedConfig(base=str(base), class_names=tuple(class_names), base_revision=revision, image_size=image_size)
-    sam = _open_base(str(base), revision)
+    sam = open_sam(str(base), revision)
     sha256 = _fingerprint(sam)
     model = SamForSemanticSegmentation.from_sam(sam, num_labels=config.num_labels, image_size=image_size)
     model.base_sha256 = sha256
@@ -228,7 +228,12 @@ def load_sam(
     return model
 
 
-def _open_base(base: str, revision: str | None) -> SamModel:
+def open_sam(base: str, revision: str | None = None) -> SamModel:
+    """A SAM under any of the names that `load_sam` takes, as it is.
+
+    Raises:
+        InputError: it is missing, damaged or no SAM.
+    """
     path = TINY_SAM_DIR if base == TINY_SAM else Path(base)
     if path.is_file():
         return load_meta_checkpoint(path)

@@ -16,7 +16,7 @@ from samed_peft.io.files import (
     write_json,
     write_text,
 )
-from samed_peft.io.tensors import load_tensors, load_torch_weights, save_tensors
+from samed_peft.io.tensors import load_tensors, load_torch_weights, save_tensors, save_torch_weights
 from samed_peft.io.volumes import Volume, grids_apart_mm, read_labels, read_volume
 from samed_peft.io.writers import write_mask, write_volume
 
@@ -35,6 +35,7 @@ __all__ = [
     "recover_dir",
     "require_replaceable",
     "save_tensors",
+    "save_torch_weights",
     "write_bytes",
     "write_json",
     "write_mask",

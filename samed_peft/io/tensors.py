@@ -12,6 +12,10 @@ if TYPE_CHECKING:  # torch takes seconds to import; reading scans does not need 
     from torch import Tensor
 
 
+_MOST_BYTES_A_BYTE = 2
+"""Tied weights are written once and counted twice; anything beyond is a bomb."""
+
+
 def save_tensors(
     tensors: "Mapping[str, Tensor]", path: str | Path, *, metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -24,6 +28,14 @@ def save_tensors(
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
         save_file(copies, temporary, metadata=dict(metadata) if metadata else None)
+
+
+def save_torch_weights(tensors: "Mapping[str, Tensor]", path: str | Path) -> None:
+    """Write tensors as a `.pth` file, for programs that read nothing else; atomically, the order kept."""
+    import torch
+
+    with atomic_file(path) as temporary:
+        torch.save(dict(tensors), temporary)
 
 
 def _require_finite(tensors: "Mapping[str, Tensor]", path: Path) -> None:
@@ -61,15 +73,31 @@ def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
     The pickle inside is never executed: anything but tensors in plain containers is refused.
 
     Raises:
-        InputError: the file is missing or damaged, holds Python objects or no state dict, or a weight is
-            not finite.
+        InputError: the file is missing or damaged, holds Python objects or no state dict, claims more than is in it,
+            or a weight is not finite.
     """
-    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     path = require_file(path)
+    with FakeTensorMode():  # shapes alone; nothing is allocated
+        sizes = _load_state(path, mmap=False)
+    claimed, stored = sum(tensor.nbytes for tensor in sizes.values()), path.stat().st_size
+    if claimed > _MOST_BYTES_A_BYTE * stored:
+        raise InputError(
+            f"expected weights that fit their file, but {path} of {stored} bytes claims {claimed} bytes of tensors; "
+            "do not trust its source"
+        )
+    # Files of PyTorch before 1.6 are no zip archives and cannot be mapped.
+    state = _load_state(path, mmap=zipfile.is_zipfile(path))
+    _require_finite(state, path)
+    return state
+
+
+def _load_state(path: Path, *, mmap: bool) -> "dict[str, Tensor]":
+    import torch
+
     try:
-        # Files of PyTorch before 1.6 are no zip archives and cannot be mapped.
-        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # a damaged or hostile pickle can raise anything, and each means the same
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
@@ -84,5 +112,4 @@ def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
                 f"expected a state dict (names to tensors), found {name!r}: {type(value).__name__} "
                 f"in {path}; save the model's state dict alone"
             )
-    _require_finite(state, path)
     return dict(state)

@@ -1,0 +1,203 @@
+"""Adapters for programs that know nothing of this package: plain SAMs, stock PEFT on the fused projection, ONNX."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import SamModel
+
+from samed_peft.adapters import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE, load_adapter
+from samed_peft.checkpoints import resize_positions, semantic_config
+from samed_peft.conversion.samed_format import write_tensors
+from samed_peft.errors import InputError
+from samed_peft.io import atomic_dir, atomic_file, require_replaceable, save_tensors, save_torch_weights, write_json
+from samed_peft.modeling import SamForSemanticSegmentation, open_sam
+
+_SAM_FILE = "config.json"
+_LORA_NAME = "base_model.model.vision_encoder.layers.{index}.attn.qkv.lora_{letter}.weight"
+
+
+def convert_sam(source: str | Path, directory: str | Path, *, image_size: int | None = None) -> None:
+    """Write a SAM as a folder that `SamModel.from_pretrained` opens.
+
+    Args:
+        source: Meta's `.pth` of any geometry, Hub id or `SamModel` folder.
+        directory: where to; a SAM already there is replaced.
+        image_size: pixels per side to resize positions for, as SAMed does; None keeps the SAM's own.
+
+    Raises:
+        InputError: `source` is no SAM, the directory holds something else, or `image_size` is no multiple of the patch.
+    """
+    sam = open_sam(str(source))
+    require_replaceable(Path(directory), marker=_SAM_FILE)
+    if image_size is not None:
+        config = semantic_config(sam.config, num_labels=None, image_size=image_size)
+        state = resize_positions(sam.state_dict(), config)
+        with torch.device("meta"):
+            sam = SamModel(config)
+        sam.load_state_dict(state, assign=True)
+        sam.tie_weights()
+    with atomic_dir(directory) as folder:
+        sam.save_pretrained(folder)
+
+
+def export_merged(source: str | Path, directory: str | Path, *, base: str | None = None) -> None:
+    """Write base and adapter as one plain SAM, whose outputs 0..K are the class maps.
+
+    Raises:
+        InputError: `source` is no adapter, or the directory holds something else than a SAM.
+    """
+    require_replaceable(Path(directory), marker=_SAM_FILE)
+    merged = load_adapter(source, base=base, merge=True)
+    with atomic_dir(directory) as folder:
+        merged.save_pretrained(folder)
+
+
+def export_samed(source: str | Path, file: str | Path, *, base: str | None = None) -> None:
+    """Write an adapter as SAMed's `.pth`, which its `test.py --lora_ckpt` loads.
+
+    Raises:
+        InputError: SAMed's format has no place for this adapter.
+    """
+    save_torch_weights(write_tensors(source, base=base), file)
+
+
+def export_peft_fused(source: str | Path, directory: str | Path, *, base: str | None = None) -> None:
+    """Write an adapter that stock PEFT attaches to a plain `SamModel`, whose projection is a fused `qkv`.
+
+    The updates of query and value become one of twice the rank: A stacks both A's, B holds both B's in blocks, zeros
+    between. `config.json` beside it is the SAM it fits: its image size and K + 1 outputs.
+
+        sam = SamModel.from_pretrained(BASE, config=SamConfig.from_pretrained(DIR), ignore_mismatched_sizes=True)
+        model = PeftModel.from_pretrained(sam, DIR)
+
+    BASE must have the adapter's image size already; `convert_sam` resizes one.
+
+    Raises:
+        InputError: the adapter is not LoRA on query and value, or the directory holds something else.
+    """
+    require_replaceable(Path(directory), marker=PEFT_FILE)
+    adapted = load_adapter(source, base=base)
+    config = adapted.samed_config
+    assert config is not None, "load_adapter fills it"
+    lora = adapted.peft_config["default"]
+    if not isinstance(lora, LoraConfig) or lora.use_dora or config.decoder != "full":
+        raise InputError(
+            f"only plain LoRA on the encoder can be fused, found {type(lora).__name__} with decoder "
+            f"{config.decoder} in {source}; export it with --format merged"
+        )
+    layers = _encoder_layers(adapted)
+    tensors = {}
+    for index, projections in layers.items():
+        a, b = _fused(projections, width=adapted.get_base_model().config.vision_config.hidden_size)
+        tensors[_LORA_NAME.format(index=index, letter="A")] = a
+        tensors[_LORA_NAME.format(index=index, letter="B")] = b
+    saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    tensors |= {key: value for key, value in saved.items() if ".lora_" not in key}
+    rank = tensors[_LORA_NAME.format(index=0, letter="A")].shape[0]
+    fused = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=r"vision_encoder\.layers\.\d+\.attn\.qkv",
+        modules_to_save=list(lora.modules_to_save or ()),
+        inference_mode=True,
+    )
+    with atomic_dir(directory) as folder:
+        save_tensors(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        fused.save_pretrained(folder)
+        adapted.get_base_model().config.save_pretrained(folder)
+        write_json(folder / CONFIG_FILE, config.to_dict())
+
+
+def _encoder_layers(adapted: PeftModel) -> dict[int, dict[str, LoraLayer]]:
+    layers: dict[int, dict[str, LoraLayer]] = {}
+    for name, module in adapted.named_modules():
+        if isinstance(module, LoraLayer) and ".vision_encoder.layers." in name:
+            parts = name.split(".")
+            layers.setdefault(int(parts[parts.index("layers") + 1]), {})[parts[-1]] = module
+    return layers
+
+
+def _fused(projections: Mapping[str, LoraLayer], *, width: int) -> tuple[Tensor, Tensor]:
+    """A (n r, width) and B (3 width, n r) of n adapted projections."""
+    rows = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
+    names = [name for name in rows if name in projections]
+    parts_a = [projections[name].lora_A["default"].weight for name in names]
+    rank = len(parts_a[0])
+    b = torch.zeros(3 * width, rank * len(names))
+    for column, name in enumerate(names):
+        layer = projections[name]
+        block = layer.lora_B["default"].weight.detach() * layer.scaling["default"]
+        b[rows[name] * width : (rows[name] + 1) * width, column * rank : (column + 1) * rank] = block
+    return torch.cat(parts_a).detach(), b
+
+
+class _Logits(nn.Module):
+    """Pixels to logits, without the output class that ONNX does not know."""
+
+    def __init__(self, model: SamForSemanticSegmentation) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        logits: Tensor = self.model(pixel_values=pixel_values).logits
+        return logits
+
+
+def export_onnx(source: str | Path, file: str | Path, *, base: str | None = None) -> float:
+    """Write base and adapter as one ONNX file: `pixel_values` (B, 3, S, S) in [0, 1] to `logits` (B, K + 1, h, w).
+
+    Class names, sizes and window are in the file's metadata, under `samed_config`. The file is run in onnxruntime
+    before it appears.
+
+    Returns:
+        The largest difference of its logits from PyTorch's on random pixels.
+
+    Raises:
+        InputError: `source` is no adapter, the extra `onnx` is not installed, or the outputs differ by more than a
+            thousandth of the logits' range.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f'{error.name} is not installed; pip install "samed_peft[onnx]"') from error
+    merged = load_adapter(source, base=base, merge=True)
+    config = merged.samed_config
+    assert config is not None, "load_adapter fills it"
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(2, 3, config.image_size, config.image_size, generator=generator)
+    with atomic_file(file) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        torch.onnx.export(
+            _Logits(merged).eval(),
+            (pixels,),
+            temporary,
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch", min=1, max=256)}},
+            external_data=False,
+            dynamo=True,
+            verbose=False,
+        )
+        model = onnx.load(temporary)
+        onnx.helper.set_model_props(model, {"samed_config": json.dumps(config.to_dict())})
+        onnx.save(model, temporary)
+        with torch.inference_mode():
+            expected = merged(pixel_values=pixels[:1]).logits.numpy()
+        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+        found = session.run(["logits"], {"pixel_values": pixels[:1].numpy()})[0]
+        difference = float(np.abs(found - expected).max())
+        if not difference <= 1e-3 * float(np.ptp(expected)):
+            raise InputError(
+                f"the ONNX model of {source} gives logits that differ by {difference:g}; nothing was written"
+            )
+    return difference

@@ -1,0 +1,255 @@
+"""SAMed's checkpoints (`epoch_159.pth`) <-> adapters, without loss in either direction.
+
+The format is that of `LoRA_Sam.save_lora_parameters` in the original code (arXiv 2304.13785): numbered LoRA matrices,
+then the prompt encoder and the mask decoder under Meta's names. SAMed_s leaves the decoder's transformer out and adds
+LoRA matrices for it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
+from torch import Tensor
+from transformers import SamConfig
+
+from samed_peft.adapters import UNUSED_PROMPTS, add_lora, check_tensors, load_adapter, save_adapter
+from samed_peft.checkpoints import POSITIONS, rename_meta_keys
+from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
+from samed_peft.errors import InputError
+from samed_peft.io import load_torch_weights
+from samed_peft.modeling import SamForSemanticSegmentation, load_sam
+
+_PEFT_PREFIX = "base_model.model."
+_DECODER_ATTENTIONS = {"sa": "self_attn", "cti": "cross_attn_token_to_image", "cit": "cross_attn_image_to_token"}
+_TRANSFORMER = "mask_decoder.transformer"
+
+
+def _numbered(prefix: str, modules: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    yield from ((f"{prefix}_a_{n:03d}", f"{prefix}_b_{n:03d}", module) for n, module in enumerate(modules))
+
+
+def _lora_keys(config: SamConfig, decoder: str) -> list[tuple[str, str, str]]:
+    """SAMed's names of A and B, and the linear layer they belong to, for every pair in SAMed's order."""
+    layers = range(config.vision_config.num_hidden_layers)
+    keys = [*_numbered("w", [f"vision_encoder.layers.{i}.attn.{p}_proj" for i in layers for p in "qv"])]
+    if decoder == "lora":
+        blocks = range(config.mask_decoder_config.num_hidden_layers)
+        for prefix, name in _DECODER_ATTENTIONS.items():
+            keys += _numbered(prefix, [f"{_TRANSFORMER}.layers.{i}.{name}.{p}_proj" for i in blocks for p in "qv"])
+        final = f"{_TRANSFORMER}.final_attn_token_to_image"
+        keys += [(f"fati_{p}a", f"fati_{p}b", f"{final}.{p}_proj") for p in "qv"]
+    return keys
+
+
+def _meta_names(config: SamConfig, *, decoder: str) -> dict[str, str]:
+    """Meta's name -> Transformers' name of prompt encoder and mask decoder, in the order that SAMed saves them."""
+    part, grid = config.mask_decoder_config, config.prompt_encoder_config.image_embedding_size
+    with torch.device("meta"):
+        transformer = TwoWayTransformer(
+            depth=part.num_hidden_layers,
+            embedding_dim=part.hidden_size,
+            num_heads=part.num_attention_heads,
+            mlp_dim=part.mlp_dim,
+        )
+        prompts = PromptEncoder(
+            embed_dim=part.hidden_size,
+            image_embedding_size=(grid, grid),
+            input_image_size=(config.vision_config.image_size,) * 2,
+            mask_in_chans=config.prompt_encoder_config.mask_input_channels,
+        )
+        masks = MaskDecoder(
+            transformer_dim=part.hidden_size,
+            transformer=transformer,
+            num_multimask_outputs=part.num_multimask_outputs,
+            iou_head_depth=part.iou_head_depth,
+            iou_head_hidden_dim=part.iou_head_hidden_dim,
+        )
+    state = {f"prompt_encoder.{key}": value for key, value in prompts.state_dict().items()}
+    state |= {f"mask_decoder.{key}": value for key, value in masks.state_dict().items()}
+    numbers = {key: torch.tensor(number) for number, key in enumerate(state)}
+    ours = {int(number): key for key, number in rename_meta_keys(numbers).items() if "shared_embedding" not in key}
+    names = {key: ours[number] for number, key in enumerate(state)}
+    if decoder == "lora":
+        return {key: name for key, name in names.items() if "transformer" not in key}
+    return names
+
+
+def read_samed(
+    path: str | Path,
+    base: str,
+    *,
+    image_size: int = 512,
+    input_size: int | None = None,
+    class_names: Sequence[str] | None = None,
+    orientation: str | None = None,
+) -> tuple[PeftModel, SamedConfig]:
+    """SAMed's or SAMed_s' `.pth` on a base.
+
+    Rank, classes, layers and width are read from the file; the sizes in pixels leave no trace in it.
+
+    Args:
+        path: the checkpoint.
+        base: Hub id, `SamModel` folder or Meta `.pth` of the SAM it was trained on.
+        image_size: pixels per side that the encoder sees.
+        input_size: SAMed's bottleneck at prediction, 224 in its test, or None.
+        class_names: names of labels 1..K; by default Synapse's organs where there are eight.
+        orientation: axis codes of the scans it was trained on; raw BTCV is "LAS".
+
+    Returns:
+        The model in evaluation mode, and what to give to `save_adapter`.
+
+    Raises:
+        InputError: the file is damaged, holds Python objects or is not SAMed's; it belongs to a base of other depth,
+            width or positional encoding; `class_names` are not as many as its classes.
+    """
+    path = Path(path)
+    state = load_torch_weights(path)
+    if "w_a_000" not in state or "mask_decoder.mask_tokens.weight" not in state:
+        raise InputError(
+            f"expected SAMed's checkpoint with w_a_000 and mask_decoder.mask_tokens.weight in {path}, found "
+            f"{', '.join(list(state)[:3])}; Meta's checkpoints are converted without --base"
+        )
+    decoder = "lora" if "fati_qa" in state else "full"
+    config = SamedConfig(
+        base,
+        _named(class_names, len(state["mask_decoder.mask_tokens.weight"]) - 1, path),
+        image_size=image_size,
+        input_size=input_size,
+        orientation=orientation,
+        preset="samed_s" if decoder == "lora" else "samed",
+        rank=state["w_a_000"].shape[0],
+        decoder=decoder,
+    )
+    sam = load_sam(base, class_names=config.class_names, image_size=image_size)
+    _check_base(state, sam, path)
+    tensors = _adapter_tensors(state, sam.config, decoder)
+    own_prompts = _own_prompts(tensors, sam)
+    adapted = add_lora(sam, config, also_save=own_prompts)
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    unused = [key for key in tensors if key not in expected and key.startswith(f"{_PEFT_PREFIX}prompt_encoder.")]
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in unused}
+    check_tensors(tensors, expected, path)
+    set_peft_model_state_dict(adapted, tensors)
+    config = sam.samed_config or config
+    return adapted.eval(), config
+
+
+def convert_samed(
+    path: str | Path, base: str, directory: str | Path, *, dtype: str = "float32", **options: Any
+) -> None:
+    """Write SAMed's or SAMed_s' `.pth` as an adapter directory.
+
+    Args:
+        path: the checkpoint.
+        base: the SAM it was trained on.
+        directory: where to; an adapter already there is replaced.
+        dtype: numbers in the file; "float16" and "bfloat16" halve it.
+        options: as for `read_samed`.
+
+    Raises:
+        InputError: as `read_samed` and `save_adapter`.
+    """
+    adapted, config = read_samed(path, base, **options)
+    save_adapter(adapted, directory, config=config, dtype=dtype)
+
+
+def _named(class_names: Sequence[str] | None, number: int, path: Path) -> tuple[str, ...]:
+    if class_names is None:
+        if number == len(SYNAPSE_CLASSES):
+            return SYNAPSE_CLASSES
+        return tuple(f"class {label}" for label in range(1, number + 1))
+    if len(class_names) != number:
+        raise InputError(
+            f"expected {number} class names, as many as {path} has besides background, found {len(class_names)}: "
+            f"{', '.join(class_names)}"
+        )
+    return tuple(class_names)
+
+
+def _check_base(state: Mapping[str, Tensor], sam: SamForSemanticSegmentation, path: Path) -> None:
+    """Refuse a base of another depth, width or positional encoding."""
+    vision = sam.config.vision_config
+    numbers = [int(match[1]) for key in state if (match := re.fullmatch(r"w_a_(\d{3,})", key))]
+    found = {"layers": (max(numbers) + 2) // 2, "width": state["w_a_000"].shape[-1]}
+    expected = {"layers": vision.num_hidden_layers, "width": vision.hidden_size}
+    if found != expected:
+        raise InputError(
+            f"{path} adapts an encoder of {found['layers']} layers and width {found['width']}, but the base has "
+            f"{expected['layers']} layers and width {expected['width']}; give the SAM it was trained on"
+        )
+    key = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+    own = sam.shared_image_embedding.positional_embedding
+    if key not in state or not torch.equal(state[key].float(), own.detach()):
+        raise InputError(
+            f"{path} has another positional encoding than the base ({key}), which no training changes; "
+            "give the SAM it was trained on"
+        )
+
+
+def _adapter_tensors(state: Mapping[str, Tensor], config: SamConfig, decoder: str) -> dict[str, Tensor]:
+    """SAMed's tensors under PEFT's names; what has no place keeps its name and is reported by the caller."""
+    tensors = {}
+    left = dict(state)
+    for key_a, key_b, module in _lora_keys(config, decoder):
+        for key, letter in ((key_a, "A"), (key_b, "B")):
+            if key in left:
+                tensors[f"{module}.lora_{letter}.weight"] = left.pop(key)
+    renamed = rename_meta_keys(left)
+    tensors |= {key: value for key, value in renamed.items() if key != POSITIONS and "shared_embedding" not in key}
+    return {f"{_PEFT_PREFIX}{key}": value.float() for key, value in tensors.items()}
+
+
+def _own_prompts(tensors: Mapping[str, Tensor], sam: SamForSemanticSegmentation) -> list[str]:
+    """Parts of the prompt encoder that differ from the base's; no loss of SAMed reaches them, so none should."""
+    base = {f"{_PEFT_PREFIX}{key}": value for key, value in sam.state_dict().items()}
+    differing = [key for key in tensors if key in base and not torch.equal(tensors[key], base[key])]
+    return [part for part in UNUSED_PROMPTS if any(f"{part}." in key for key in differing)]
+
+
+def write_tensors(source: str | Path, *, base: str | None = None) -> dict[str, Tensor]:
+    """What SAMed's code would have saved of an adapter: the inverse of `read_samed`, in SAMed's order.
+
+    Args:
+        source: adapter directory or Hub id.
+        base: as in `load_adapter`.
+
+    Raises:
+        InputError: SAMed's format has no place for this adapter.
+    """
+    adapted = load_adapter(source, base=base)
+    config = adapted.samed_config
+    assert config is not None, "load_adapter fills it"
+    lora = adapted.peft_config["default"]
+    if not isinstance(lora, LoraConfig) or lora.use_dora or set(config.targets) != {"q_proj", "v_proj"}:
+        raise InputError(
+            f"SAMed's format holds plain LoRA on q_proj and v_proj, found {type(lora).__name__} on "
+            f"{', '.join(config.targets)} in {source}; export it with --format merged"
+        )
+    sam_config = adapted.get_base_model().config
+    modules = {name.removeprefix(_PEFT_PREFIX): m for name, m in adapted.named_modules() if isinstance(m, LoraLayer)}
+    pairs = [(a, b, *_pair(modules[name])) for a, b, name in _lora_keys(sam_config, config.decoder)]
+    saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    whole = dict(adapted.get_base_model().state_dict())
+    whole |= {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in saved.items()}
+    rest = {key: whole[name] for key, name in _meta_names(sam_config, decoder=config.decoder).items()}
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key_a, key_b, a, b in pairs:
+        prefix = key_a.split("_")[0]
+        groups.setdefault(f"{prefix} a", {})[key_a] = a
+        groups.setdefault(f"{prefix} {'a' if prefix == 'fati' else 'b'}", {})[key_b] = b
+    last = groups.pop("fati a", {})
+    ordered = {key: tensor for group in groups.values() for key, tensor in group.items()} | rest | last
+    return {key: tensor.detach().float().clone().contiguous() for key, tensor in ordered.items()}
+
+
+def _pair(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """A and B of a layer, PEFT's scaling multiplied into B, as SAMed has none."""
+    scaling = layer.scaling["default"]
+    b = layer.lora_B["default"].weight
+    return layer.lora_A["default"].weight, b if scaling == 1 else b * scaling
