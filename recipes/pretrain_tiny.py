@@ -31,10 +31,10 @@ from samed_peft.modeling import SamForSemanticSegmentation
 CONFIG = SamConfig(
     vision_config={
         "hidden_size": 128, "output_channels": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
-        "image_size": SIZE, "patch_size": 4, "window_size": 8, "global_attn_indexes": [2, 5], "num_pos_feats": 32,
+        "image_size": SIZE, "patch_size": 8, "window_size": 4, "global_attn_indexes": [2, 5], "num_pos_feats": 32,
         "mlp_dim": 512,
     },
-    prompt_encoder_config={"hidden_size": 64, "image_size": SIZE, "patch_size": 4},
+    prompt_encoder_config={"hidden_size": 64, "image_size": SIZE, "patch_size": 8},
     mask_decoder_config={"hidden_size": 64, "mlp_dim": 256, "num_attention_heads": 4, "iou_head_hidden_dim": 64},
 )  # fmt: skip
 
@@ -73,8 +73,8 @@ def main() -> None:
     """Pretrain, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3400)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=4400)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import samed_peft
-from samed_peft.config import TrainingConfig
+from samed_peft.config import SamedConfig, TrainingConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -91,7 +91,7 @@ def test_the_changelog_says_what_is_unreleased():
 
 def test_options_in_the_readme_exist():
     recipe = (ROOT / "recipes" / "synapse.py").read_text(encoding="utf-8")
-    fields = {field.name for field in dataclasses.fields(TrainingConfig)}
+    fields = {field.name for kind in (TrainingConfig, SamedConfig) for field in dataclasses.fields(kind)}
     known = _defined_options(recipe) | {f"--{name}" for name in fields}
     in_commands = set().union(*(_recipe_options(block) for _, block in BLOCKS))
     assert {"--demo", "--data_dir", "--output_dir"} <= in_commands

@@ -182,6 +182,26 @@ def test_validation_keeps_the_best_adapter_beside_the_last(run, scans, tmp_path)
 
 
 @pytest.mark.slow
+def test_the_small_preset_trains_and_its_adapter_is_scored(run, scans, tmp_path):
+    out = tmp_path / "run"
+    options = ["--data_dir", scans, "--output_dir", out, *SMALL, "--num_workers", 0, "--preset", "samed_s"]
+    code, _, stderr = run(*options)
+    assert code == 0, stderr
+    names = load_tensors(out / "adapter" / "adapter_model.safetensors")
+    assert {name.split(".")[-2] for name in names if "transformer" in name} == {"lora_A", "lora_B"}
+    scored = tmp_path / "scored"
+    again = ("--adapter", out / "adapter", "--data_dir", scans, "--test_cases", 1, "--output_dir", scored)
+    code, stdout, stderr = run(*again, recipe="score_synapse.py")
+    assert code == 0, stderr
+    assert "pancreas" in stdout
+    one, two = (json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in (out, scored))
+    assert one["cases"] == two["cases"]
+    code, _, stderr = run(*again[:-1], scans, recipe="score_synapse.py")
+    assert code == 2
+    assert "must not be lost" in stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

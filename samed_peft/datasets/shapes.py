@@ -76,7 +76,7 @@ def draw_long_organs(batch: int, rng: torch.Generator) -> Tensor:
     t = torch.linspace(0, 1, 24)
     bezier = torch.stack([(1 - t) ** 2, 2 * t * (1 - t), t**2])
     points = torch.einsum("bkc,kt->bct", SPINE_XY + 0.07 * torch.randn(batch, 3, 2, generator=rng), bezier)
-    radius = SPINE_RADIUS * uniform((batch, 3), 0.5, 1.3, rng) @ bezier
+    radius = SPINE_RADIUS * uniform((batch, 3), 0.4, 1.6, rng) @ bezier
     offset = (grid[:, :, None] - points[..., None, None]).square().sum(1).sqrt()
     outside, nearest = (offset - radius[..., None, None]).min(dim=1)
     split = uniform((batch, 1, 1), 11, 18, rng)

@@ -1,0 +1,146 @@
+"""Does this package compute what the original SAMed computes? Both run side by side, on the same weights and scans.
+
+    git clone https://github.com/hitachinsk/SAMed && pip install einops icecream imageio tensorboardX
+    python benchmarks/fidelity.py --samed_dir SAMed --data_dir DATA --case 1
+
+DATA is a raw BTCV folder. Weights are random: what is compared is arithmetic, not skill. ViT-B at 512 pixels on twenty
+slices takes about six minutes on two cores. Prints a table and writes one JSON to benchmarks/results; exits with 1 if a
+tolerance is exceeded. (Learning rates, augmentation and the metric convention have tests with golden numbers.)
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+from accelerate import Accelerator
+from fidelity_original import HORIZON, PEAK, STEPS, WARMUP
+from peft import PeftModel
+
+from samed_peft import load_adapter, predict_volume, save_adapter
+from samed_peft.conversion import convert_samed, export_samed
+from samed_peft.datasets import CaseVolumes, load_synapse
+from samed_peft.evaluation.report import markdown_table
+from samed_peft.io import Volume, load_torch_weights, write_json
+from samed_peft.metrics import score_case
+from samed_peft.preprocessing import resize_label, slice_to_pixels
+from samed_peft.schedules import learning_rate
+from samed_peft.training import build_optimizer, train_step
+
+Row = tuple[str, float, float]
+VARIANTS = ("samed", "samed_s")
+
+
+def write_inputs(work: Path, data_dir: Path, case: int, image_size: int) -> None:
+    """Two slices as the model sees them, their labels, and the whole volume."""
+    rows = load_synapse(data_dir, "test", cases=[case])
+    images, references = CaseVolumes.pairs(rows)
+    volume, reference = next(iter(images.values())), next(iter(references.values()))
+    chosen = np.argsort(np.count_nonzero(reference.array, axis=(1, 2)))[-2:]
+    pixels = np.stack([slice_to_pixels(volume.array[i], image_size=image_size, input_size=224) for i in chosen])
+    low = (image_size // 4, image_size // 4)
+    labels = np.stack([resize_label(reference.array[i], low) for i in chosen]).astype(np.int64)
+    pixels = np.repeat(pixels[:, None], 3, axis=1)
+    arrays = {"pixels": pixels, "low_res_labels": labels, "volume": volume.array, "reference": reference.array}
+    np.savez(work / "inputs.npz", image_size=image_size, **arrays)
+
+
+def compare_preprocessing(work: Path, samed_dir: Path, data_dir: Path, case: int) -> Row:
+    """Raw BTCV through the original's script, and through this package."""
+    script = samed_dir / "preprocess" / "preprocess_data.py"
+    command = [sys.executable, script, "--src_path", data_dir, "--dst_path", work / "processed"]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    raw, processed = (load_synapse(folder, "test", cases=[case])[0] for folder in (data_dir, work / "processed"))
+    return "preprocessed scan and labels", max(_apart(raw[n], processed[n]) for n in ("image", "label")), 0.0
+
+
+def _apart(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)).max())
+
+
+def compare_forward(work: Path, variant: str, original: dict[str, np.ndarray], pixels: torch.Tensor) -> Iterator[Row]:
+    """Logits of a converted checkpoint, and the checkpoint converted back."""
+    export_samed(work / variant, work / "back.pth")
+    before, after = load_torch_weights(work / f"{variant}.pth"), load_torch_weights(work / "back.pth")
+    same = list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
+    yield f"{variant}: checkpoint converted and exported again (0: equal bits)", float(not same), 0.0
+    with torch.inference_mode():
+        logits = load_adapter(work / variant)(pixel_values=pixels).logits.numpy()
+    yield f"{variant}: logits", _apart(logits, original[f"logits_{variant}"]), 1e-4
+
+
+def compare_training(
+    work: Path, variant: str, original: dict[str, np.ndarray], pixels: torch.Tensor, labels: torch.Tensor
+) -> Iterator[Row]:
+    """A few steps of training from the same start."""
+    model = load_adapter(work / variant, trainable=True)
+    assert isinstance(model, PeftModel), "an adapter that is not merged"
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, weight_decay=0.1))
+    batch, losses = {"pixel_values": pixels, "labels": labels}, []
+    for step in range(STEPS):
+        rate = learning_rate(step, peak=PEAK, warmup_steps=WARMUP, max_steps=HORIZON)
+        losses.append(train_step(prepared, [batch], optimizer, accelerator=accelerator, learning_rate=rate))
+    yield f"{variant}: losses of {STEPS} steps", _apart(np.array(losses), original[f"losses_{variant}"]), 1e-4
+    save_adapter(model, work / f"{variant}_end", config=model.samed_config)
+    export_samed(work / f"{variant}_end", work / "end.pth")
+    ours, theirs = load_torch_weights(work / "end.pth"), load_torch_weights(work / f"{variant}_end.pth")
+    yield f"{variant}: weights after them", max(_apart(ours[k].detach(), theirs[k].detach()) for k in theirs), 1e-2
+
+
+def compare_volume(work: Path, original: dict[str, np.ndarray], given: dict[str, np.ndarray]) -> Iterator[Row]:
+    """A whole scan through the 224 pixel bottleneck, and its scores."""
+    mask = predict_volume(load_adapter(work / "samed"), Volume(given["volume"], normalized=True), batch_size=2)
+    theirs = np.asarray(nibabel.load(work / "case_pred.nii.gz").dataobj).T.astype(np.uint8)
+    yield "samed: share of voxels of a scan's mask that differ", float((mask != theirs).mean()), 1e-4
+    scores = score_case(theirs, given["reference"], num_classes=8)["samed"]
+    ours = np.array([[score["dice"], score["hd95"]] for score in scores])
+    yield "Dice and HD95 of one mask", _apart(ours, original["scores"]), 1e-9
+
+
+def main() -> None:
+    """Run the original, then compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samed_dir", type=Path, required=True, help="checkout of hitachinsk/SAMed")
+    parser.add_argument("--data_dir", type=Path, required=True, help="raw BTCV folder")
+    parser.add_argument("--case", type=int, default=1, help="one of SAMed's test cases")
+    parser.add_argument("--geometry", choices=("vit_b", "vit_l", "vit_h"), default="vit_b")
+    parser.add_argument("--image_size", type=int, default=512)
+    parser.add_argument("--results_dir", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        write_inputs(work, args.data_dir.resolve(), args.case, args.image_size)
+        script = Path(__file__).with_name("fidelity_original.py")
+        command = [sys.executable, script, args.samed_dir.resolve(), work, args.geometry]
+        alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        subprocess.run([str(part) for part in command], check=True, env=alone)
+        original, given = dict(np.load(work / "original.npz")), dict(np.load(work / "inputs.npz"))
+        pixels, labels = torch.from_numpy(given["pixels"]), torch.from_numpy(given["low_res_labels"])
+        rows = [compare_preprocessing(work, args.samed_dir.resolve(), args.data_dir.resolve(), args.case)]
+        for variant in VARIANTS:
+            sizes = {"image_size": args.image_size, "input_size": 224}
+            convert_samed(work / f"{variant}.pth", str(work / "base.pth"), work / variant, **sizes)
+            rows += compare_forward(work, variant, original, pixels)
+            rows += compare_training(work, variant, original, pixels, labels)
+        rows += compare_volume(work, original, given)
+    cells = [(name, f"{found:.2g}", f"{allowed:g}") for name, found, allowed in rows]
+    print(markdown_table(["Quantity", "Largest difference", "Allowed"], cells))
+    write_json(args.results_dir / f"fidelity-{args.geometry}-{args.image_size}.json", {
+        "geometry": args.geometry, "image_size": args.image_size, "date": str(date.today()), "torch": torch.__version__,
+        "machine": platform.machine(), "rows": [{"quantity": n, "difference": f, "allowed": a} for n, f, a in rows],
+    })  # fmt: skip
+    if any(found > allowed for _, found, allowed in rows):
+        sys.exit("a difference is larger than allowed")
+
+
+if __name__ == "__main__":
+    main()
