@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import SamConfig, SamModel
 
 from samed_peft.datasets.shapes import NUM_LABELS, SIZE, synthetic_batch
+from samed_peft.inference import upsampled_argmax
 from samed_peft.io import atomic_dir, require_replaceable, write_json
 from samed_peft.losses import dice_ce_loss
 from samed_peft.modeling import SamForSemanticSegmentation
@@ -64,7 +65,7 @@ def validation_dice(model: nn.Module, seed: int) -> float:
     """Mean Dice over the shapes of 512 unseen images."""
     images, labels = synthetic_batch(512, torch.Generator().manual_seed(seed))
     with torch.inference_mode():
-        predicted = torch.cat([model(part).logits.argmax(1) for part in images.split(64)])
+        predicted = torch.cat([upsampled_argmax(model(part).logits, SIZE).long() for part in images.split(64)])
     one, two = (F.one_hot(m, NUM_LABELS).flatten(0, 2).double() for m in (predicted, labels))
     return float((2 * (one * two).sum(0) / (one.sum(0) + two.sum(0)))[1:].mean())
 
@@ -73,7 +74,7 @@ def main() -> None:
     """Pretrain, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4400)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

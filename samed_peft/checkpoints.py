@@ -140,7 +140,8 @@ def load_meta_checkpoint(path: Path) -> SamModel:
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise InputError(
             f"{path} is no SAM checkpoint in Meta's format: its geometry cannot be read ({error}). "
-            "Expected sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth or one shaped like them; for SAMed's own, give --base"
+            "Expected sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth or one shaped like them; "
+            "a checkpoint of SAMed needs its SAM: give --base"
         ) from error
     with torch.device("meta"):
         model = SamModel(config)

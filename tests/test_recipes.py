@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import SamModel
 
 from samed_peft.datasets import write_phantom
 from samed_peft.io import load_tensors, read_labels, read_volume, write_mask
@@ -256,6 +257,16 @@ def test_a_damaged_scan_among_others_is_named(run, scans, tmp_path):
     assert code == 2, stderr
     assert "img0006.nii.gz" in stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_pretraining_ends_with_a_sam_and_its_record(run, tmp_path):
+    code, stdout, stderr = run("--steps", 2, "--output_dir", tmp_path / "tiny", recipe="pretrain_tiny.py")
+    assert code == 0, stderr
+    assert "validation Dice" in stdout
+    record = json.loads((tmp_path / "tiny" / "pretraining.json").read_text(encoding="utf-8"))
+    assert (record["steps"], record["seed"]) == (2, 0)
+    assert SamModel.from_pretrained(tmp_path / "tiny").config.vision_config.image_size == 64
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.py")))
