@@ -61,7 +61,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 DEMO: Mapping[str, Any] = MappingProxyType(
     {
-        "base": TINY_SAM, "image_size": 96, "batch_size": 16, "epochs": 20, "stop_epoch": 18, "warmup_steps": 20,
+        "base": TINY_SAM, "image_size": 128, "batch_size": 16, "epochs": 20, "stop_epoch": 18, "warmup_steps": 20,
         "learning_rate": 0.004, "augment": False, "num_workers": 0,
         "train_cases": [5, 6, 7, 9, 10, 21, 23, 24], "test_cases": [1, 2, 3, 4],
     }
