@@ -1,7 +1,8 @@
 """How much the tiny SAM's pretraining is worth: rank-4 LoRA on the hippocampus from it and from random weights.
 
     python recipes/pretrain_tiny.py --steps 0 --output_dir runs/random_tiny
-    python benchmarks/tiny_base.py --data_dir Task04_Hippocampus --bases tiny-sam runs/random_tiny --seeds 0 1 2
+    python recipes/pretrain_tiny.py --steps 0 --stock_weights --output_dir runs/stock_random_tiny
+    python benchmarks/tiny_base.py --data_dir Task04_Hippocampus --bases tiny-sam runs/random_tiny --steps 110 2000
 
 Task04 is of the Medical Segmentation Decathlon (CC-BY-SA 4.0, arXiv:1902.09063). The first 130 labelled cases adapt,
 the last 30 are scored whole, in 3-D; intensities are scaled by each scan's percentiles. With --development the last 30
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--results_dir", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(2)
+    torch.set_flush_denormal(True)  # the random weights of Transformers are so small that they would take hours
     cases = load_cases(args.data_dir)
     adapted, scored = cases[:NUM_ADAPTED], cases[NUM_ADAPTED:]
     if args.development:
@@ -108,7 +110,7 @@ def main() -> None:
         dice = f"{summary['mean']['dice']:.3f} {by_class}"
         print(f"{base} seed {seed}, {steps} steps: {dice}, {seconds:.0f} s", flush=True)
         kind = "development" if args.development else "held_out"
-        name = f"tiny_base-{Path(base).name}-rank{args.rank}-steps{steps}-seed{seed}-{kind}.json"
+        name = f"tiny_base-{Path(base).name}-rate{args.learning_rate:g}-steps{steps}-seed{seed}-{kind}.json"
         write_json(args.results_dir / name, {
             "base": Path(base).name, "seed": seed, "rank": args.rank, "steps": steps, "dice": without_nan(summary),
             "adapted_cases": len(adapted), "scored_cases": len(scored), "scored": kind, "slices": len(rows),
