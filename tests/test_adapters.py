@@ -116,7 +116,7 @@ def test_saving_again_replaces_the_adapter(saved, fresh_model, golden_config, pi
 
 def test_a_folder_of_other_files_is_not_replaced(golden_model, golden_config, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="which would be lost"):
+    with pytest.raises(InputError, match="which must not be lost"):
         save_adapter(golden_model, tmp_path, config=golden_config)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
