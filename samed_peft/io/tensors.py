@@ -100,6 +100,8 @@ def _load_state(path: Path, *, mmap: bool) -> "dict[str, Tensor]":
         state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # a damaged or hostile pickle can raise anything, and each means the same
         reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if "weights_only" in reason:  # PyTorch's own advice is to load it unsafely
+            reason = "it is no checkpoint, or holds Python objects"
         raise InputError(
             f"expected PyTorch weights without Python objects, but {path} cannot be loaded safely: {reason}; "
             "fetch it again from a source you trust, or save only its state dict"
