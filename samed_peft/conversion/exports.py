@@ -21,6 +21,7 @@ from samed_peft.io import atomic_dir, atomic_file, require_replaceable, save_ten
 from samed_peft.modeling import SamForSemanticSegmentation, open_sam
 
 _SAM_FILE = "config.json"
+_ENCODER_LAYERS = r"vision_encoder\.layers\.\d+\.attn\.qkv"
 _LORA_NAME = "base_model.model.vision_encoder.layers.{index}.attn.qkv.lora_{letter}.weight"
 
 
@@ -72,8 +73,9 @@ def export_samed(source: str | Path, file: str | Path, *, base: str | None = Non
 def export_peft_fused(source: str | Path, directory: str | Path, *, base: str | None = None) -> None:
     """Write an adapter that stock PEFT attaches to a plain `SamModel`, whose projection is a fused `qkv`.
 
-    The updates of query and value become one of twice the rank: A stacks both A's, B holds both B's in blocks, zeros
-    between. `config.json` beside it is the SAM it fits: its image size and K + 1 outputs.
+    The encoder's updates of query and value become one of twice the rank: A stacks both A's, B holds both B's in
+    blocks, zeros between. Those of SAMed_s in the decoder stay as they are. `config.json` beside it is the SAM it
+    fits: its image size and K + 1 outputs.
 
         sam = SamModel.from_pretrained(BASE, config=SamConfig.from_pretrained(DIR), ignore_mismatched_sizes=True)
         model = PeftModel.from_pretrained(sam, DIR)
@@ -81,31 +83,32 @@ def export_peft_fused(source: str | Path, directory: str | Path, *, base: str | 
     BASE must have the adapter's image size already; `convert_sam` resizes one.
 
     Raises:
-        InputError: the adapter is not LoRA on query and value, or the directory holds something else.
+        InputError: the adapter is not plain LoRA, or the directory holds something else.
     """
     require_replaceable(Path(directory), marker=PEFT_FILE)
     adapted = load_adapter(source, base=base)
     config = adapted.samed_config
     assert config is not None, "load_adapter fills it"
     lora = adapted.peft_config["default"]
-    if not isinstance(lora, LoraConfig) or lora.use_dora or config.decoder != "full":
+    if not isinstance(lora, LoraConfig) or lora.use_dora:
         raise InputError(
-            f"only plain LoRA on the encoder can be fused, found {type(lora).__name__} with decoder "
-            f"{config.decoder} in {source}; export it with --format merged"
+            f"only plain LoRA can be fused, found {type(lora).__name__} in {source}; export it with --format merged"
         )
-    layers = _encoder_layers(adapted)
     tensors = {}
-    for index, projections in layers.items():
+    for index, projections in _encoder_layers(adapted).items():
         a, b = _fused(projections, width=adapted.get_base_model().config.vision_config.hidden_size)
         tensors[_LORA_NAME.format(index=index, letter="A")] = a
         tensors[_LORA_NAME.format(index=index, letter="B")] = b
     saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    tensors |= {key: value for key, value in saved.items() if ".lora_" not in key}
+    tensors |= {key: value for key, value in saved.items() if not (".lora_" in key and ".vision_encoder." in key)}
     rank = tensors[_LORA_NAME.format(index=0, letter="A")].shape[0]
+    decoder = [rf"mask_decoder\.transformer\..+\.({'|'.join(config.targets)})"] if config.decoder == "lora" else []
     fused = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=r"vision_encoder\.layers\.\d+\.attn\.qkv",
+        target_modules="|".join((_ENCODER_LAYERS, *decoder)),
+        rank_pattern=dict.fromkeys(decoder, lora.r),
+        alpha_pattern=dict.fromkeys(decoder, lora.lora_alpha),
         modules_to_save=list(lora.modules_to_save or ()),
         inference_mode=True,
     )
