@@ -8,6 +8,7 @@ samed_s.pth and original.npz to WORK. `reopen` gives the checkpoints that samed_
 and one of them to its test.py, and writes reopened.npz. On a CPU; the original's calls of .cuda() do nothing.
 """
 
+import copy
 import random
 import runpy
 import sys
@@ -50,6 +51,14 @@ def adapted(registry, geometry, variant, work, image_size):
         nn.init.normal_(layer.weight, std=0.02)
     net.save_lora_parameters(str(work / f"{variant}.pth"))
     return net
+
+
+def in_float64(net):
+    """The same net in double precision, which tells how far float32 is off."""
+    exact = copy.deepcopy(net).double()
+    exact.sam.prompt_encoder.pe_layer.float()  # it makes its coordinates in float32
+    exact.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
+    return exact
 
 
 class Stub(nn.Module):
@@ -153,6 +162,12 @@ def compute(work, geometry, given):
             sizes = {"patch_size": [size, size], "input_size": [224, 224]}
             scores = test_single_volume(volume, reference, net, 8, True, **sizes, test_save_path=str(work), case="case")
             results["scores"] = np.array(scores, dtype=float)
+        exact = in_float64(net)
+        with torch.no_grad():
+            results[f"exact_logits_{variant}"] = exact(images, True, size)["low_res_logits"].numpy()
+        if variant == "samed":
+            test_single_volume(volume, reference, exact, 8, True, **sizes, test_save_path=str(work), case="exact")
+        del exact
         results[f"losses_{variant}"] = np.array(trajectory(net.train(), pixels, labels, size, results["rates"][0]))
         net.save_lora_parameters(str(work / f"{variant}_end.pth"))
     np.savez(work / "original.npz", **results)
