@@ -41,7 +41,7 @@ def test_the_report_has_its_agreed_shape_and_scores():
     right, nothing, missed = ({"dice": d, "hd95": h} for d, h in ((1.0, 0.0), (None, None), (0.0, None)))
     zero = {"dice": 0.0, "hd95": 0.0}
     assert off == {"dice": 0.75, "hd95": 5.0}
-    assert _report(settings={"dataset": "two boxes"}).to_dict() == {
+    assert _documented(_report(settings={"dataset": "two boxes"}).to_dict()) == {
         "standard": {
             "mean": {"dice": 0.4375, "hd95": 2.5},
             "classes": {
@@ -72,8 +72,43 @@ def test_the_report_has_its_agreed_shape_and_scores():
                 },
             },
         ],
-        "settings": {"dataset": "two boxes"},
+        "settings": {"dataset": "two boxes", "surface_dice_tolerance_mm": 2.0},
     }
+
+
+def test_the_report_counts_and_has_further_metrics_and_intervals():
+    found = _report(tolerance_mm=5.0).to_dict()
+    liver, spleen = (found["standard"]["classes"][name] for name in NAMES)
+    # Moved by one of four slices, 48 of 80 voxels overlap; each mask has one slice of 16 five mm from the other's.
+    assert found["cases"][0]["classes"]["liver"]["standard"]["iou"] == 0.6
+    assert liver["surface_dice"] == 1.0
+    assert (liver["n_absent"], liver["n_missed"], liver["n_spurious"]) == (0, 0, 0)
+    assert (spleen["n_absent"], spleen["n_missed"], spleen["n_spurious"]) == (1, 1, 0)
+    assert liver["ci95"]["dice"] == [0.75, 1.0]  # of two cases, a resample may hold either one twice
+    assert spleen["ci95"]["dice"] == [None, None]
+    assert found["standard"]["mean_ci95"]["dice"] == [0.0 + 0.375, 0.0 + 0.75]
+    assert found["settings"]["surface_dice_tolerance_mm"] == 5.0
+
+
+def _documented(report):
+    """What every version of the report has: Dice and HD95, and how many cases they are of."""
+    kept = {"dice", "hd95", "n_valid", "n_cases"}
+    for summary in (report["standard"], report["samed"]):
+        summary["mean"] = {key: value for key, value in summary["mean"].items() if key in kept}
+        del summary["mean_ci95"]
+        for scores in summary["classes"].values():
+            for key in set(scores) - kept:
+                del scores[key]
+    for case in report["cases"]:
+        case["classes"] = {
+            name: {convention: {key: score[key] for key in ("dice", "hd95")} for convention, score in both.items()}
+            for name, both in case["classes"].items()
+        }
+    return report
+
+
+def _score(dice, hd95):
+    return {"dice": dice, "iou": dice / (2 - dice), "hd95": hd95, "assd": hd95, "surface_dice": dice}
 
 
 def test_mappings_are_read_one_case_at_a_time():
@@ -159,8 +194,7 @@ def test_odd_case_names_make_safe_and_different_files(tmp_path):
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_the_table_fits_the_terminal(width):
-    nan = math.nan
-    scores = [{"dice": 0.5, "hd95": 123.456}, {"dice": nan, "hd95": nan}]
+    scores = [_score(0.5, 123.456), _score(math.nan, math.nan)]
     names = ("a very long name of a structure that nobody would print", "[bold]x")
     table = format_table(
         Report(names, {"c": {"standard": scores, "samed": scores}}, settings={"note": "word " * 40}),

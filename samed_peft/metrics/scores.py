@@ -172,9 +172,9 @@ def _present(
 ) -> dict[Convention, ClassScore]:
     """Scores of a class that is in both masks."""
     crops = [labels[box] == label for labels, box in zip(pair, boxes, strict=True)]
-    total = sum(np.count_nonzero(crop) for crop in crops)
+    total = sum(int(np.count_nonzero(crop)) for crop in crops)
     common = _overlap(boxes)
-    shared = np.count_nonzero((pair[0][common] == label) & (pair[1][common] == label))
+    shared = int(np.count_nonzero((pair[0][common] == label) & (pair[1][common] == label)))
     dice, iou = 2.0 * shared / total, shared / (total - shared)
     first, second = (border_voxels(crop) + [side.start for side in box] for crop, box in zip(crops, boxes, strict=True))
     distances: dict[tuple[float, ...], SurfaceDistances] = {}
