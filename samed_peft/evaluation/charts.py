@@ -9,7 +9,7 @@ import numpy as np
 Points = Sequence[tuple[str, float]]
 """(case, value) pairs without NaN."""
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 560, 132, 48, 8, 30
+_WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 580, 132, 64, 8, 30
 _MOST_LETTERS = 19
 _FEWEST_FOR_A_BOX = 5
 _JITTER = (0, -5, 5, -2.5, 2.5, -7.5, 7.5)

@@ -11,6 +11,7 @@ from pathlib import Path
 from samed_peft.evaluation.charts import box_plots
 from samed_peft.evaluation.report import (
     CONVENTION_NOTES,
+    METRIC_DIGITS,
     METRIC_NOTE,
     Report,
     format_interval,
@@ -18,7 +19,17 @@ from samed_peft.evaluation.report import (
     remarks,
 )
 from samed_peft.io import read_text
-from samed_peft.metrics import CONVENTIONS, METRICS, ClassScore, Convention, Intervals, Metric, Presence, presence
+from samed_peft.metrics import (
+    CONVENTIONS,
+    METRICS,
+    ClassScore,
+    Convention,
+    Interval,
+    Intervals,
+    Metric,
+    Presence,
+    presence,
+)
 
 _ASSETS = Path(__file__).parent.parent / "assets" / "report"
 
@@ -114,26 +125,21 @@ def _failed(failed: Mapping[str, str]) -> str:
 
 
 def _class_section(report: Report) -> str:
-    counts = {"n_valid": "scored", "n_absent": "in neither", "n_missed": "missed", "n_spurious": "spurious"}
     rows = []
     for name in report.class_names:
-        both = {c: report.summary[c]["classes"][name] for c in CONVENTIONS}
         cells = [_name(name)]
         for convention in CONVENTIONS:
-            cells += _score_cells(both[convention], report.intervals[convention], name)
-        numbers = {
-            "n_valid": both["standard"]["n_valid"],
-            "n_absent": both["standard"]["n_absent"],
-            "n_missed": both["standard"]["n_missed"],
-            "n_spurious": both["standard"]["n_spurious"],
-        }
-        cells += [_number(str(number), number, first=key == "n_valid") for key, number in numbers.items()]
+            cells += _score_cells(report.summary[convention]["classes"][name], report.intervals[convention], name)
+        counts = report.summary["standard"]["classes"][name]
+        numbers = (counts["n_valid"], counts["n_absent"], counts["n_missed"], counts["n_spurious"])
+        cells += [_number(str(number), number, first=index == 0) for index, number in enumerate(numbers)]
         rows.append(cells)
     mean = [_name("mean")]
     for convention in CONVENTIONS:
         mean += _score_cells(report.summary[convention]["mean"], report.intervals[convention], None)
     groups = [("", 1), *((_group(c), len(METRICS)) for c in CONVENTIONS), (f"cases, of {len(report.cases)}", 4)]
-    header = ["Class", *(_TITLES[metric] for _ in CONVENTIONS for metric in METRICS), *counts.values()]
+    header = ["Class", *(_TITLES[metric] for _ in CONVENTIONS for metric in METRICS)]
+    header += ["scored", "in neither", "missed", "spurious"]
     notes = [f"<li><code>{c}</code>: {escape(CONVENTION_NOTES[c])}</li>" for c in CONVENTIONS]
     table = _table(header, rows, groups=groups, foot=[*mean, *['<td class="start"></td>', *["<td></td>"] * 3]])
     tolerance = report.settings.get("surface_dice_tolerance_mm")
@@ -155,9 +161,17 @@ def _score_cells(score: ClassScore, intervals: Intervals | None, name: str | Non
         text = format_metric(metric, score[metric])
         if intervals is not None and text != "n/a":
             interval = (intervals["mean"] if name is None else intervals["classes"][name])[metric]
-            text += f' <span class="quiet">{format_interval(metric, interval)}</span>'
+            text += f' <span class="quiet">{_short_interval(metric, interval)}</span>'
         cells.append(_number(text, score[metric], first=metric == METRICS[0]))
     return cells
+
+
+def _short_interval(metric: Metric, interval: Interval) -> str:
+    """With one digit less than the score, so that both conventions fit side by side."""
+    if math.isnan(interval[0]):
+        return "no interval"
+    digits = METRIC_DIGITS[metric] - 1
+    return f"{interval[0]:.{digits}f}\u2013{interval[1]:.{digits}f}"
 
 
 def _number(text: str, value: float, *, first: bool = False) -> str:
@@ -233,7 +247,10 @@ def _worst_section(report: Report, pictures: Mapping[str, bytes], links: Mapping
         image = ""
         if case in pictures:
             data = base64.b64encode(pictures[case]).decode()
-            image = f'<img alt="Slices of {escape(case)} with its masks" src="data:image/png;base64,{data}">'
+            image = (
+                f'<a href="{escape(links[case])}"><img alt="Slices of {escape(case)} with its masks" '
+                f'src="data:image/png;base64,{data}"></a>'
+            )
         items.append(
             f"<li><figure><figcaption><strong>{escape(case)}</strong>, {escape(_worst_classes(report, case))}"
             f"</figcaption>{image}</figure></li>"
@@ -264,7 +281,9 @@ def _case_section(report: Report) -> str:
     rows = []
     for case, scores in report.cases.items():
         for index, name in enumerate(report.class_names):
-            cells = [_name(case), f"<td>{escape(name)}</td>", f"<td>{_PRESENCES[presence(scores, index)]}</td>"]
+            there = presence(scores, index)
+            flag = ' class="flag"' if there in ("missed", "spurious") else ""
+            cells = [_name(case), f"<td>{escape(name)}</td>", f"<td{flag}>{_PRESENCES[there]}</td>"]
             for convention in CONVENTIONS:
                 cells += _score_cells(scores[convention][index], None, None)
             rows.append(cells)

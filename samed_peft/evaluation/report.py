@@ -38,7 +38,7 @@ METRIC_NOTE = (
     "other; intervals are a 95 % percentile bootstrap over cases."
 )
 
-_DIGITS: dict[Metric, int] = {"dice": 4, "iou": 4, "hd95": 2, "assd": 2, "surface_dice": 4}
+METRIC_DIGITS: dict[Metric, int] = {"dice": 4, "iou": 4, "hd95": 2, "assd": 2, "surface_dice": 4}
 _BOOTSTRAP_SEED = 0
 
 
@@ -160,7 +160,7 @@ def format_score(score: Score) -> tuple[str, str]:
 
 def format_metric(metric: Metric, value: float) -> str:
     """Shares with four digits and distances with two; n/a where undefined."""
-    return "n/a" if math.isnan(value) else f"{value:.{_DIGITS[metric]}f}"
+    return "n/a" if math.isnan(value) else f"{value:.{METRIC_DIGITS[metric]}f}"
 
 
 def format_interval(metric: Metric, interval: Interval) -> str:
