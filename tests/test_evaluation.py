@@ -425,7 +425,7 @@ def test_the_table_for_spreadsheets(tmp_path):
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "  =1"])
 def test_spreadsheets_take_no_name_for_a_formula(name):
     labels = {name: _labels(LIVER)}
-    rows = list(csv.reader(io.StringIO(csv_text(evaluate_cases(labels, labels, class_names=(name,))))))
+    rows = list(csv.reader(io.StringIO(csv_text(evaluate_cases(labels, labels, class_names=(name,))), newline="")))
     assert [row[:2] for row in rows[1:]] == [[f"'{name}", f"'{name}"]] * 2
 
 

@@ -64,7 +64,7 @@ def csv_text(report: Report) -> str:
     Names that a spreadsheet would take for a formula get an apostrophe in front, which it takes for text.
     """
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    writer = csv.writer(buffer)  # line ends are RFC 4180's, so that those in names are quoted
     writer.writerow(["case", "class", "convention", "presence", *METRICS])
     for case, scores in report.cases.items():
         for index, name in enumerate(report.class_names):
