@@ -1,4 +1,7 @@
+import json
 import math
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -6,6 +9,7 @@ import numpy as np
 import pytest
 from medpy.metric.binary import assd, dc, hd95, jc
 
+from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.errors import InputError
 from samed_peft.metrics import (
     CONVENTIONS,
@@ -342,3 +346,14 @@ def test_the_evaluate_metric_names_the_case_it_refuses(tmp_path):
     metric = SegmentationScores(["a"], cache_dir=str(tmp_path))
     with pytest.raises(InputError, match="case7: prediction and reference"):
         metric.add(prediction=np.ones((1, 2, 2)), reference=np.ones((1, 2, 3)), case="case7")
+
+
+def test_the_benchmark_finds_equal_scores(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks" / "metrics.py"
+    options = ("--shape", "12", "48", "48", "--repeats", "1", "--results_dir", str(tmp_path))
+    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, encoding="utf-8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (result,) = tmp_path.glob("metrics-*-12x48x48.json")
+    for pair in json.loads(result.read_text(encoding="utf-8"))["pairs"].values():
+        assert pair["largest_difference"] <= 1e-9
+        assert pair["scores"].keys() == set(SYNAPSE_CLASSES)

@@ -62,7 +62,7 @@ def confidence_intervals(
     are too narrow, as the percentile bootstrap does (Efron and Tibshirani, An Introduction to the Bootstrap, 1993).
 
     Args:
-        cases: scores of the cases.
+        cases: scores of at least one case.
         class_names: names of labels 1..K.
         rng: equal states give equal intervals.
         resamples: number of resamples.
