@@ -96,7 +96,7 @@ def list_files(folder: Path, *, folders_too: bool = False) -> dict[str, list[Pat
     for path in sorted(folder.iterdir()):
         suffix = "" if folders_too and path.is_dir() else suffix_of(path)
         if suffix is not None and not path.name.startswith("."):
-            found.setdefault(path.name.removesuffix(path.name[len(path.name) - len(suffix) :]), []).append(path)
+            found.setdefault(path.name[: len(path.name) - len(suffix)], []).append(path)
     if not found:
         raise InputError(f"expected files ending in {', '.join(SUFFIXES)} in {folder}, found none; check the folder")
     return found

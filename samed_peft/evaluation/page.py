@@ -287,7 +287,7 @@ def _case_section(report: Report) -> str:
             for convention in CONVENTIONS:
                 cells += _score_cells(scores[convention][index], None, None)
             rows.append(cells)
-    header = ["Case", "Class", "Is in", *(_TITLES[metric] for _ in CONVENTIONS for metric in METRICS)]
+    header = ["Case", "Class", "Found in", *(_TITLES[metric] for _ in CONVENTIONS for metric in METRICS)]
     groups = [("", 3), *((_group(convention), len(METRICS)) for convention in CONVENTIONS)]
     return f"<h2>All cases</h2>\n{_scroll('Scores by case', _table(header, rows, groups=groups, names=3))}"
 
