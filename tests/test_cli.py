@@ -1,6 +1,7 @@
 """The `samed` command: `evaluate`, help and exit codes; `convert` and `export` are tested with their functions."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,18 @@ def test_bad_cases_are_left_out_and_told(folders, capsys):
         assert f"failed: {case}: " in errors
         assert f"<li>{case}: " in page
     assert "error: 7 of 9 cases failed" in errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, file names are Unicode")
+def test_file_names_need_not_be_utf_8(folders):
+    odd = os.fsdecode(b"caf\xe9.nii.gz")
+    for name in ("preds", "refs"):
+        (folders / name / "b.nii.gz").rename(folders / name / odd)
+    (folders / "preds" / os.fsdecode(b"lonely\xe9.nii.gz")).write_bytes(b"no gzip")
+    code, report = _evaluate(folders)
+    assert code == 1
+    assert [row["case"] for row in report["cases"]] == ["a", "caf?"]
+    assert list(report["settings"]["failed_cases"]) == ["lonely?"]
 
 
 def test_wrong_input_ends_with_code_2_and_no_report(folders, capsys):

@@ -66,14 +66,14 @@ def evaluate_folders(
                 pictures[case] = _picture(_only(scans, case, images), reference, prediction, class_names=names)
         except (InputError, OSError) as error:
             scored = "scored, but has no picture: " if case in scores else ""
-            failed[case] = f"{scored}{error}"
+            failed[case] = _writable(f"{scored}{error}")
             on_failure(case, failed[case])
     if not scores:
         raise InputError(f"none of the {len(failed)} cases in {predictions} and {references} could be scored")
     without_image = [] if images is None else [case for case in scores if case not in scans]
     settings: dict[str, Any] = {
-        "predictions": str(predictions),
-        "references": str(references),
+        "predictions": _writable(str(predictions)),
+        "references": _writable(str(references)),
         "surface_dice_tolerance_mm": tolerance_mm,
     }
     lists = {"cases_without_spacing": without_spacing, "cases_without_image": without_image, "failed_cases": failed}
@@ -96,7 +96,7 @@ def list_files(folder: Path, *, folders_too: bool = False) -> dict[str, list[Pat
     for path in sorted(folder.iterdir()):
         suffix = "" if folders_too and path.is_dir() else suffix_of(path)
         if suffix is not None and not path.name.startswith("."):
-            found.setdefault(path.name[: len(path.name) - len(suffix)], []).append(path)
+            found.setdefault(_writable(path.name[: len(path.name) - len(suffix)]), []).append(path)
     if not found:
         raise InputError(f"expected files ending in {', '.join(SUFFIXES)} in {folder}, found none; check the folder")
     return found
@@ -146,6 +146,11 @@ def require_report_folder(directory: Path) -> None:
             f"expected a new folder or an earlier report at {directory}, found {', '.join(foreign[:5])} beside "
             "the report, which must not be lost; choose another folder"
         )
+
+
+def _writable(text: str) -> str:
+    """`text` with a question mark for each byte of a file name that is not UTF-8, which no report could hold."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _only(files: Files, case: str, folder: Path | None) -> Path:
