@@ -4,7 +4,7 @@
 
 Two pairs of synthetic abdomens (`datasets.phantom`): a prediction that is close, organs moved by a voxel or two with
 their outlines worn, and one that is far off, another phantom altogether. The scores must agree to 1e-9, else it ends
-with exit code 1. Ten minutes on one core at 512 x 512 x 150, nearly all of it medpy's; `--shape 30 128 128` takes
+with exit code 1. Seven minutes on one core at 512 x 512 x 150, nearly all of it medpy's; `--shape 30 128 128` takes
 seconds. Writes one JSON to benchmarks/results.
 """
 

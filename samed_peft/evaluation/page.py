@@ -4,14 +4,21 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
 from samed_peft.evaluation.charts import box_plots
+from samed_peft.evaluation.page_tables import (
+    METRIC_TITLES,
+    name_cell,
+    number_cell,
+    score_cells,
+    scrolling,
+    sortable_table,
+)
 from samed_peft.evaluation.report import (
     CONVENTION_NOTES,
-    METRIC_DIGITS,
     METRIC_NOTE,
     Report,
     format_interval,
@@ -22,10 +29,7 @@ from samed_peft.io import read_text
 from samed_peft.metrics import (
     CONVENTIONS,
     METRICS,
-    ClassScore,
     Convention,
-    Interval,
-    Intervals,
     Metric,
     Presence,
     presence,
@@ -37,13 +41,6 @@ MOST_PICTURES = 12
 """Pictures inside the page, about a quarter of a megabyte each; further ones are linked."""
 
 _UNITS: dict[Convention, str] = {"standard": "mm", "samed": "voxels"}
-_TITLES: dict[Metric, str] = {
-    "dice": "Dice",
-    "iou": "IoU",
-    "hd95": "HD95",
-    "assd": "ASSD",
-    "surface_dice": "Surface Dice",
-}
 _PRESENCES: dict[Presence, str] = {
     "both": "both masks",
     "missed": "missed",
@@ -105,7 +102,7 @@ def _head(report: Report) -> str:
         for metric in metrics:
             unit = f" {_UNITS[convention]}" if metric == "hd95" and not math.isnan(mean[metric]) else ""
             parts.append(
-                f"<div><dt>Mean {_TITLES[metric]}, {convention}</dt>"
+                f"<div><dt>Mean {METRIC_TITLES[metric]}, {convention}</dt>"
                 f'<dd><span class="value">{format_metric(metric, mean[metric])}{unit}</span><br>'
                 f'<span class="quiet">95 % interval {format_interval(metric, intervals[metric])}</span></dd></div>'
             )
@@ -127,97 +124,31 @@ def _failed(failed: Mapping[str, str]) -> str:
 def _class_section(report: Report) -> str:
     rows = []
     for name in report.class_names:
-        cells = [_name(name)]
-        for convention in CONVENTIONS:
-            cells += _score_cells(report.summary[convention]["classes"][name], report.intervals[convention], name)
+        cells = [name_cell(name)]
+        for c in CONVENTIONS:
+            cells += score_cells(report.summary[c]["classes"][name], report.intervals[c]["classes"][name])
         counts = report.summary["standard"]["classes"][name]
         numbers = (counts["n_valid"], counts["n_absent"], counts["n_missed"], counts["n_spurious"])
-        cells += [_number(str(number), number, first=index == 0) for index, number in enumerate(numbers)]
+        cells += [number_cell(str(number), number, first=index == 0) for index, number in enumerate(numbers)]
         rows.append(cells)
-    mean = [_name("mean")]
+    mean = [name_cell("mean")]
     for convention in CONVENTIONS:
-        mean += _score_cells(report.summary[convention]["mean"], report.intervals[convention], None)
+        mean += score_cells(report.summary[convention]["mean"], report.intervals[convention]["mean"])
     groups = [("", 1), *((_group(c), len(METRICS)) for c in CONVENTIONS), (f"cases, of {len(report.cases)}", 4)]
-    header = ["Class", *(_TITLES[metric] for _ in CONVENTIONS for metric in METRICS)]
+    header = ["Class", *(METRIC_TITLES[metric] for _ in CONVENTIONS for metric in METRICS)]
     header += ["scored", "in neither", "missed", "spurious"]
     notes = [f"<li><code>{c}</code>: {escape(CONVENTION_NOTES[c])}</li>" for c in CONVENTIONS]
-    table = _table(header, rows, groups=groups, foot=[*mean, *['<td class="start"></td>', *["<td></td>"] * 3]])
+    table = sortable_table(header, rows, groups=groups, foot=[*mean, *['<td class="start"></td>', *["<td></td>"] * 3]])
     tolerance = report.settings.get("surface_dice_tolerance_mm")
     known = "" if tolerance is None else f" Tolerance: {tolerance:g} mm in standard, {tolerance:g} voxels in samed."
     return (
-        f'<h2>Classes</h2>\n{_scroll("Scores by class", table)}\n<ul class="quiet">{"".join(notes)}</ul>\n'
+        f'<h2>Classes</h2>\n{scrolling("Scores by class", table)}\n<ul class="quiet">{"".join(notes)}</ul>\n'
         f'<p class="quiet">{escape(METRIC_NOTE)}{known}</p>'
     )
 
 
 def _group(convention: Convention) -> str:
     return f"{convention}, distances in {_UNITS[convention]}"
-
-
-def _score_cells(score: ClassScore, intervals: Intervals | None, name: str | None) -> list[str]:
-    """A cell for each metric, with its interval where there are any: that of class `name`, or of the mean."""
-    cells = []
-    for metric in METRICS:
-        text = format_metric(metric, score[metric])
-        if intervals is not None and text != "n/a":
-            interval = (intervals["mean"] if name is None else intervals["classes"][name])[metric]
-            text += f' <span class="quiet">{_short_interval(metric, interval)}</span>'
-        cells.append(_number(text, score[metric], first=metric == METRICS[0]))
-    return cells
-
-
-def _short_interval(metric: Metric, interval: Interval) -> str:
-    """With one digit less than the score, so that both conventions fit side by side."""
-    if math.isnan(interval[0]):
-        return "no interval"
-    digits = METRIC_DIGITS[metric] - 1
-    return f"{interval[0]:.{digits}f}\u2013{interval[1]:.{digits}f}"
-
-
-def _number(text: str, value: float, *, first: bool = False) -> str:
-    """A cell that sorts by its value; `first` of a group has a line before it."""
-    start = " start" if first else ""
-    if math.isnan(value):
-        return f'<td class="number none{start}" data-value="">{text}</td>'
-    return f'<td class="number{start}" data-value="{value!r}">{text}</td>'
-
-
-def _name(text: str) -> str:
-    return f'<th scope="row" class="name">{escape(text)}</th>'
-
-
-def _table(
-    header: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    groups: Sequence[tuple[str, int]],
-    foot: Sequence[str] = (),
-    names: int = 1,
-) -> str:
-    """A table that sorts by its headers, the first `names` of which stand over text."""
-    over = "".join(
-        f'<th colspan="{span}" scope="colgroup" class="group">{escape(title)}</th>'
-        if title
-        else f'<td colspan="{span}"></td>'
-        for title, span in groups
-    )
-    starts = [sum(span for _, span in groups[:index]) for index in range(1, len(groups))]
-    heads = "".join(
-        f'<th scope="col" data-column="{index}" class="{"name" if index < names else "number"}'
-        f'{" start" if index in starts else ""}"><button type="button">{escape(title)}</button></th>'
-        for index, title in enumerate(header)
-    )
-    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    end = f"\n<tfoot><tr>{''.join(foot)}</tr></tfoot>" if foot else ""
-    return (
-        f'<table class="sortable">\n<thead><tr>{over}</tr>\n<tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>{end}\n'
-        "</table>"
-    )
-
-
-def _scroll(label: str, table: str) -> str:
-    # Reachable by keyboard, since what is wider than a phone can only be read by scrolling.
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
 
 
 def _chart_section(report: Report) -> str:
@@ -283,13 +214,13 @@ def _case_section(report: Report) -> str:
         for index, name in enumerate(report.class_names):
             there = presence(scores, index)
             flag = ' class="flag"' if there in ("missed", "spurious") else ""
-            cells = [_name(case), f"<td>{escape(name)}</td>", f"<td{flag}>{_PRESENCES[there]}</td>"]
+            cells = [name_cell(case), f"<td>{escape(name)}</td>", f"<td{flag}>{_PRESENCES[there]}</td>"]
             for convention in CONVENTIONS:
-                cells += _score_cells(scores[convention][index], None, None)
+                cells += score_cells(scores[convention][index])
             rows.append(cells)
-    header = ["Case", "Class", "Found in", *(_TITLES[metric] for _ in CONVENTIONS for metric in METRICS)]
+    header = ["Case", "Class", "Found in", *(METRIC_TITLES[metric] for _ in CONVENTIONS for metric in METRICS)]
     groups = [("", 3), *((_group(convention), len(METRICS)) for convention in CONVENTIONS)]
-    return f"<h2>All cases</h2>\n{_scroll('Scores by case', _table(header, rows, groups=groups, names=3))}"
+    return f"<h2>All cases</h2>\n{scrolling('Scores by case', sortable_table(header, rows, groups=groups, names=3))}"
 
 
 def _settings_section(report: Report) -> str:
@@ -300,5 +231,5 @@ def _settings_section(report: Report) -> str:
     }
     if not shown:
         return ""
-    rows = "".join(f"<tr>{_name(name)}<td>{escape(text)}</td></tr>" for name, text in shown.items())
+    rows = "".join(f"<tr>{name_cell(name)}<td>{escape(text)}</td></tr>" for name, text in shown.items())
     return f'<h2>Settings</h2>\n<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
