@@ -71,11 +71,9 @@ def score_cells(score: ClassScore, intervals: Mapping[Metric, Interval] | None =
 
 
 def number_cell(text: str, value: float, *, first: bool = False) -> str:
-    """A cell that sorts by its value; `first` of a group has a line before it."""
-    start = " start" if first else ""
-    if math.isnan(value):
-        return f'<td class="number none{start}" data-value="">{text}</td>'
-    return f'<td class="number{start}" data-value="{value!r}">{text}</td>'
+    """A cell that sorts by the number it begins with; `first` of a group has a line before it."""
+    none, start = " none" if math.isnan(value) else "", " start" if first else ""
+    return f'<td class="number{none}{start}">{text}</td>'
 
 
 def name_cell(text: str) -> str:

@@ -11,7 +11,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const numeric = header.classList.contains("number");
       const keyed = [...body.rows].map((row) => {
         const cell = row.cells[column];
-        return { row, key: numeric ? Number.parseFloat(cell.dataset.value) : cell.textContent };
+        // The number a cell begins with; an interval may follow it. NaN for n/a.
+        return { row, key: numeric ? Number.parseFloat(cell.textContent) : cell.textContent };
       });
       keyed.sort((a, b) => {
         if (!numeric) return sign * a.key.localeCompare(b.key, undefined, { numeric: true });
