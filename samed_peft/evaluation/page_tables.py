@@ -82,8 +82,8 @@ def name_cell(text: str) -> str:
 
 
 def _short_interval(metric: Metric, interval: Interval) -> str:
-    """With one digit less than the score, so that both conventions fit side by side."""
+    """With one digit less than the score where that is enough, so that both conventions fit side by side."""
     if math.isnan(interval[0]):
         return "no interval"
-    digits = METRIC_DIGITS[metric] - 1
+    digits = METRIC_DIGITS[metric] - (METRIC_DIGITS[metric] > 2 or interval[1] >= 10)
     return f"{interval[0]:.{digits}f}\u2013{interval[1]:.{digits}f}"
