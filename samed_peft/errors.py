@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+EXIT_SOME_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_DIVERGED = 3
 EXIT_INTERRUPTED = 75
@@ -22,6 +23,10 @@ class InputError(ValueError):
     """
 
 
+class SomeCasesFailedError(RuntimeError):
+    """Some cases of many could not be used; the others are done and their results written."""
+
+
 class NonFiniteLossError(ArithmeticError):
     """The loss of a step is NaN or infinite; no weight was changed in that step."""
 
@@ -31,6 +36,7 @@ class RunInterruptedError(RuntimeError):
 
 
 _EXIT_CODES = {
+    SomeCasesFailedError: EXIT_SOME_FAILED,
     InputError: EXIT_WRONG_INPUT,
     NonFiniteLossError: EXIT_DIVERGED,
     RunInterruptedError: EXIT_INTERRUPTED,

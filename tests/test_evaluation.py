@@ -1,12 +1,21 @@
+import base64
+import csv
+import hashlib
 import io
 import json
 import math
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from samed_peft.errors import InputError
 from samed_peft.evaluation import Report, case_picture, evaluate_cases, format_table, write_report
+from samed_peft.evaluation.artefacts import csv_text
+from samed_peft.evaluation.charts import box_plots
+from samed_peft.evaluation.folders import names_of_dataset
 from samed_peft.evaluation.pictures import telling_slices
 from samed_peft.io import Volume
 from samed_peft.metrics import score_masks
@@ -41,7 +50,7 @@ def test_the_report_has_its_agreed_shape_and_scores():
     right, nothing, missed = ({"dice": d, "hd95": h} for d, h in ((1.0, 0.0), (None, None), (0.0, None)))
     zero = {"dice": 0.0, "hd95": 0.0}
     assert off == {"dice": 0.75, "hd95": 5.0}
-    assert _report(settings={"dataset": "two boxes"}).to_dict() == {
+    assert _documented(_report(settings={"dataset": "two boxes"}).to_dict()) == {
         "standard": {
             "mean": {"dice": 0.4375, "hd95": 2.5},
             "classes": {
@@ -72,8 +81,44 @@ def test_the_report_has_its_agreed_shape_and_scores():
                 },
             },
         ],
-        "settings": {"dataset": "two boxes"},
+        "settings": {"dataset": "two boxes", "surface_dice_tolerance_mm": 2.0},
     }
+
+
+def test_the_report_counts_and_has_further_metrics_and_intervals():
+    found = _report(tolerance_mm=5.0).to_dict()
+    liver, spleen = (found["standard"]["classes"][name] for name in NAMES)
+    # Moved by one of four slices, 48 of 80 voxels overlap; each mask has one slice of 16 five mm from the other's.
+    assert found["cases"][0]["classes"]["liver"]["standard"]["iou"] == 0.6
+    assert liver["surface_dice"] == 1.0
+    assert (liver["n_absent"], liver["n_missed"], liver["n_spurious"]) == (0, 0, 0)
+    assert (spleen["n_absent"], spleen["n_missed"], spleen["n_spurious"]) == (1, 1, 0)
+    assert liver["ci95"]["dice"] == [0.75, 1.0]  # of two cases, a resample may hold either one twice
+    assert spleen["ci95"]["dice"] == [None, None]
+    # Both cases: 0.4375. The second twice: (1 + 0) / 2. The first twice: 0.75, as the spleen then has no score.
+    assert found["standard"]["mean_ci95"]["dice"] == [0.4375, 0.75]
+    assert found["settings"]["surface_dice_tolerance_mm"] == 5.0
+
+
+def _documented(report):
+    """What every version of the report has: Dice and HD95, and how many cases they are of."""
+    kept = {"dice", "hd95", "n_valid", "n_cases"}
+    for summary in (report["standard"], report["samed"]):
+        summary["mean"] = {key: value for key, value in summary["mean"].items() if key in kept}
+        del summary["mean_ci95"]
+        for scores in summary["classes"].values():
+            for key in set(scores) - kept:
+                del scores[key]
+    for case in report["cases"]:
+        case["classes"] = {
+            name: {convention: {key: score[key] for key in ("dice", "hd95")} for convention, score in both.items()}
+            for name, both in case["classes"].items()
+        }
+    return report
+
+
+def _score(dice, hd95):
+    return {"dice": dice, "iou": dice / (2 - dice), "hd95": hd95, "assd": hd95, "surface_dice": dice}
 
 
 def test_mappings_are_read_one_case_at_a_time():
@@ -159,8 +204,7 @@ def test_odd_case_names_make_safe_and_different_files(tmp_path):
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_the_table_fits_the_terminal(width):
-    nan = math.nan
-    scores = [{"dice": 0.5, "hd95": 123.456}, {"dice": nan, "hd95": nan}]
+    scores = [_score(0.5, 123.456), _score(math.nan, math.nan)]
     names = ("a very long name of a structure that nobody would print", "[bold]x")
     table = format_table(
         Report(names, {"c": {"standard": scores, "samed": scores}}, settings={"note": "word " * 40}),
@@ -239,3 +283,181 @@ def test_pictures_survive_odd_input():
     case_picture(constant, np.where(labels, 40, 0), labels, class_names=many)
     with pytest.raises(InputError, match=r"\(5, 8, 8\)"):
         case_picture(constant[:5], labels, labels, class_names=NAMES)
+
+
+def test_a_picture_needs_no_reference():
+    labels = _labels(LIVER, SPLEEN)
+    scan = Volume(np.random.default_rng(0).normal(size=labels.shape), RAS)
+    alone = _pixels(case_picture(scan, None, labels, class_names=NAMES))
+    beside = _pixels(case_picture(scan, labels, labels, class_names=NAMES))
+    assert alone.shape[1] / beside.shape[1] == pytest.approx(2 / 3, abs=0.02)
+    assert telling_slices(None, labels) == {1: "most classes", 2: "most foreground"}
+    assert telling_slices(None, np.zeros_like(labels)) == {3: "no label"}
+    with pytest.raises(InputError, match=r"image of \(6, 8, 8\), a prediction of \(5, 8, 8\)"):
+        case_picture(scan, None, labels[:5], class_names=NAMES)
+
+
+@pytest.mark.parametrize("scale", [1.0, 255.0, np.uint8])
+def test_colour_images_keep_their_colours(scale):
+    image = np.zeros((2, 30, 30, 3), np.float32)
+    image[..., 0] = 1.0  # red
+    image = (image * 255).astype(np.uint8) if scale is np.uint8 else image * scale
+    empty = np.zeros((2, 30, 30), np.uint8)
+    picture = _pixels(case_picture(image, None, empty, class_names=NAMES))
+    height, width = picture.shape[:2]
+    np.testing.assert_allclose(picture[height // 2, width // 4, :3], [1, 0, 0], atol=0.02)
+    half = _pixels(case_picture(image, None, empty, class_names=NAMES, window=(0, 2 * float(image.max()))))
+    np.testing.assert_allclose(half[height // 2, width // 4, :3], [0.5, 0, 0], atol=0.02)
+    with pytest.raises(InputError, match=r"\(D, H, W, 3\)"):
+        case_picture(image[..., :2], None, empty, class_names=NAMES)
+
+
+class _Page(HTMLParser):
+    """Tags with their attributes, and the text of each table row."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.rows, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_data(self, data):
+        self.text += data
+        if self.rows and data.strip():
+            self.rows[-1].append(data.strip())
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def _hostile_report(**settings):
+    labels = _labels(LIVER)
+    cases = dict.fromkeys((HOSTILE, '"><img src=x onerror=alert(1)>', "=1+1"), labels)
+    return evaluate_cases(cases, cases, class_names=(f"liver {HOSTILE}", "&amp;"), settings=settings)
+
+
+def test_the_page_keeps_names_from_being_markup(tmp_path):
+    report = _hostile_report(
+        note=HOSTILE, dataset=HOSTILE, failed_cases={HOSTILE: HOSTILE}, nested={HOSTILE: [HOSTILE]}
+    )
+    write_report(report, tmp_path, pictures=dict.fromkeys(report.cases, b"png"))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = _Page(text)
+    assert len(page.of("script")) == 1
+    assert HOSTILE not in text
+    assert page.text.count(HOSTILE) >= 10
+    assert all(image["src"].startswith("data:image/png;base64,") for image in page.of("img"))
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+
+
+def test_the_page_asks_for_nothing_and_names_the_hashes_of_what_it_runs(tmp_path):
+    write_report(_report(images={"b": Volume(np.zeros((6, 8, 8)), RAS)}), tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = _Page(text)
+    policy = next(meta["content"] for meta in page.of("meta") if "http-equiv" in meta)
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    for tag in ("style", "script"):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, flags=re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert not page.of("link")
+    assert "http:" not in text
+    assert "https:" not in text
+    assert [link["href"] for link in page.of("a")] == ["pictures/b.png"]
+
+
+def test_the_page_shows_scores_counts_and_intervals(tmp_path):
+    write_report(_report(), tmp_path)
+    page = _Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.text.index("b, mean Dice 0.5000") < page.text.index("a, mean Dice 0.7500")
+    (spleen,) = [row for row in page.rows if row[0] == "spleen"]
+    assert spleen[1:4] == ["0.0000", "no interval", "0.0000"]
+    assert spleen[-4:] == ["1", "1", "1", "0"]  # scored, in neither, missed, spurious
+    (missed,) = [row for row in page.rows if row[:2] == ["b", "spleen"]]
+    assert missed[2:7] == ["missed", "0.0000", "0.0000", "n/a", "n/a"]
+    # Each sorting button stands over the column it names.
+    sortable = [attributes for attributes in page.of("th") if "data-column" in attributes]
+    assert [int(attributes["data-column"]) for attributes in sortable] == [*range(15), *range(13)]
+    assert len(page.of("svg")) == 2
+
+
+def test_pictures_in_the_page_are_limited_to_the_worst(tmp_path):
+    from samed_peft.evaluation.page import MOST_PICTURES
+
+    rng = np.random.default_rng(0)
+    references = {f"case{k:02d}": _labels(LIVER) for k in range(MOST_PICTURES + 3)}
+    predictions = {case: labels * (rng.random(labels.shape) < 0.8) for case, labels in references.items()}
+    report = evaluate_cases(predictions, references, class_names=NAMES)
+    write_report(report, tmp_path, pictures={case: case.encode() for case in references})
+    page = _Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    worst = report.worst_first()
+    shown = [base64.b64decode(image["src"].split(",")[1]).decode() for image in page.of("img")]
+    assert shown == worst[:MOST_PICTURES]
+    assert [link["href"] for link in page.of("a")] == [f"pictures/{case}.png" for case in worst]
+
+
+def test_a_page_without_any_score(tmp_path):
+    empty = {"a": _labels()}
+    write_report(evaluate_cases(empty, empty, class_names=NAMES), tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "no class in either mask" in text
+    assert "nan" not in re.sub(r"<(style|script)>.*?</\1>", "", text, flags=re.DOTALL).lower()
+
+
+def test_the_table_for_spreadsheets(tmp_path):
+    write_report(_report(), tmp_path / "out")
+    with (tmp_path / "out" / "report.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 2
+    first = {"case": "a", "class": "liver", "convention": "standard", "presence": "both", "dice": "0.75", "iou": "0.6"}
+    assert {key: rows[0][key] for key in first} == first
+    spleen = {"case": "b", "class": "spleen", "convention": "standard", "presence": "missed", "dice": "0.0", "hd95": ""}
+    assert {key: rows[6][key] for key in spleen} == spleen
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "  =1"])
+def test_spreadsheets_take_no_name_for_a_formula(name):
+    labels = {name: _labels(LIVER)}
+    rows = list(csv.reader(io.StringIO(csv_text(evaluate_cases(labels, labels, class_names=(name,))), newline="")))
+    assert [row[:2] for row in rows[1:]] == [[f"'{name}", f"'{name}"]] * 2
+
+
+def test_box_plots_place_values_on_their_axis():
+    values = [(f"case{k}", value) for k, value in enumerate((0.0, 0.25, 0.5, 0.75, 1.0))]
+    svg = box_plots({"liver": values, "a name that is far too long": [], "few": values[:2]}, label="Dice", top=1.0)
+    root = ElementTree.fromstring(svg)
+    left, right = (float(line.get("x1")) for line in (root.findall("line[@class='grid']")[i] for i in (0, -1)))
+    dots = [float(dot.get("cx")) for dot in root.findall("circle")]
+    np.testing.assert_allclose(dots[:5], np.linspace(left, right, 5), atol=0.1)
+    (box,) = root.findall("rect")  # a class of two cases has none
+    assert float(box.get("x")) == pytest.approx(dots[1], abs=0.1)
+    assert float(box.get("width")) == pytest.approx(dots[3] - dots[1], abs=0.1)
+    assert "n = 0" in svg
+    for top in (1e-6, 0.3, 7.0, 51.4, 1234.5):
+        box_plots({"liver": [("a", top)]}, label="HD95, mm")
+
+
+def test_dataset_json_names_classes(tmp_path):
+    path = tmp_path / "dataset.json"
+    for labels in ({"0": "background", "2": "tumour", "1": "liver"}, {"background": 0, "liver": 1, "tumour": 2}):
+        path.write_text(json.dumps({"labels": labels}))
+        assert names_of_dataset(path) == ("liver", "tumour")
+    for content, message in (
+        ({}, 'expected "labels"'),
+        ([], 'expected "labels"'),
+        ({"labels": {"background": 0, "whole tumour": [1, 2]}}, "regions of several labels"),
+        ({"labels": {"background": 0, "liver": 1, "tumour": 3}}, "without gaps"),
+        ({"labels": {"background": 0, "liver": 1, "ignore": 2}}, "none to be ignored"),
+        ({"labels": {"background": 0, "liver": 1, "tumour": 1}}, "one number for each name"),
+        ({"labels": {"background": 0}}, "class_names"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=message):
+            names_of_dataset(path)

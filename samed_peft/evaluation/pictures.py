@@ -1,8 +1,8 @@
-"""Pictures of a case: image, reference and prediction side by side."""
+"""Pictures of a case: image, reference where there is one, and prediction side by side."""
 
 import colorsys
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,6 @@ _COLOURS = (
 )
 _COLUMN_INCHES = 3.2
 _FILL, _EDGE = 0.35, 0.95
-_REASONS = ("most classes", "largest disagreement", "most foreground")
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class _View:
 
 def case_picture(
     image: Volume | NDArray,
-    reference: Volume | NDArray,
+    reference: Volume | NDArray | None,
     prediction: Volume | NDArray,
     *,
     class_names: Sequence[str],
@@ -66,79 +65,104 @@ def case_picture(
     left. Without one, slices are shown as stored, row 0 on top.
 
     Args:
-        image: (D, H, W) intensities.
-        reference: (D, H, W) labels, 0 is background.
+        image: (D, H, W) intensities, or (D, H, W, 3) colours.
+        reference: (D, H, W) labels, 0 is background; None leaves its column out.
         prediction: (D, H, W) labels.
         class_names: names of labels 1..K.
-        window: intensities of black and white; None for [0, 1] if the image is normalized, else the 0.5 and
-            99.5 percentiles of what is shown.
+        window: intensities of black and white. None stands for [0, 1] if the image is normalized or a colour one
+            with nothing above 1, for [0, 255] in other colour images, else for the 0.5 and 99.5 percentiles of what
+            is shown.
         spacing_zyx_mm: voxel size, for the aspect; None for the image's own.
 
     Returns:
         The bytes of a PNG.
 
     Raises:
-        InputError: the shapes differ or are not (D, H, W).
+        InputError: the shapes differ or are not those above.
     """
-    scan, labels = _checked(image, reference, prediction)
-    rows = telling_slices(labels[0], labels[1])
-    window = window or _window(scan, list(rows))
+    scan, labels = _checked(image, {"reference": reference, "prediction": prediction})
+    rows = telling_slices(labels.get("reference"), labels["prediction"])
+    low, high = window or _window(scan, list(rows))
     view = _view(scan, spacing_zyx_mm or scan.spacing_zyx_mm)
-    panels = [[view.turn(array[z]) for array in (scan.array, *labels)] for z in rows]
+    panels = [
+        [view.turn(pixels) for pixels in (_scaled(scan.array[z], low, high), *(array[z] for array in labels.values()))]
+        for z in rows
+    ]
     titles = [f"slice {z}\n{reason}" for z, reason in rows.items()]
-    figure = _figure(panels, titles, view=view, window=window, num_classes=len(class_names))
+    figure = _figure(panels, titles, columns=("image", *labels), view=view, num_classes=len(class_names))
     _legend(figure, panels, class_names)
     return _png(figure)
 
 
 def _checked(
-    image: Volume | NDArray, reference: Volume | NDArray, prediction: Volume | NDArray
-) -> tuple[Volume, list[NDArray]]:
+    image: Volume | NDArray, given: Mapping[str, Volume | NDArray | None]
+) -> tuple[Volume, dict[str, NDArray]]:
+    """The image, and the arrays of those label maps that are there."""
     scan = image if isinstance(image, Volume) else Volume(np.asarray(image))
-    labels = [volume.array if isinstance(volume, Volume) else np.asarray(volume) for volume in (reference, prediction)]
-    if not scan.array.ndim == 3 or any(array.shape != scan.array.shape for array in labels):
+    labels = {
+        role: volume.array if isinstance(volume, Volume) else np.asarray(volume)
+        for role, volume in given.items()
+        if volume is not None
+    }
+    shape = scan.array.shape
+    colour = len(shape) == 4 and shape[-1] == 3
+    if not (len(shape) == 3 or colour) or any(array.shape != shape[:3] for array in labels.values()):
+        found = ", ".join(f"a {role} of {array.shape}" for role, array in labels.items())
         raise InputError(
-            "image, reference and prediction must have one shape (D, H, W); "
-            f"found {scan.array.shape}, {labels[0].shape} and {labels[1].shape}"
+            "expected an image of shape (D, H, W) or (D, H, W, 3) and label maps of its (D, H, W); "
+            f"found an image of {shape}, {found}"
         )
     return scan, labels
 
 
-def telling_slices(reference: NDArray, prediction: NDArray) -> dict[int, str]:
+def telling_slices(reference: NDArray | None, prediction: NDArray) -> dict[int, str]:
     """Up to three slices worth looking at, by index, each with the reason.
 
     The slices with the most classes, the largest disagreement and the most foreground, kept apart.
 
     Args:
-        reference: (D, H, W) labels.
+        reference: (D, H, W) labels; None if there is only a prediction, which then disagrees with nothing.
         prediction: (D, H, W) labels.
     """
-    depth = len(reference)
-    area = np.array([np.count_nonzero(a) + np.count_nonzero(b) for a, b in zip(reference, prediction, strict=True)])
-    differing = np.array([np.count_nonzero(a != b) for a, b in zip(reference, prediction, strict=True)])
-    classes = np.array([_count_classes(a, b) for a, b in zip(reference, prediction, strict=True)])
+    maps = [prediction] if reference is None else [reference, prediction]
+    depth = len(prediction)
+    area = np.sum([[np.count_nonzero(labels) for labels in slices] for slices in maps], axis=0)
+    classes = np.sum([[_count_classes(labels) for labels in slices] for slices in maps], axis=0)
     if not area.any():
-        return {depth // 2: "no label in either"}
+        return {depth // 2: "no label" if reference is None else "no label in either"}
+    # Area breaks ties between slices with equally many classes.
+    values = {"most classes": classes + area / (area.max() + 1)}
+    if reference is not None:
+        differing = [np.count_nonzero(a != b) for a, b in zip(reference, prediction, strict=True)]
+        values["largest disagreement"] = np.array(differing)
+    values["most foreground"] = area
     apart = max(1, int(np.count_nonzero(area)) // 8)
     chosen: dict[int, str] = {}
-    # Area breaks ties between slices with equally many classes.
-    for value, reason in zip((classes + area / (area.max() + 1), differing, area), _REASONS, strict=True):
+    for reason, value in values.items():
         free = [z for z in range(depth) if area[z] and all(abs(z - other) >= apart for other in chosen)]
         if free:
-            chosen[max(free, key=lambda z: value[z])] = reason
+            chosen[max(free, key=value.__getitem__)] = reason
     return dict(sorted(chosen.items()))
 
 
-def _count_classes(reference: NDArray, prediction: NDArray) -> int:
-    labels = np.bincount(reference.ravel().astype(np.int64)), np.bincount(prediction.ravel().astype(np.int64))
-    return sum(int(np.count_nonzero(counts[1:])) for counts in labels)
+def _count_classes(labels: NDArray) -> int:
+    return int(np.count_nonzero(np.bincount(labels.ravel().astype(np.int64))[1:]))
 
 
 def _window(scan: Volume, rows: Sequence[int]) -> tuple[float, float]:
+    shown = np.asarray(scan.array[rows])
+    if shown.ndim == 4:
+        bytes_range = shown.dtype == np.uint8 or (not scan.normalized and shown.max() > 1)
+        return 0.0, 255.0 if bytes_range else 1.0
     if scan.normalized:
         return 0.0, 1.0
-    low, high = np.nanpercentile(np.asarray(scan.array[rows], dtype=np.float32), [0.5, 99.5])
+    low, high = np.nanpercentile(shown.astype(np.float32), [0.5, 99.5])
     return float(low), float(high if high > low else low + 1)
+
+
+def _scaled(pixels: NDArray, low: float, high: float) -> NDArray[np.float32]:
+    """A grey or colour slice with `low` at 0 and `high` at 1."""
+    return np.clip((pixels.astype(np.float32) - low) / ((high - low) or 1), 0, 1)
 
 
 def _view(scan: Volume, spacing_zyx_mm: tuple[float, float, float]) -> _View:
@@ -156,28 +180,29 @@ def _figure(
     panels: Sequence[Sequence[NDArray]],
     titles: Sequence[str],
     *,
+    columns: Sequence[str],
     view: _View,
-    window: tuple[float, float],
     num_classes: int,
 ) -> "Figure":
-    """Grid of axes: one row for each slice; columns image, reference, prediction."""
+    """Grid of axes: one row for each slice; the image in the first of the columns, overlays in the others."""
     from matplotlib.figure import Figure
 
-    height, width = panels[0][0].shape
+    height, width = panels[0][0].shape[:2]
     # The clip keeps long, thin slices from making a picture of unreasonable size.
     row_inches = _COLUMN_INCHES * float(np.clip(height * view.row_over_column / width, 0.25, 2.0))
-    figure = Figure(figsize=(3 * _COLUMN_INCHES, row_inches * len(panels) + 0.9), dpi=110, layout="compressed")
-    grid = figure.subplots(len(panels), 3, squeeze=False)
+    figure = Figure(
+        figsize=(len(columns) * _COLUMN_INCHES, row_inches * len(panels) + 0.9), dpi=110, layout="compressed"
+    )
+    grid = figure.subplots(len(panels), len(columns), squeeze=False)
     colours = _palette(num_classes)
     for axes, (pixels, *labels), title in zip(grid, panels, titles, strict=True):
         axes[0].set_ylabel(title, fontsize=9)
         for panel, overlay in zip(axes, (None, *labels), strict=True):
-            low, high = window
-            panel.imshow(pixels, cmap="gray", vmin=low, vmax=high, aspect=view.row_over_column)
+            panel.imshow(pixels, cmap="gray", vmin=0, vmax=1, aspect=view.row_over_column)
             if overlay is not None:
                 panel.imshow(_overlay(overlay, colours), aspect=view.row_over_column, interpolation="nearest")
             _clear(panel)
-    for panel, title in zip(grid[0], ("image", "reference", "prediction"), strict=True):
+    for panel, title in zip(grid[0], columns, strict=True):
         panel.set_title(title, fontsize=10)
     figure.suptitle(view.note, fontsize=8, color="dimgray")
     return figure
@@ -215,7 +240,9 @@ def _legend(figure: "Figure", panels: Sequence[Sequence[NDArray]], class_names: 
         return
     colours = _palette(len(class_names))
     handles = [Patch(color=tuple(colours[label]), label=str(label)) for label in shown]
-    legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(shown)), fontsize=9)
+    legend = figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(4 if len(panels[0]) > 2 else 3, len(shown)), fontsize=9
+    )
     for text, label in zip(legend.get_texts(), shown, strict=True):
         # Set afterwards: a leading underscore would hide the entry, a dollar sign be read as a formula.
         text.set_parse_math(False)

@@ -1,17 +1,30 @@
-"""`Report`: scores as JSON, Markdown and a terminal table."""
+"""`Report`: scores of many cases, their summary, and its table for the terminal."""
 
+import functools
 import io
 import math
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from samed_peft.errors import InputError
-from samed_peft.io import write_bytes, write_json, write_text
-from samed_peft.metrics import CONVENTIONS, CaseScores, Convention, Score, Summary, summarise, without_nan
+import numpy as np
+
+from samed_peft.metrics import (
+    CONVENTIONS,
+    METRICS,
+    CaseScores,
+    Convention,
+    Interval,
+    Intervals,
+    Metric,
+    Score,
+    Summary,
+    confidence_intervals,
+    mean_defined,
+    summarise,
+    without_nan,
+)
 
 CONVENTION_NOTES: dict[Convention, str] = {
     "standard": "millimetres; an organ that is in neither mask has no score, one in a single mask has "
@@ -19,6 +32,14 @@ CONVENTION_NOTES: dict[Convention, str] = {
     "samed": "voxels; a prediction without reference scores Dice 1 and HD95 0, a missed organ and one "
     "in neither mask 0 and 0, as in the published figures of SAMed (arXiv 2304.13785).",
 }
+
+METRIC_NOTE = (
+    "ASSD is the mean distance between the surfaces, surface Dice the share of them within the tolerance of each "
+    "other; intervals are a 95 % percentile bootstrap over cases."
+)
+
+METRIC_DIGITS: dict[Metric, int] = {"dice": 4, "iou": 4, "hd95": 2, "assd": 2, "surface_dice": 4}
+_BOOTSTRAP_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -28,7 +49,8 @@ class Report:
     Attributes:
         class_names: names of labels 1..K.
         cases: case -> its scores.
-        settings: what is known about the run, as JSON values; `note` is printed on top.
+        settings: what is known about the run, as JSON values; `note` is printed on top, and so are
+            `failed_cases`, case -> what is wrong with it.
         pictures: case -> PNG.
     """
 
@@ -37,14 +59,31 @@ class Report:
     settings: Mapping[str, Any] = field(default_factory=dict)
     pictures: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
-    @property
+    @functools.cached_property
     def summary(self) -> dict[Convention, Summary]:
         """Means over cases for each class, and over classes, in both conventions; NaN where undefined."""
         return summarise(list(self.cases.values()), self.class_names)
 
+    @functools.cached_property
+    def intervals(self) -> dict[Convention, Intervals]:
+        """95 % confidence intervals of the means in `summary`; equal reports have equal ones."""
+        rng = np.random.default_rng(_BOOTSTRAP_SEED)
+        return confidence_intervals(list(self.cases.values()), self.class_names, rng=rng)
+
     def to_dict(self) -> dict[str, Any]:
         """The content of `report.json`; None (null) where a score is undefined."""
-        return without_nan({**self.summary, "cases": self._case_rows(), "settings": self.settings})
+        summaries = {convention: self._summary_dict(convention) for convention in CONVENTIONS}
+        return without_nan({**summaries, "cases": self._case_rows(), "settings": self.settings})
+
+    def _summary_dict(self, convention: Convention) -> dict[str, Any]:
+        summary, intervals = self.summary[convention], self.intervals[convention]
+        return {
+            "mean": summary["mean"],
+            "mean_ci95": intervals["mean"],
+            "classes": {
+                name: {**summary["classes"][name], "ci95": intervals["classes"][name]} for name in self.class_names
+            },
+        }
 
     def _case_rows(self) -> list[dict[str, Any]]:
         return [
@@ -62,29 +101,14 @@ class Report:
         """Number of cases in which class `index` (label `index` + 1) has a `standard` HD95."""
         return sum(not math.isnan(scores["standard"][index]["hd95"]) for scores in self.cases.values())
 
+    def case_dice(self, case: str) -> float:
+        """Mean `standard` Dice of a case over its classes; NaN if none has one."""
+        return mean_defined([score["dice"] for score in self.cases[case]["standard"]])
 
-def write_report(report: Report, directory: str | Path, *, pictures: Mapping[str, bytes] | None = None) -> None:
-    """Write report.json, report.md and pictures/CASE.png, each file atomically.
-
-    Args:
-        report: the scores.
-        directory: folder to write to; it is made if missing.
-        pictures: case -> PNG; the report's own if None.
-
-    Raises:
-        InputError: a picture is of no case of the report.
-    """
-    directory = Path(directory)
-    pictures = report.pictures if pictures is None else pictures
-    unknown = sorted(set(pictures) - set(report.cases))
-    if unknown:
-        raise InputError(f"pictures must be of cases of the report; found {', '.join(unknown)}")
-    links = _picture_links(pictures)
-    # report.md comes last, so that it never points to a file that is not there yet.
-    for case, data in pictures.items():
-        write_bytes(directory / links[case], data)
-    write_json(directory / "report.json", report.to_dict())
-    write_text(directory / "report.md", _markdown(report, links))
+    def worst_first(self) -> list[str]:
+        """The cases by `case_dice`, those without one last."""
+        order = {case: self.case_dice(case) for case in self.cases}
+        return sorted(order, key=lambda case: (math.isnan(order[case]), order[case], case))
 
 
 def format_table(report: Report, *, width: int | None = None) -> str:
@@ -104,13 +128,15 @@ def format_table(report: Report, *, width: int | None = None) -> str:
     table.add_column("Class", overflow="fold", min_width=12)
     for name in ("Dice", "HD95 mm", "n Dice", "n HD95", "samed Dice", "HD95 vox"):
         table.add_column(name, justify="right", no_wrap=True)
-    for cells in _class_rows(report):
+    for cells in class_rows(report):
         # Text, because a class name in square brackets would be read as markup.
         table.add_row(*(Text(cell) for cell in cells))
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, color_system=None, legacy_windows=False)
     console.print(table)
-    for line in _remarks(report):
+    failed = list(report.settings.get("failed_cases", {}))
+    left_out = [f"{len(failed)} failed and left out: {', '.join(failed)}"] if failed else []
+    for line in [*remarks(report), *left_out]:
         console.print(Text(line))
     return "\n".join(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines())
 
@@ -118,24 +144,32 @@ def format_table(report: Report, *, width: int | None = None) -> str:
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column is aligned left, the others right."""
     align = ["---", *["---:"] * (len(header) - 1)]
-    lines = [header, align, *([_cell(cell) for cell in row] for row in rows)]
+    lines = [header, align, *([markdown_cell(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown_cell(text: str) -> str:
+    """`text` such that it stays inside its cell."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def format_score(score: Score) -> tuple[str, str]:
     """Dice with four digits and HD95 with two; n/a where undefined."""
-    return _number(score["dice"], 4), _number(score["hd95"], 2)
+    return format_metric("dice", score["dice"]), format_metric("hd95", score["hd95"])
 
 
-def _number(value: float, digits: int) -> str:
-    return "n/a" if math.isnan(value) else f"{value:.{digits}f}"
+def format_metric(metric: Metric, value: float) -> str:
+    """Shares with four digits and distances with two; n/a where undefined."""
+    return "n/a" if math.isnan(value) else f"{value:.{METRIC_DIGITS[metric]}f}"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def format_interval(metric: Metric, interval: Interval) -> str:
+    """Both ends; n/a where there is no interval."""
+    low, high = (format_metric(metric, end) for end in interval)
+    return "n/a" if low == "n/a" else f"{low} to {high}"
 
 
-def _class_rows(report: Report) -> list[tuple[str, ...]]:
+def class_rows(report: Report) -> list[tuple[str, ...]]:
     """Name, standard Dice and HD95, cases with each, samed Dice and HD95; the mean last."""
     summary, total = report.summary, len(report.cases)
     rows: list[tuple[str, ...]] = []
@@ -148,56 +182,42 @@ def _class_rows(report: Report) -> list[tuple[str, ...]]:
     return rows
 
 
-def _remarks(report: Report) -> list[str]:
-    remarks = [str(report.settings["note"])] if "note" in report.settings else []
+def further_rows(report: Report) -> list[tuple[str, ...]]:
+    """Name, IoU, ASSD and surface Dice in both conventions, cases with the class in neither or one mask; mean last."""
+    others = [metric for metric in METRICS if metric not in ("dice", "hd95")]
+    rows: list[tuple[str, ...]] = []
+    for name in report.class_names:
+        scores = [report.summary[convention]["classes"][name] for convention in CONVENTIONS]
+        counts = (str(scores[0][key]) for key in ("n_absent", "n_missed", "n_spurious"))
+        rows.append((name, *(format_metric(key, score[key]) for score in scores for key in others), *counts))
+    means = [report.summary[convention]["mean"] for convention in CONVENTIONS]
+    rows.append(("mean", *(format_metric(key, score[key]) for score in means for key in others), "", "", ""))
+    return rows
+
+
+def interval_rows(report: Report) -> list[tuple[str, ...]]:
+    """Name, and the intervals of Dice and HD95 in both conventions; the mean last."""
+    by_name = {
+        **{name: [report.intervals[c]["classes"][name] for c in CONVENTIONS] for name in report.class_names},
+        "mean": [report.intervals[c]["mean"] for c in CONVENTIONS],
+    }
+    keys: tuple[Metric, ...] = ("dice", "hd95")
+    return [
+        (name, *(format_interval(key, interval[key]) for interval in intervals for key in keys))
+        for name, intervals in by_name.items()
+    ]
+
+
+def remarks(report: Report) -> list[str]:
+    """What a reader of the scores must know first."""
+    found = [str(report.settings["note"])] if "note" in report.settings else []
     assumed = report.settings.get("cases_without_spacing", [])
     if assumed:
-        remarks.append(
-            f"{len(assumed)} of {len(report.cases)} references have no voxel size: 1 mm was assumed for them."
-        )
-    return remarks
+        found.append(f"{len(assumed)} of {len(report.cases)} references have no voxel size: 1 mm was assumed for them.")
+    return found
 
 
-def _case_table(report: Report, convention: Convention) -> str:
-    rows = []
-    for case, scores in report.cases.items():
-        rows.append([case, *(" / ".join(format_score(score)) for score in scores[convention])])
-    return markdown_table(["Case", *(_cell(name) for name in report.class_names)], rows)
-
-
-def _markdown(report: Report, links: Mapping[str, str]) -> str:
-    header = ["Class", "Dice", "HD95 (mm)", "n Dice", "n HD95", "Dice (samed)", "HD95 (samed, voxels)"]
-    notes = [f"- `{convention}`: {CONVENTION_NOTES[convention]}" for convention in CONVENTIONS]
-    parts = [
-        "# Evaluation",
-        *_remarks(report),
-        f"{len(report.cases)} cases, {len(report.class_names)} classes. Scores come in two conventions:",
-        "\n".join(notes),
-        "## Classes",
-        markdown_table(header, _class_rows(report)),
-    ]
-    units = {"standard": "Dice / HD95 in millimetres", "samed": "Dice / HD95 in voxels"}
-    for convention in CONVENTIONS:
-        parts += [f"## Cases, {convention} ({units[convention]})", _case_table(report, convention)]
-    if links:
-        parts.append("## Pictures")
-        parts += [f"{_cell(case)}\n\n![{_cell(case)}]({links[case]})" for case in report.cases if case in links]
-    if report.settings:
-        rows = [(name, str(value)) for name, value in report.settings.items()]
-        parts += ["## Settings", markdown_table(["Setting", "Value"], rows)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _picture_links(pictures: Iterable[str]) -> dict[str, str]:
-    """Case -> path below the report's folder; cases may have characters in them that links may not."""
-    links: dict[str, str] = {}
-    taken: set[str] = set()
-    for case in pictures:
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", case)
-        name, number = stem, 1
-        while name.lower() in taken:
-            number += 1
-            name = f"{stem}_{number}"
-        taken.add(name.lower())
-        links[case] = f"pictures/{name}.png"
-    return links
+def failures(report: Report) -> list[str]:
+    """One line for each case that failed."""
+    failed = report.settings.get("failed_cases", {})
+    return [f"failed: {case}: {reason}" for case, reason in failed.items()]

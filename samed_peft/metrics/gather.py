@@ -10,8 +10,11 @@ from numpy.typing import ArrayLike
 from samed_peft.errors import InputError
 from samed_peft.metrics import (
     CONVENTIONS,
+    DEFAULT_TOLERANCE_MM,
+    METRICS,
     ClassScores,
     Convention,
+    checked_tolerance,
     score_case,
     summarise,
     without_nan,
@@ -27,26 +30,30 @@ Args:
 
 
 class SegmentationScores(evaluate.Metric):
-    """Mean Dice and HD95 per class and overall, in both conventions, over the cases of all processes.
+    """Mean scores per class and overall, in both conventions, over the cases of all processes.
 
     Each case is scored when it is added, and only its scores, a few numbers a class, travel between
     processes: a volume written as an Arrow list would cost far more than its scores.
 
     Args:
         class_names: names of labels 1..K, background left out.
+        tolerance_mm: of the surface Dice; see `score_labels`.
         options: those of `evaluate.Metric`: `num_process` and `process_id` (its own number for each process),
             `experiment_id` (one for all), `cache_dir` (on a file system that all share).
     """
 
-    def __init__(self, class_names: Sequence[str], **options: Any) -> None:
+    def __init__(
+        self, class_names: Sequence[str], *, tolerance_mm: float = DEFAULT_TOLERANCE_MM, **options: Any
+    ) -> None:
         self.class_names = tuple(class_names)
+        self.tolerance_mm = checked_tolerance(tolerance_mm)
         super().__init__(**options)
 
     def _info(self) -> evaluate.MetricInfo:
         scores = datasets.Sequence(datasets.Value("float64"))
-        features = {f"{convention}_{name}": scores for convention in CONVENTIONS for name in ("dice", "hd95")}
+        features = {f"{convention}_{name}": scores for convention in CONVENTIONS for name in METRICS}
         return evaluate.MetricInfo(
-            description="Dice and 95th percentile of the Hausdorff distance, per class and overall.",
+            description="Overlap and surface distances of segmentations, per class and overall.",
             citation="",
             inputs_description=_INPUTS,
             features=datasets.Features({"case": datasets.Value("string"), **features}),
@@ -66,13 +73,19 @@ class SegmentationScores(evaluate.Metric):
             InputError: the label maps differ in shape, or hold labels without a name.
         """
         try:
-            scores = score_case(prediction, reference, num_classes=len(self.class_names), spacing_zyx_mm=spacing_zyx_mm)
+            scores = score_case(
+                prediction,
+                reference,
+                num_classes=len(self.class_names),
+                spacing_zyx_mm=spacing_zyx_mm,
+                tolerance_mm=self.tolerance_mm,
+            )
         except InputError as error:
             raise InputError(f"{case}: {error}") from error
         row = {
             f"{convention}_{name}": [values[name] for values in scores[convention]]
             for convention in CONVENTIONS
-            for name in ("dice", "hd95")
+            for name in METRICS
         }
         super().add(case=case, **row)
 
@@ -91,5 +104,14 @@ class SegmentationScores(evaluate.Metric):
 
 
 def _scores_at(columns: dict[str, Sequence[Any]], convention: Convention, index: int) -> ClassScores:
-    pairs = zip(columns[f"{convention}_dice"][index], columns[f"{convention}_hd95"][index], strict=True)
-    return [{"dice": dice, "hd95": hd95} for dice, hd95 in pairs]
+    by_metric = {name: columns[f"{convention}_{name}"][index] for name in METRICS}
+    return [
+        {
+            "dice": by_metric["dice"][k],
+            "iou": by_metric["iou"][k],
+            "hd95": by_metric["hd95"][k],
+            "assd": by_metric["assd"][k],
+            "surface_dice": by_metric["surface_dice"][k],
+        }
+        for k in range(len(by_metric["dice"]))
+    ]

@@ -1,0 +1,22 @@
+"""The `samed` command. Heavy libraries are imported by the subcommand that needs them, so that help comes at once."""
+
+import argparse
+from collections.abc import Sequence
+
+from samed_peft.cli import convert, evaluate, export
+from samed_peft.errors import exit_on_error
+
+
+@exit_on_error
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="samed",
+        description="SAMed on PEFT and Transformers.",
+        epilog="exit codes: 0 done, 1 some cases failed, 2 wrong input",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (evaluate, convert, export):
+        command.add_parser(commands)
+    args = parser.parse_args(arguments)
+    args.run(args)

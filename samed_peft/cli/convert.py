@@ -1,0 +1,44 @@
+"""`samed convert`: checkpoints of other programs become ours."""
+
+import argparse
+
+from samed_peft.cli.options import Commands, names, new_command
+
+_EPILOG = """\
+samed convert --checkpoint sam_vit_b_01ec64.pth --output sam_vit_b
+samed convert --checkpoint epoch_159.pth --base sam_vit_b_01ec64.pth --output samed --input_size 224
+
+exit codes: 0 done, 2 wrong input"""
+
+
+def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
+    """Add the subcommand."""
+    parser = new_command(
+        commands,
+        "convert",
+        help="SAMed's .pth -> adapter folder; Meta's .pth -> SamModel folder",
+        description="Without --base, a SAM in Meta's format becomes a folder for SamModel.from_pretrained. With it, a\n"
+        "checkpoint of SAMed or SAMed_s becomes an adapter of that base.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--checkpoint", required=True, help="the .pth; of a SAM also a Hub id or folder, to resize it")
+    parser.add_argument("--base", help="SAM the checkpoint was trained on: Hub id, folder or Meta .pth")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--image_size", type=int, help="pixels the encoder sees; SAMed's default is 512")
+    parser.add_argument("--input_size", type=int, help="bottleneck at prediction; SAMed's test uses 224")
+    parser.add_argument("--class_names", type=names, help="a,b,c; by default Synapse's eight organs")
+    parser.add_argument("--orientation", help="axis codes of the training scans; raw BTCV is LAS")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the file")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert one checkpoint."""
+    from samed_peft.conversion import convert_sam, convert_samed
+
+    if args.base is None:
+        convert_sam(args.checkpoint, args.output, image_size=args.image_size)
+        return
+    options = {"input_size": args.input_size, "class_names": args.class_names, "orientation": args.orientation}
+    size = {} if args.image_size is None else {"image_size": args.image_size}
+    convert_samed(args.checkpoint, args.base, args.output, dtype=args.dtype, **size, **options)

@@ -1,0 +1,40 @@
+"""`samed export`: adapters for other programs."""
+
+import argparse
+
+from samed_peft.cli.options import Commands, new_command
+
+_EPILOG = """\
+samed export --adapter runs/synapse/adapter --output epoch_159.pth --format samed
+
+exit codes: 0 done, 2 wrong input"""
+
+
+def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
+    """Add the subcommand."""
+    parser = new_command(
+        commands,
+        "export",
+        help="adapter -> SAMed's .pth, plain SamModel, stock PEFT adapter, or ONNX",
+        description="samed: the .pth that SAMed's test.py loads. merged: a SamModel folder with the adapter in its\n"
+        "weights. peft-fused: an adapter that stock PEFT attaches to a plain SamModel. onnx: one file, checked.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--adapter", required=True, help="adapter folder or Hub id")
+    parser.add_argument("--output", required=True, help="file (samed, onnx) or folder (merged, peft-fused)")
+    parser.add_argument("--format", required=True, choices=("samed", "merged", "peft-fused", "onnx"))
+    parser.add_argument("--base", help="its SAM, where it is not to be had under its recorded name")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export one adapter."""
+    from samed_peft import conversion
+
+    export = {
+        "samed": conversion.export_samed,
+        "merged": conversion.export_merged,
+        "peft-fused": conversion.export_peft_fused,
+        "onnx": conversion.export_onnx,
+    }[args.format]
+    export(args.adapter, args.output, base=args.base)

@@ -1,0 +1,24 @@
+"""What the subcommands share."""
+
+import argparse
+
+Commands = argparse._SubParsersAction
+"""What `add_subparsers` returns; argparse has no public name for it."""
+
+
+def new_command(
+    commands: "Commands[argparse.ArgumentParser]", name: str, *, help: str, description: str, epilog: str
+) -> argparse.ArgumentParser:
+    """A subcommand whose description and epilog keep their lines."""
+    return commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The parts of `a,b,c`."""
+    return tuple(name.strip() for name in text.split(","))

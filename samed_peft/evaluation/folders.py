@@ -1,0 +1,189 @@
+"""Scores of a folder of masks against a folder of references, matched by file name."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from samed_peft.errors import InputError
+from samed_peft.evaluation.artefacts import REPORT_FILES
+from samed_peft.evaluation.cases import checked_names, score_pair
+from samed_peft.evaluation.pictures import case_picture
+from samed_peft.evaluation.report import Report
+from samed_peft.io import Volume, read_json, read_labels, read_volume, require_replaceable
+from samed_peft.io.readers import SUFFIXES, suffix_of
+from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance
+
+_CHANNEL = "_0000"
+"""nnU-Net's ending of a scan's name before the suffix; its masks have none."""
+
+Files = Mapping[str, Sequence[Path]]
+"""Case -> the files of that name; one, where all is well."""
+
+
+def evaluate_folders(
+    predictions: Path,
+    references: Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    images: Path | None = None,
+    tolerance_mm: float = DEFAULT_TOLERANCE_MM,
+    on_failure: Callable[[str, str], None],
+) -> Report:
+    """Scores of the masks in one folder against those in another, one case in memory at a time.
+
+    Files belong together if their names without suffix are equal. A case that cannot be scored is left out and
+    named in the report's settings under `failed_cases`.
+
+    Args:
+        predictions: folder of label maps.
+        references: folder of label maps.
+        class_names: names of labels 1..K; None for "class 1" up to the largest label of the references, each of
+            which is then read twice.
+        images: folder of scans, for the pictures; as for nnU-Net, `a_0000` is the scan of `a`.
+        tolerance_mm: of the surface Dice; see `metrics.score_labels`.
+        on_failure: is told case and reason as soon as a case fails.
+
+    Raises:
+        InputError: a folder is missing or has no label maps, no case is left, or none has an image.
+    """
+    tolerance_mm = checked_tolerance(tolerance_mm)
+    predicted, referenced = list_files(predictions), list_files(references)
+    scans = {} if images is None else _scans_of(sorted(referenced), images)
+    names = _numbered_names(referenced) if class_names is None else checked_names(class_names)
+    scores: dict[str, CaseScores] = {}
+    pictures: dict[str, bytes] = {}
+    without_spacing: list[str] = []
+    failed: dict[str, str] = {}
+    for case in tqdm(sorted({*predicted, *referenced}), unit="case", leave=False, disable=None):
+        try:
+            prediction = read_labels(_only(predicted, case, predictions))
+            reference = read_labels(_only(referenced, case, references))
+            scores[case] = score_pair(prediction, reference, num_classes=len(names), tolerance_mm=tolerance_mm)
+            without_spacing += [case] if reference.affine is None else []
+            if case in scans:
+                pictures[case] = _picture(_only(scans, case, images), reference, prediction, class_names=names)
+        except (InputError, OSError) as error:
+            scored = "scored, but has no picture: " if case in scores else ""
+            failed[case] = _writable(f"{scored}{error}")
+            on_failure(case, failed[case])
+    if not scores:
+        raise InputError(f"none of the {len(failed)} cases in {predictions} and {references} could be scored")
+    without_image = [] if images is None else [case for case in scores if case not in scans]
+    settings: dict[str, Any] = {
+        "predictions": _writable(str(predictions)),
+        "references": _writable(str(references)),
+        "surface_dice_tolerance_mm": tolerance_mm,
+    }
+    lists = {"cases_without_spacing": without_spacing, "cases_without_image": without_image, "failed_cases": failed}
+    return Report(names, scores, settings={**settings, **{k: v for k, v in lists.items() if v}}, pictures=pictures)
+
+
+def list_files(folder: Path, *, folders_too: bool = False) -> dict[str, list[Path]]:
+    """Case -> its files in `folder`, hidden ones and those of other kinds left out.
+
+    Args:
+        folder: where to look; not in folders below it.
+        folders_too: count folders as well, which may be DICOM series.
+
+    Raises:
+        InputError: the folder is missing, is a file, or holds none.
+    """
+    if not folder.is_dir():
+        raise InputError(f"expected a folder at {folder}, found {'a file' if folder.exists() else 'nothing'}")
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        suffix = "" if folders_too and path.is_dir() else suffix_of(path)
+        if suffix is not None and not path.name.startswith("."):
+            found.setdefault(_writable(path.name[: len(path.name) - len(suffix)]), []).append(path)
+    if not found:
+        raise InputError(f"expected files ending in {', '.join(SUFFIXES)} in {folder}, found none; check the folder")
+    return found
+
+
+def names_of_dataset(path: Path) -> tuple[str, ...]:
+    """Class names of a `dataset.json` of the Medical Segmentation Decathlon or of nnU-Net, background left out.
+
+    Args:
+        path: the file; its `labels` are `{"0": "background", "1": "liver"}` or `{"background": 0, "liver": 1}`.
+
+    Raises:
+        InputError: the file has no such labels, or they are not 0..K.
+    """
+    content = read_json(path)
+    labels = content.get("labels") if isinstance(content, dict) else None
+    if not isinstance(labels, dict) or not labels:
+        raise InputError(f'expected "labels" with numbers and names in {path}, found {labels!r}')
+    by_number: dict[int, str] = {}
+    for key, value in labels.items():
+        number, name = (value, key) if isinstance(value, int) else (key, value)
+        if not str(number).isdecimal() or not isinstance(name, str) or int(number) in by_number:
+            raise InputError(
+                f"expected one number for each name in the labels of {path}, found {key!r}: {value!r}; "
+                "regions of several labels are not supported, name the labels with class_names"
+            )
+        by_number[int(number)] = name
+    if sorted(by_number) != list(range(len(by_number))) or "ignore" in by_number.values():
+        raise InputError(
+            f"expected labels 0..K without gaps, and none to be ignored, in {path}, found {labels}; "
+            "renumber the masks, or name the labels with class_names"
+        )
+    return checked_names([by_number[number] for number in range(1, len(by_number))])
+
+
+def require_report_folder(directory: Path) -> None:
+    """Refuse to replace a folder in which anything but a report lies.
+
+    Raises:
+        InputError: `directory` is a file, or holds other files, such as those of a training run.
+    """
+    require_replaceable(directory, marker="report.json")
+    others = [] if not directory.is_dir() else [path.name for path in directory.iterdir()]
+    foreign = sorted(name for name in others if name not in REPORT_FILES and not name.startswith(".tmp-"))
+    if foreign:
+        raise InputError(
+            f"expected a new folder or an earlier report at {directory}, found {', '.join(foreign[:5])} beside "
+            "the report, which must not be lost; choose another folder"
+        )
+
+
+def _writable(text: str) -> str:
+    """`text` with a question mark for each byte of a file name that is not UTF-8, which no report could hold."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _only(files: Files, case: str, folder: Path | None) -> Path:
+    found = files.get(case, ())
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise InputError(f"expected one file of this name in {folder}, found {names}")
+    return found[0]
+
+
+def _numbered_names(references: Files) -> tuple[str, ...]:
+    largest = 0
+    for paths in references.values():
+        for path in paths:
+            try:
+                largest = max(largest, int(read_labels(path).array.max()))
+            except (InputError, OSError):
+                continue  # the case fails by itself, with this message, when it is its turn
+    if largest == 0:
+        raise InputError("expected references with labels above 0, found none; check that they are label maps")
+    return tuple(f"class {label}" for label in range(1, largest + 1))
+
+
+def _scans_of(cases: Sequence[str], images: Path) -> dict[str, list[Path]]:
+    found = list_files(images, folders_too=True)
+    scans = {case: found.get(case) or found.get(case + _CHANNEL, []) for case in cases}
+    if not any(scans.values()):
+        raise InputError(f"expected images named as the references in {images}, found {', '.join(sorted(found)[:5])}")
+    return {case: paths for case, paths in scans.items() if paths}
+
+
+def _picture(path: Path, reference: Volume, prediction: Volume, *, class_names: Sequence[str]) -> bytes:
+    try:
+        return case_picture(read_volume(path), reference, prediction, class_names=class_names)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error

@@ -1,0 +1,150 @@
+"""Means over cases and classes, how often classes are there, and confidence intervals."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samed_peft.metrics.scores import CONVENTIONS, METRICS, CaseScores, ClassScore, Convention, Metric, presence
+
+_LEVEL = 0.95
+
+Interval = tuple[float, float]
+"""Lower and upper end; NaN where there are fewer than two scored cases."""
+
+
+class ClassSummary(ClassScore):
+    """Mean scores of one class over cases, and numbers of cases.
+
+    `n_valid` have a Dice in this convention, `n_cases` is all; `n_absent` have the class in neither mask, `n_missed`
+    in the reference only, `n_spurious` in the prediction only.
+    """
+
+    n_valid: int
+    n_cases: int
+    n_absent: int
+    n_missed: int
+    n_spurious: int
+
+
+class Summary(TypedDict):
+    """Mean over classes, and the means over cases of each class."""
+
+    mean: ClassScore
+    classes: dict[str, ClassSummary]
+
+
+class Intervals(TypedDict):
+    """95 % confidence intervals of the means in a `Summary`."""
+
+    mean: dict[Metric, Interval]
+    classes: dict[str, dict[Metric, Interval]]
+
+
+def summarise(cases: Sequence[CaseScores], class_names: Sequence[str]) -> dict[Convention, Summary]:
+    """Means over cases for each class, then over classes; undefined (NaN) scores are left out and counted."""
+    return {convention: _summary(cases, class_names, convention) for convention in CONVENTIONS}
+
+
+def confidence_intervals(
+    cases: Sequence[CaseScores],
+    class_names: Sequence[str],
+    *,
+    rng: np.random.Generator,
+    resamples: int = 2000,
+) -> dict[Convention, Intervals]:
+    """95 % percentile bootstrap over cases, of each class mean and of the mean over classes.
+
+    Cases are drawn as a whole, so that what a case does to several classes stays together. Scores that are undefined
+    are left out of each resample's means as they are of the means themselves. A handful of cases gives intervals that
+    are too narrow, as the percentile bootstrap does (Efron and Tibshirani, An Introduction to the Bootstrap, 1993).
+
+    Args:
+        cases: scores of at least one case.
+        class_names: names of labels 1..K.
+        rng: equal states give equal intervals.
+        resamples: number of resamples.
+    """
+    # (R, N): how often each resample holds each case. Products with it stand for R x N x K copies of the scores.
+    weights = rng.multinomial(len(cases), np.full(len(cases), 1 / len(cases)), size=resamples).astype(np.float64)
+    return {convention: _intervals(cases, class_names, convention, weights) for convention in CONVENTIONS}
+
+
+def mean_defined(values: Sequence[float]) -> float:
+    """Mean of the values that are not NaN; NaN if there is none."""
+    defined = [value for value in values if not math.isnan(value)]
+    return math.fsum(defined) / len(defined) if defined else math.nan
+
+
+def without_nan(value: Any) -> Any:
+    """Nested dicts and lists with every NaN replaced by None, which JSON writes as null."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _summary(cases: Sequence[CaseScores], class_names: Sequence[str], convention: Convention) -> Summary:
+    classes: dict[str, ClassSummary] = {}
+    for index, name in enumerate(class_names):
+        scores = [case[convention][index] for case in cases]
+        there = [presence(case, index) for case in cases]
+        classes[name] = {
+            **_means(scores),
+            "n_valid": sum(not math.isnan(score["dice"]) for score in scores),
+            "n_cases": len(cases),
+            "n_absent": there.count("absent"),
+            "n_missed": there.count("missed"),
+            "n_spurious": there.count("spurious"),
+        }
+    return {"mean": _means(list(classes.values())), "classes": classes}
+
+
+def _means(scores: Sequence[ClassScore]) -> ClassScore:
+    return {
+        "dice": mean_defined([score["dice"] for score in scores]),
+        "iou": mean_defined([score["iou"] for score in scores]),
+        "hd95": mean_defined([score["hd95"] for score in scores]),
+        "assd": mean_defined([score["assd"] for score in scores]),
+        "surface_dice": mean_defined([score["surface_dice"] for score in scores]),
+    }
+
+
+def _intervals(
+    cases: Sequence[CaseScores], class_names: Sequence[str], convention: Convention, weights: NDArray[np.float64]
+) -> Intervals:
+    found: Intervals = {"mean": {}, "classes": {name: {} for name in class_names}}
+    for metric in METRICS:
+        values = np.array([[score[metric] for score in case[convention]] for case in cases])  # (N, K)
+        means = _weighted_means(values, weights)  # (R, K)
+        overall = _row_means(means)
+        scored = ~np.isnan(values)
+        counts = scored.sum(axis=0).tolist()
+        for index, name in enumerate(class_names):
+            found["classes"][name][metric] = _percentiles(means[:, index], counts[index])
+        found["mean"][metric] = _percentiles(overall, int(scored.any(axis=1).sum()))
+    return found
+
+
+def _weighted_means(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(R, K) means of (N, K) values that leave NaN out; NaN where a resample has no value."""
+    sums = weights @ np.nan_to_num(values, nan=0.0)
+    return _divided(sums, weights @ (~np.isnan(values)).astype(np.float64))
+
+
+def _row_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return _divided(np.nansum(values, axis=1), np.count_nonzero(~np.isnan(values), axis=1).astype(np.float64))
+
+
+def _divided(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+
+
+def _percentiles(means: NDArray[np.float64], cases: int) -> Interval:
+    if cases < 2:
+        return math.nan, math.nan
+    low, high = np.nanpercentile(means, [50 * (1 - _LEVEL), 50 * (1 + _LEVEL)])
+    return float(low), float(high)
