@@ -47,6 +47,9 @@ POSITIONS = "shared_image_embedding.positional_embedding"
 
 _TIED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
 
+DECODER_NORM_EPS = 1e-5
+"""Epsilon of the layer norms in Meta's and SAMed's mask decoder: PyTorch's default."""
+
 
 def rename_meta_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under Meta's names -> the same tensors under Transformers' names.
@@ -120,6 +123,7 @@ def infer_config(state: Mapping[str, Tensor]) -> SamConfig:
             "mlp_dim": state[f"{first_layer}.mlp.lin1.weight"].shape[0],
             "num_hidden_layers": 1
             + max(int(k.split(".")[3]) for k in state if k.startswith(f"{decoder}.transformer.layers.")),
+            "layer_norm_eps": DECODER_NORM_EPS,
             "attention_downsample_rate": cross.shape[1] // cross.shape[0],
             "num_multimask_outputs": state[f"{decoder}.mask_tokens.weight"].shape[0] - 1,
             "iou_head_depth": len(iou_layers),
@@ -167,6 +171,8 @@ def semantic_config(config: SamConfig, *, num_labels: int | None, image_size: in
         InputError: `image_size` is no multiple of the patch size.
     """
     config = copy.deepcopy(config)
+    # What Meta's decoder was trained with; Transformers' 1e-6 moves logits a hundred times more than rounding does.
+    config.mask_decoder_config.layer_norm_eps = DECODER_NORM_EPS
     if num_labels is not None:
         config.mask_decoder_config.num_multimask_outputs = num_labels - 1
     if image_size is not None:
