@@ -23,7 +23,7 @@ def augment(image: np.ndarray, label: np.ndarray, *, rng: np.random.Generator) -
     quarter stay as they are.
 
     Args:
-        image: (H, W).
+        image: (H, W) or (H, W, 3).
         label: (H, W).
         rng: the only source of randomness.
 

@@ -22,7 +22,7 @@ class TrainingSlices(Dataset):
     """Training examples by (epoch, index), so that any number of workers yields the same ones.
 
     Args:
-        rows: sequence of mappings with `image` (H, W) in [0, 1] and `label` (H, W).
+        rows: sequence of mappings with `image` (H, W) or, in colour, (H, W, 3) in [0, 1], and `label` (H, W).
         image_size: S, pixels per side of the model.
         label_size: side of the model's logits.
         seed: seed of the augmentation, or None for none.
@@ -52,8 +52,9 @@ class TrainingSlices(Dataset):
         label = resize_label(label, (self.label_size, self.label_size)).astype(np.int64)
         if index == FILLER:
             label = np.full_like(label, IGNORED_LABEL)
+        tensor = torch.from_numpy(np.ascontiguousarray(pixels))
         return {
-            "pixel_values": torch.from_numpy(np.ascontiguousarray(pixels)).expand(3, -1, -1),
+            "pixel_values": tensor.movedim(-1, 0) if tensor.ndim == 3 else tensor.expand(3, -1, -1),
             "labels": torch.from_numpy(label),
         }
 

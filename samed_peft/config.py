@@ -95,6 +95,7 @@ class SamedConfig(_Json):
         input_size: pixels per side of SAMed's low-resolution bottleneck at prediction (224), or None.
         window: (low, high) intensities clipped to and scaled to [0, 1], or None for 0.5-99.5 percentiles per scan.
         orientation: axis codes of the (x, y, z) voxel axes of the training scans, "LAS" for example, or None.
+        channel: number of the channel it was trained on, of 4-D scans or of files named as nnU-Net's, or None.
         preset: name of the published recipe these settings follow.
         rank: rank of the low-rank updates.
         alpha: numerator of LoRA's scaling alpha / rank; None means `rank`, that is no scaling, as in SAMed.
@@ -114,6 +115,7 @@ class SamedConfig(_Json):
     input_size: int | None = None
     window: tuple[float, float] | None = CT_WINDOW_HU
     orientation: str | None = None
+    channel: int | None = None
     preset: str = "samed"
     rank: int = 4
     alpha: int | None = None
@@ -136,6 +138,7 @@ class SamedConfig(_Json):
             self.window is None or (len(self.window) == 2 and self.window[0] < self.window[1]),
             f"window must be (low, high) with low < high, or None; found {self.window}",
         )
+        _require(self.channel is None or self.channel >= 0, f"channel must not be negative; found {self.channel}")
         _require(self.alpha is None or self.alpha > 0, f"alpha must be at least 1 or None; found {self.alpha}")
         _require(self.rank > 0, f"rank must be at least 1; found {self.rank}")
         allowed = ("q_proj", "k_proj", "v_proj")

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-import nibabel as nib
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -17,7 +16,7 @@ from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.io import Volume, write_mask
 from samed_peft.modeling import SamForSemanticSegmentation
-from samed_peft.preprocessing import normalized_array, resize_label, slice_to_pixels
+from samed_peft.preprocessing import normalized_array, reorientation, reoriented, resize_label, slice_to_pixels
 
 Segmenter: TypeAlias = PeftModel | SamForSemanticSegmentation
 """An adapter on its base, or a merged model; both have a `samed_config`."""
@@ -51,8 +50,8 @@ def predict_volume(model: Segmenter, volume: Volume, *, batch_size: int = 8) -> 
         (D, H, W) uint8 on the grid of `volume`, 0 is background.
     """
     config = settings_of(model)
-    there, back = _reorientation(volume, config.orientation)
-    array = _apply(normalized_array(volume, config.window), there)
+    there, back = reorientation(volume, config.orientation)
+    array = reoriented(normalized_array(volume, config.window), there)
     was_training = model.training
     model.eval()
     try:
@@ -63,7 +62,7 @@ def predict_volume(model: Segmenter, volume: Volume, *, batch_size: int = 8) -> 
         ]
     finally:
         model.train(was_training)
-    return np.ascontiguousarray(_apply(np.stack(masks), back))
+    return np.ascontiguousarray(reoriented(np.stack(masks), back))
 
 
 @torch.inference_mode()
@@ -71,31 +70,16 @@ def _predict_slices(model: Segmenter, slices: np.ndarray) -> list[np.ndarray]:
     config = settings_of(model)
     pixels = np.stack([slice_to_pixels(s, image_size=config.image_size, input_size=config.input_size) for s in slices])
     parameter = next(model.parameters())
-    inputs = torch.from_numpy(pixels).to(parameter.device)[:, None].expand(-1, 3, -1, -1)
+    tensor = torch.from_numpy(pixels).to(parameter.device)
+    inputs = tensor.movedim(-1, 1) if tensor.ndim == 4 else tensor[:, None].expand(-1, 3, -1, -1)
     labels = upsampled_argmax(model(pixel_values=inputs).logits, config.image_size)
-    return [resize_label(label, slices.shape[1:]) for label in labels.cpu().numpy()]
+    return [resize_label(label, slices.shape[1:3]) for label in labels.cpu().numpy()]
 
 
 def upsampled_argmax(logits: Tensor, size: int) -> Tensor:
     """Labels (B, size, size) uint8 of logits (B, K + 1, h, w), resized bilinearly as SAM resizes its masks."""
     resized = F.interpolate(logits.float(), size=(size, size), mode="bilinear", align_corners=False)
     return resized.argmax(dim=1).to(torch.uint8)
-
-
-def _reorientation(volume: Volume, codes: str | None) -> tuple[np.ndarray | None, np.ndarray | None]:
-    if codes is None or volume.orientation in (None, codes):
-        return None, None
-    found = nib.orientations.axcodes2ornt(tuple(volume.orientation))
-    wanted = nib.orientations.axcodes2ornt(tuple(codes))
-    transform = nib.orientations.ornt_transform
-    return transform(found, wanted), transform(wanted, found)
-
-
-def _apply(array: np.ndarray, transform: np.ndarray | None) -> np.ndarray:
-    """Flip and transpose (D, H, W); nibabel's transforms speak of (x, y, z), which is the reverse."""
-    if transform is None:
-        return array
-    return nib.orientations.apply_orientation(array.transpose(2, 1, 0), transform).transpose(2, 1, 0)
 
 
 def segment_cases(

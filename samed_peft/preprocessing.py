@@ -1,5 +1,6 @@
 """From a slice of a scan to the model's pixels; one code path for training and prediction."""
 
+import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
@@ -25,7 +26,7 @@ def normalized_array(volume: Volume, window: tuple[float, float] | None) -> np.n
         window: (low, high), or None for the scan's own 0.5 and 99.5 percentiles.
 
     Returns:
-        (D, H, W) float32.
+        float32 of the shape of `volume.array`.
 
     Raises:
         InputError: no window is given and the scan is constant.
@@ -57,13 +58,16 @@ def slice_to_pixels(image: np.ndarray, *, image_size: int, input_size: int | Non
     """A normalised slice at the size of the model.
 
     Args:
-        image: (H, W) in [0, 1].
+        image: (H, W) in [0, 1], or (H, W, 3) in colour.
         image_size: S, pixels per side the model sees.
         input_size: size of SAMed's low-resolution bottleneck that the slice passes first, or None.
 
     Returns:
-        (S, S) float32.
+        (S, S) float32, or (S, S, 3).
     """
+    if image.ndim == 3:
+        colours = [slice_to_pixels(c, image_size=image_size, input_size=input_size) for c in np.moveaxis(image, -1, 0)]
+        return np.stack(colours, axis=-1)
     if input_size is not None:
         image = resize_image(image, (input_size, input_size))
     return resize_image(image, (image_size, image_size)).astype(np.float32, copy=False)
@@ -74,3 +78,25 @@ def _zoom(array: np.ndarray, size_hw: tuple[int, int], *, order: int) -> np.ndar
         return array
     factors = (size_hw[0] / array.shape[0], size_hw[1] / array.shape[1])
     return ndimage.zoom(array, factors, order=order)
+
+
+def reorientation(volume: Volume, codes: str | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Transforms for `reoriented` to the orientation `codes` and back; None where there is nothing to do.
+
+    Args:
+        volume: a scan.
+        codes: axis codes of the (x, y, z) axes wanted, such as "LPS", or None for as it is.
+    """
+    if codes is None or volume.orientation in (None, codes):
+        return None, None
+    found = nib.orientations.axcodes2ornt(tuple(volume.orientation))
+    wanted = nib.orientations.axcodes2ornt(tuple(codes))
+    transform = nib.orientations.ornt_transform
+    return transform(found, wanted), transform(wanted, found)
+
+
+def reoriented(array: np.ndarray, transform: np.ndarray | None) -> np.ndarray:
+    """Flip and transpose (D, H, W); nibabel's transforms speak of (x, y, z), which is the reverse."""
+    if transform is None:
+        return array
+    return np.asarray(nib.orientations.apply_orientation(array.transpose(2, 1, 0), transform).transpose(2, 1, 0))

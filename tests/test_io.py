@@ -208,7 +208,7 @@ def test_bad_content_is_refused(tmp_path):
     (tmp_path / "text.nii").write_text("no scan" * 200)
     expected = {
         "nan.nii.gz": "NaN or infinity in 1 of 60",
-        "four.nii.gz": "3-D scan, found shape",
+        "four.nii.gz": "3-D scan, found 4-D",
         "colour.nii.gz": "one number a voxel",
         "flat.nii.gz": "invertible affine",
         "hounsfield.npz": r"intensities in \[0, 1\]",

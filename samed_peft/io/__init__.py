@@ -16,6 +16,7 @@ from samed_peft.io.files import (
     write_json,
     write_text,
 )
+from samed_peft.io.readers import dicom_files, dicom_series, read_affine, suffix_of
 from samed_peft.io.tensors import load_tensors, load_torch_weights, save_tensors, save_torch_weights
 from samed_peft.io.volumes import Volume, grids_apart_mm, read_labels, read_volume
 from samed_peft.io.writers import write_mask, write_volume
@@ -25,9 +26,12 @@ __all__ = [
     "atomic_dir",
     "atomic_file",
     "content_fingerprint",
+    "dicom_files",
+    "dicom_series",
     "grids_apart_mm",
     "load_tensors",
     "load_torch_weights",
+    "read_affine",
     "read_json",
     "read_labels",
     "read_text",
@@ -36,6 +40,7 @@ __all__ = [
     "require_replaceable",
     "save_tensors",
     "save_torch_weights",
+    "suffix_of",
     "write_bytes",
     "write_json",
     "write_mask",

@@ -17,7 +17,8 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 ITK_SUFFIXES = (".nrrd", ".mha")
 ARRAY_SUFFIXES = (".npy.h5", ".npz")
-SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + ARRAY_SUFFIXES
+PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
+SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + ARRAY_SUFFIXES + PICTURE_SUFFIXES
 
 
 def suffix_of(path: Path) -> str | None:
@@ -69,6 +70,38 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise _damaged(path, error) from error
 
 
+def read_affine(path: Path) -> np.ndarray | None:
+    """The affine of a NIfTI or ITK file from its header alone, voxels unread; None for formats without one.
+
+    Raises:
+        InputError: the header is damaged.
+    """
+    import nibabel
+    import SimpleITK as sitk  # noqa: N813
+
+    suffix = suffix_of(path)
+    try:
+        if suffix in NIFTI_SUFFIXES:
+            image: Any = nibabel.load(path)
+            return np.asarray(image.affine, dtype=np.float64)
+        if suffix in ITK_SUFFIXES:
+            reader = sitk.ImageFileReader()
+            reader.SetFileName(str(path))
+            reader.ReadImageInformation()
+            return _itk_affine(reader) if reader.GetDimension() == 3 else None
+    except (OSError, EOFError, RuntimeError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
+        raise _damaged(path, str(error).strip().splitlines()[-1]) from error
+    return None
+
+
+def _itk_affine(image: Any) -> np.ndarray:
+    """RAS affine of a 3-D SimpleITK image or header."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return np.asarray(LPS_TO_RAS @ affine)
+
+
 def _from_itk(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Array (D, H, W) and RAS affine of a SimpleITK image."""
     import SimpleITK as sitk  # noqa: N813
@@ -78,10 +111,7 @@ def _from_itk(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
             f"expected a 3-D scan with one number a voxel, found {image.GetDimension()}-D with "
             f"{image.GetNumberOfComponentsPerPixel()} in {path}; export one greyscale volume"
         )
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    return sitk.GetArrayFromImage(image), LPS_TO_RAS @ affine
+    return sitk.GetArrayFromImage(image), _itk_affine(image)
 
 
 def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -114,6 +144,28 @@ def _require_even_slices(reader: Any, count: int, path: Path) -> None:
         )
 
 
+def dicom_series(path: Path) -> tuple[str, ...]:
+    """Identifiers of the DICOM series in a folder; empty if there is none."""
+    import SimpleITK as sitk  # noqa: N813
+
+    return tuple(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path)))
+
+
+def dicom_files(path: Path) -> list[Path]:
+    """Files of the one series in a DICOM folder, in the order of their slices.
+
+    Raises:
+        InputError: there is no series, or more than one.
+    """
+    import SimpleITK as sitk  # noqa: N813
+
+    series = dicom_series(path)
+    if len(series) != 1:
+        found = f"{len(series)} series ({', '.join(series)})" if series else "no DICOM files"
+        raise InputError(f"expected a folder with one DICOM series, found {found} in {path}; give each its own folder")
+    return [Path(name) for name in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0])]
+
+
 def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Array (D, H, W) in the scanner's units and RAS affine of the one series in a DICOM folder.
 
@@ -122,13 +174,9 @@ def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     import SimpleITK as sitk  # noqa: N813
 
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
-    if len(series) != 1:
-        found = f"{len(series)} series ({', '.join(series)})" if series else "no DICOM files"
-        raise InputError(f"expected a folder with one DICOM series, found {found} in {path}; give each its own folder")
+    names = [str(name) for name in dicom_files(path)]
     reader = sitk.ImageSeriesReader()
     reader.MetaDataDictionaryArrayUpdateOn()
-    names = reader.GetGDCMSeriesFileNames(str(path), series[0])
     reader.SetFileNames(names)
     try:
         image = reader.Execute()
@@ -173,3 +221,35 @@ def read_npz(path: Path, key: str) -> np.ndarray:
         raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise _damaged(path, error) from error
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Array (1, H, W) or, in colour, (1, H, W, 3) of a PNG, TIFF or JPEG; palettes come as their indices.
+
+    Raises:
+        InputError: the file is damaged, has several pages or transparency, or is of an unusual colour model.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            if _has_second_page(picture):
+                raise InputError(f"expected one picture, found several pages in {path}; split it")
+            opaque = picture.convert("RGB") if picture.mode == "RGBA" else picture
+            if picture.mode == "RGBA" and np.array(picture.getchannel("A")).min() < 255:
+                raise InputError(f"expected an opaque picture, found transparency in {path}; flatten it")
+            if opaque.mode not in ("1", "L", "P", "I", "F", "RGB") and not opaque.mode.startswith("I;16"):
+                raise InputError(f"expected a grey or RGB picture, found mode {picture.mode} in {path}; convert it")
+            return np.array(opaque)[None]
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _damaged(path, error) from error
+
+
+def _has_second_page(picture: Any) -> bool:
+    try:
+        picture.seek(1)
+    except EOFError:
+        return False
+    finally:
+        picture.seek(0)
+    return True

@@ -11,12 +11,14 @@ from samed_peft.io.readers import (
     ARRAY_SUFFIXES,
     ITK_SUFFIXES,
     NIFTI_SUFFIXES,
+    PICTURE_SUFFIXES,
     SUFFIXES,
     read_dicom,
     read_hdf5,
     read_itk,
     read_nifti,
     read_npz,
+    read_picture,
     suffix_of,
 )
 
@@ -26,7 +28,8 @@ class Volume:
     """A scan or label map on its own voxel grid.
 
     Attributes:
-        array: (D, H, W); `array[z, y, x]` is voxel (x, y, z) of nibabel, SAMed's order of axes.
+        array: (D, H, W); `array[z, y, x]` is voxel (x, y, z) of nibabel, SAMed's order of axes. Pictures have D = 1,
+            and a fourth axis of three colours where they have any.
         affine: (4, 4) float64, voxel index (x, y, z, 1) to RAS+ millimetres; None where the file has none.
         path: file or folder it was read from.
         normalized: intensities are already in [0, 1], so no window is applied.
@@ -73,26 +76,42 @@ def grids_apart_mm(one: Volume, other: Volume) -> float:
     return apart_mm if apart_mm > _GRID_TOLERANCE * min(other.spacing_zyx_mm) else 0.0
 
 
-def _load(path: str | Path, *, key: str) -> Volume:
+def _load(path: str | Path, *, key: str, channel: int | None = None) -> Volume:
     """Any supported file as stored, axes in (D, H, W) order."""
     path = Path(path)
     if path.is_dir():
-        return _checked(Volume(*read_dicom(path), path))
+        return _checked(Volume(*read_dicom(path), path), None)
     suffix = suffix_of(require_file(path))
     if suffix in NIFTI_SUFFIXES:
         array, affine = read_nifti(path)
-        return _checked(Volume(array.T, affine, path))
+        return _checked(Volume(array.T, affine, path), channel)
     if suffix in ITK_SUFFIXES:
-        return _checked(Volume(*read_itk(path), path))
+        return _checked(Volume(*read_itk(path), path), None)
+    if suffix in PICTURE_SUFFIXES:
+        return _checked(Volume(read_picture(path), None, path), None)
     if suffix in ARRAY_SUFFIXES:
         array = read_hdf5(path, key) if suffix == ".npy.h5" else read_npz(path, key)
-        return _checked(Volume(array[None] if array.ndim == 2 else array, None, path, True))
+        return _checked(Volume(array[None] if array.ndim == 2 else array, None, path, True), None)
     raise InputError(f"expected {', '.join(SUFFIXES)} or a DICOM folder, found {path}; convert it to one of these")
 
 
-def _checked(volume: Volume) -> Volume:
-    array, affine, path = volume.array, volume.affine, volume.path
-    if array.ndim != 3 or 0 in array.shape:
+def _one_channel(array: np.ndarray, channel: int | None, path: Path | None) -> np.ndarray:
+    """(D, H, W) of what may have channels in front, as Decathlon's NIfTI files do."""
+    if array.ndim == 4 and channel is not None and channel < len(array):
+        return array[channel]
+    if array.ndim == 4 and len(array) > 1:
+        raise InputError(
+            f"expected a 3-D scan, found 4-D with {len(array)} channels or time points in {path}; choose one by its "
+            f"number, 0 to {len(array) - 1}, or split it into single volumes"
+        )
+    return array[0] if array.ndim == 4 else array
+
+
+def _checked(volume: Volume, channel: int | None) -> Volume:
+    affine, path = volume.affine, volume.path
+    is_colour = path is not None and suffix_of(path) in PICTURE_SUFFIXES and volume.array.ndim == 4
+    array = volume.array if is_colour else _one_channel(volume.array, channel, path)
+    if array.ndim != 3 + is_colour or 0 in array.shape:
         raise InputError(f"expected a 3-D scan, found shape {array.shape} in {path}; split it into single volumes")
     if array.dtype.kind not in "biuf":
         raise InputError(f"expected numbers, found {array.dtype} in {path}")
@@ -110,23 +129,28 @@ def _checked(volume: Volume) -> Volume:
                 f"expected an invertible affine, found {affine.tolist()} in {path}; its header is broken, "
                 "export the scan again"
             )
-    return volume
+    return Volume(array, affine, path, volume.normalized)
 
 
-def read_volume(path: str | Path) -> Volume:
-    """Read a scan: `.nii`, `.nii.gz`, `.nrrd`, `.mha`, a DICOM folder, or SAMed's `.npy.h5` and `.npz`.
+def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
+    """Read a scan: `.nii`, `.nii.gz`, `.nrrd`, `.mha`, a DICOM folder, a picture, or SAMed's `.npy.h5` and `.npz`.
 
-    SAMed's own files hold intensities in [0, 1] under the name `image` and come back with `normalized=True`.
+    Pictures are `.png`, `.tif` and `.jpg`, grey or in colour. SAMed's own files hold intensities in [0, 1] under the
+    name `image` and come back with `normalized=True`.
+
+    Args:
+        path: file or folder.
+        channel: which volume of a 4-D NIfTI file, counted from 0; others are taken whole.
 
     Returns:
-        Volume with a float32 array (D, H, W); a 2-D `.npz` has D = 1.
+        Volume with a float32 array (D, H, W); a 2-D `.npz` or picture has D = 1, a colour picture (1, H, W, 3).
 
     Raises:
         InputError: the file is missing, damaged, of an unknown kind, not 3-D, or holds NaN or infinity; its
             affine cannot be inverted; a DICOM folder holds several series or lacks slices; an `.npy.h5` or
             `.npz` is not in [0, 1].
     """
-    volume = _load(path, key="image")
+    volume = _load(path, key="image", channel=channel)
     with np.errstate(over="ignore"):  # what float32 cannot hold is reported below, with its file
         array = np.ascontiguousarray(volume.array, dtype=np.float32)
     if array.dtype != volume.array.dtype and not np.isfinite(array).all():
@@ -143,6 +167,8 @@ def read_volume(path: str | Path) -> Volume:
 def read_labels(path: str | Path) -> Volume:
     """Read a label map from any file that `read_volume` reads; `.npy.h5` and `.npz` hold it as `label`.
 
+    In a picture whose only values are 0 and 255, 255 is label 1.
+
     Returns:
         Volume with an array (D, H, W) of uint8, or of int16 where a label is negative or above 255.
 
@@ -151,6 +177,8 @@ def read_labels(path: str | Path) -> Volume:
     """
     volume = _load(path, key="label")
     array = volume.array
+    if volume.path is not None and suffix_of(volume.path) in PICTURE_SUFFIXES:
+        array = _picture_labels(array, volume.path)
     if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
         odd = float(array[array != np.rint(array)][0])
         raise InputError(
@@ -162,3 +190,14 @@ def read_labels(path: str | Path) -> Volume:
         raise InputError(f"expected labels of 16 bits, found {low:g} to {high:g} in {path}; is this the scan itself?")
     dtype = np.uint8 if low >= 0 and high <= 255 else np.int16
     return Volume(np.ascontiguousarray(array, dtype=dtype), volume.affine, volume.path, volume.normalized)
+
+
+def _picture_labels(array: np.ndarray, path: Path) -> np.ndarray:
+    if suffix_of(path) in (".jpg", ".jpeg"):
+        raise InputError(f"expected a mask without loss, found JPEG in {path}, whose edges are no labels; use PNG")
+    if array.ndim == 4:
+        if (array != array[..., :1]).any():
+            raise InputError(f"expected one label a pixel, found colours in {path}; save label numbers in grey")
+        array = array[..., 0]
+    values = np.unique(array)
+    return array // 255 if values[-1] == 255 and set(values.tolist()) <= {0, 255} else array
