@@ -13,25 +13,21 @@ import argparse
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from datasets import Dataset
-from tqdm import tqdm
 
-from samed_peft import SamedConfig, TrainingConfig, add_lora, evaluate_cases, load_adapter, load_sam, push_to_hub
-from samed_peft.adapters import save_adapter, write_card
-from samed_peft.batches import TrainingSlices
+from samed_peft import SamedConfig, TrainingConfig, load_adapter, push_to_hub
+from samed_peft.adapters import write_card
 from samed_peft.config import SYNAPSE_CLASSES, TINY_SAM, add_options, from_options
 from samed_peft.datasets import CaseVolumes, common_orientation, load_synapse, write_phantom
 from samed_peft.datasets.synapse_files import require_disjoint, split_cases
-from samed_peft.errors import RunInterruptedError, exit_on_error
-from samed_peft.evaluation import format_table, write_report
-from samed_peft.evaluation.validation import mean_dice
+from samed_peft.errors import exit_on_error
+from samed_peft.evaluation import format_table
+from samed_peft.evaluation.held_out import score_held_out
 from samed_peft.hub import check_repo_id
-from samed_peft.inference import segment_cases
 from samed_peft.io import require_replaceable
 from samed_peft.presets import DEMO, PRESETS
 from samed_peft.training import state
-from samed_peft.training.loop import build_optimizer, training_steps
+from samed_peft.training.fit import Run, fit
 
 SHAPE = ("image_size", "input_size", "rank", "decoder")
 
@@ -86,57 +82,20 @@ def main() -> None:
     logs = {"log_with": "tensorboard", "project_dir": args.output_dir}
     accelerator = Accelerator(mixed_precision=args.mixed_precision, **logs)
     state.require_replicas(accelerator)
-    main_process, out = accelerator.is_main_process, args.output_dir
-    train_rows, test_rows, validation_rows = data = load_data(args, accelerator)
+    out = args.output_dir
+    train_rows, test_rows, validation_rows = splits = load_data(args, accelerator)
     shape = {name: vars(args)[name] for name in (*SHAPE, "preset")}
     config = SamedConfig(args.base, SYNAPSE_CLASSES, orientation=common_orientation(train_rows), **shape)
-
-    # The seed decides the fresh weights; order and augmentation depend on (seed, epoch, slice).
-    set_seed(training.seed)
-    sam = load_sam(config.base, class_names=config.class_names, image_size=config.image_size)
-    if training.gradient_checkpointing:
-        sam.activation_checkpointing_enable()
-    model = add_lora(sam, config)
-    config = sam.samed_config  # with the base's fingerprint and revision
-    optimizer = build_optimizer(model, weight_decay=training.weight_decay)
-    trained = prepared, optimizer = accelerator.prepare(model, optimizer)
-    seed = training.seed if training.augment else None
-    slices = TrainingSlices(train_rows, image_size=config.image_size, label_size=sam.logits_size, seed=seed)
-
-    settings = state.run_settings(config, training, data=data, accelerator=accelerator)
-    state.claim_run_folder(out, settings, resume=args.resume, accelerator=accelerator)
-    progress = state.load_checkpoint(out / "checkpoints", *trained, accelerator=accelerator)
-    steps = training_steps(prepared, optimizer, slices, training=training, accelerator=accelerator, start=progress.step)
-    bar = tqdm(steps, desc="training", initial=progress.step, unit="step", disable=not main_process)
-    with state.tracked(accelerator, start=progress.step), state.StopSignal() as stop_signal:
-        for step in bar:
-            progress = progress.at(step.number)
-            accelerator.log(step.scalars(), step=step.number)
-            bar.total = step.steps_per_epoch * training.stop_epoch
-            bar.set_postfix(loss=f"{step.loss:.3f}", rate=f"{step.learning_rate:.1e}", refresh=False)
-            if validation_rows is not None and step.ends_epoch and step.epoch % training.validate_epochs == 0:
-                dice = mean_dice(model, *CaseVolumes.pairs(validation_rows), accelerator=accelerator)
-                accelerator.log({"validation/dice": dice}, step=step.number)
-                progress = progress.validated(dice, epoch=step.epoch)
-                if main_process and progress.best_epoch == step.epoch:
-                    save_adapter(model, out / "adapter_best", config=config, training=training)
-            if step.ends_epoch and main_process:
-                save_adapter(model, out / "adapter", config=config, training=training)
-            stopping = stop_signal.on_any_process(accelerator)
-            if stopping or step.ends_epoch or step.number % training.checkpoint_steps == 0:
-                state.save_checkpoint(out / "checkpoints", *trained, progress=progress, accelerator=accelerator)
-            if stopping:
-                raise RunInterruptedError(f"stopped by a signal after step {step.number}; --resume goes on from there")
+    # The fingerprints of all files are in the names of the prepared splits.
+    data = tuple(rows.config_name for rows in splits if rows is not None)
+    validation = None if validation_rows is None else CaseVolumes.pairs(validation_rows)
+    run = Run(config, training, train_rows, out, data, validation)
+    adapter, settings = fit(run, accelerator=accelerator, resume=args.resume)
 
     # What is tested is what was saved, read back from disk.
-    adapter = out / ("adapter" if progress.best_epoch is None else "adapter_best")
-    images, references = CaseVolumes.pairs(test_rows)
     tested = load_adapter(adapter, device=accelerator.device)
-    masks = segment_cases(tested, images, out / "predictions", accelerator=accelerator)
-    if main_process:
-        labels = {"class_names": config.class_names, "settings": settings}
-        report = evaluate_cases(CaseVolumes.of_masks(masks), references, images=images, **labels)
-        write_report(report, out)
+    report = score_held_out(tested, *CaseVolumes.pairs(test_rows), out, accelerator=accelerator, settings=settings)
+    if report is not None:
         write_card(adapter, report=report.to_dict(), training=training)
         print(format_table(report), f"adapter, masks, report and pictures are in {out}", sep="\n")
         if args.push_to_hub:

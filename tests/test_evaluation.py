@@ -15,9 +15,9 @@ from samed_peft.errors import InputError
 from samed_peft.evaluation import Report, case_picture, evaluate_cases, format_table, write_report
 from samed_peft.evaluation.artefacts import csv_text
 from samed_peft.evaluation.charts import box_plots
-from samed_peft.evaluation.folders import names_of_dataset
 from samed_peft.evaluation.pictures import telling_slices
 from samed_peft.io import Volume
+from samed_peft.layouts import names_of_dataset
 from samed_peft.metrics import score_masks
 
 NAMES = ("liver", "spleen")
@@ -451,7 +451,7 @@ def test_dataset_json_names_classes(tmp_path):
         assert names_of_dataset(path) == ("liver", "tumour")
     for content, message in (
         ({}, 'expected "labels"'),
-        ([], 'expected "labels"'),
+        ([], "expected an object with labels"),
         ({"labels": {"background": 0, "whole tumour": [1, 2]}}, "regions of several labels"),
         ({"labels": {"background": 0, "liver": 1, "tumour": 3}}, "without gaps"),
         ({"labels": {"background": 0, "liver": 1, "ignore": 2}}, "none to be ignored"),

@@ -7,7 +7,7 @@ from typing import Self
 
 from datasets import Dataset
 
-from samed_peft.io import Volume, read_labels
+from samed_peft.io import Volume, read_labels, read_volume
 
 
 class CaseVolumes(Mapping[str, Volume]):
@@ -38,6 +38,11 @@ class CaseVolumes(Mapping[str, Volume]):
     def pairs(cls, rows: Dataset) -> tuple[Self, Self]:
         """Scans and references of a split of whole volumes."""
         return cls.of_rows(rows, "image"), cls.of_rows(rows, "label")
+
+    @classmethod
+    def of_scans(cls, files: Mapping[str, Path], *, channel: int | None = None) -> Self:
+        """Scans from files, as they are; `channel` of those that are 4-D."""
+        return cls({case: partial(read_volume, path, channel=channel) for case, path in files.items()})
 
     @classmethod
     def of_masks(cls, files: Mapping[str, Path]) -> Self:

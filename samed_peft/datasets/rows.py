@@ -38,6 +38,19 @@ def pack_array(array: np.ndarray) -> dict[str, Any]:
     return {"bytes": np.ascontiguousarray(array).tobytes(), "shape": list(array.shape)}
 
 
+def slice_row(
+    image: np.ndarray, label: np.ndarray, *, case: str, index: int, orientation: str | None
+) -> dict[str, Any]:
+    """A row of `SLICE_FEATURES`: image (H, W) or (H, W, 3) float32, label (H, W) uint8."""
+    return {
+        "image": pack_array(image),
+        "label": pack_array(label),
+        "case": case,
+        "slice": index,
+        "orientation": orientation,
+    }
+
+
 def _unpack(packed: dict[str, Any], dtype: type[np.generic]) -> np.ndarray:
     # Copied, since an array over the bytes themselves could not be written to.
     return np.frombuffer(packed["bytes"], dtype=dtype).reshape(packed["shape"]).copy()

@@ -4,7 +4,6 @@ Raw BTCV goes through the steps of SAMed's `preprocess_data.py` (arXiv 2304.1378
 axes to (D, W, H), thirteen labels to eight. The values equal those of its preprocessed files to the last bit.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets.exceptions import DatasetGenerationError
 
 from samed_peft.config import CT_WINDOW_HU
-from samed_peft.datasets.rows import SLICE_FEATURES, VOLUME_FEATURES, decode_rows, pack_array
+from samed_peft.datasets.builder import RowsBuilder, prepared
+from samed_peft.datasets.pairs import require_labels, require_one_grid
+from samed_peft.datasets.rows import SLICE_FEATURES, VOLUME_FEATURES, pack_array, slice_row
 from samed_peft.datasets.synapse_files import Case, case_files, list_cases, scan_folder, select_cases
 from samed_peft.errors import InputError
-from samed_peft.io import Volume, content_fingerprint, grids_apart_mm, read_labels, read_volume
+from samed_peft.io import Volume, content_fingerprint, read_labels, read_volume
 from samed_peft.preprocessing import normalized_array
 
 __all__ = ["BTCV_TO_SYNAPSE", "list_cases", "load_synapse"]
@@ -29,32 +29,14 @@ BTCV_TO_SYNAPSE = {1: 1, 2: 2, 3: 3, 4: 4, 6: 5, 7: 6, 8: 7, 11: 8}
 _RAW_LABELS, _SYNAPSE_LABELS = 13, 8
 
 
-def _require_labels(label: np.ndarray, highest: int, path: Path) -> None:
-    if label.min() < 0 or label.max() > highest:
-        found = sorted({int(value) for value in np.unique(label)} - set(range(highest + 1)))
-        raise InputError(
-            f"labels of {path} hold {', '.join(map(str, found[:8]))}, but only 0..{highest} are "
-            "expected there; is it from another dataset, or the scan itself?"
-        )
-
-
 def _read_pair(image_path: Path, label_path: Path, *, window: tuple[float, float] | None) -> tuple[Volume, np.ndarray]:
     """Normalised scan and labels 0..8, both (D, H, W); raw or preprocessed."""
     scan, reference = read_volume(image_path), read_labels(label_path)
-    if scan.array.shape != reference.array.shape:
-        raise InputError(
-            f"expected a label map of the scan's shape {scan.array.shape} ({image_path}), found "
-            f"{reference.array.shape} in {label_path}; resample it to the scan by nearest neighbour"
-        )
-    if apart_mm := grids_apart_mm(reference, scan):
-        raise InputError(
-            f"expected {label_path} on the grid of {image_path}, found affines whose corners lie {apart_mm:.3g} mm "
-            "apart; resample the label map to the scan, or copy the scan's header if the voxels do match"
-        )
+    require_one_grid(scan, reference)
     if scan.normalized:
-        _require_labels(reference.array, _SYNAPSE_LABELS, label_path)
+        require_labels(reference.array, _SYNAPSE_LABELS, label_path)
         return scan, reference.array.astype(np.uint8, copy=False)
-    _require_labels(reference.array, _RAW_LABELS, label_path)
+    require_labels(reference.array, _RAW_LABELS, label_path)
     table = np.zeros(_RAW_LABELS + 1, np.uint8)
     table[list(BTCV_TO_SYNAPSE)] = list(BTCV_TO_SYNAPSE.values())
     image = normalized_array(scan, window)
@@ -86,13 +68,7 @@ def _slice_rows(case: Case, *, window: tuple[float, float] | None) -> Iterator[d
         arrays = ((index, scan.array[index], labels[index]) for index in range(len(labels)))
         orientation = scan.orientation
     for index, image, label in arrays:
-        yield {
-            "image": pack_array(image),
-            "label": pack_array(label),
-            "case": case.name,
-            "slice": index,
-            "orientation": orientation,
-        }
+        yield slice_row(image, label, case=case.name, index=index, orientation=orientation)
 
 
 def _volume_row(case: Case, *, window: tuple[float, float] | None) -> dict[str, Any]:
@@ -127,7 +103,7 @@ class SynapseConfig(datasets.BuilderConfig):
     fingerprint: str = ""
 
 
-class SynapseBuilder(datasets.GeneratorBasedBuilder):
+class SynapseBuilder(RowsBuilder):
     """Prepares one split; made by `load_synapse`."""
 
     VERSION = datasets.Version("1.1.0")
@@ -154,15 +130,6 @@ class SynapseBuilder(datasets.GeneratorBasedBuilder):
             else:
                 for row in _slice_rows(case, window=window):
                     yield f"{row['case']}_{row['slice']:03d}", row
-
-    def _prepare_split_single(self, **kwargs: Any) -> Iterator[Any]:
-        try:
-            yield from super()._prepare_split_single(**kwargs)
-        except DatasetGenerationError as error:
-            # Unwrapped in here, since a worker process hands on the outer error alone.
-            if isinstance(error.__cause__, InputError):
-                raise error.__cause__ from None
-            raise
 
 
 def load_synapse(
@@ -224,6 +191,4 @@ def load_synapse(
         # Rows held in memory before they are written; a volume is a few hundred megabytes.
         writer_batch_size=16 if split == "train" else 1,
     )
-    processes = min(num_proc or os.cpu_count() or 1, len(chosen))
-    builder.download_and_prepare(num_proc=processes if processes > 1 else None)
-    return builder.as_dataset(split=split).with_transform(decode_rows)
+    return prepared(builder, split, num_cases=len(chosen), num_proc=num_proc)

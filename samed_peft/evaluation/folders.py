@@ -11,7 +11,7 @@ from samed_peft.evaluation.artefacts import REPORT_FILES
 from samed_peft.evaluation.cases import checked_names, score_pair
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.evaluation.report import Report
-from samed_peft.io import Volume, read_json, read_labels, read_volume, require_replaceable
+from samed_peft.io import Volume, read_labels, read_volume, require_replaceable
 from samed_peft.io.readers import SUFFIXES, suffix_of
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance
 
@@ -100,36 +100,6 @@ def list_files(folder: Path, *, folders_too: bool = False) -> dict[str, list[Pat
     if not found:
         raise InputError(f"expected files ending in {', '.join(SUFFIXES)} in {folder}, found none; check the folder")
     return found
-
-
-def names_of_dataset(path: Path) -> tuple[str, ...]:
-    """Class names of a `dataset.json` of the Medical Segmentation Decathlon or of nnU-Net, background left out.
-
-    Args:
-        path: the file; its `labels` are `{"0": "background", "1": "liver"}` or `{"background": 0, "liver": 1}`.
-
-    Raises:
-        InputError: the file has no such labels, or they are not 0..K.
-    """
-    content = read_json(path)
-    labels = content.get("labels") if isinstance(content, dict) else None
-    if not isinstance(labels, dict) or not labels:
-        raise InputError(f'expected "labels" with numbers and names in {path}, found {labels!r}')
-    by_number: dict[int, str] = {}
-    for key, value in labels.items():
-        number, name = (value, key) if isinstance(value, int) else (key, value)
-        if not str(number).isdecimal() or not isinstance(name, str) or int(number) in by_number:
-            raise InputError(
-                f"expected one number for each name in the labels of {path}, found {key!r}: {value!r}; "
-                "regions of several labels are not supported, name the labels with class_names"
-            )
-        by_number[int(number)] = name
-    if sorted(by_number) != list(range(len(by_number))) or "ignore" in by_number.values():
-        raise InputError(
-            f"expected labels 0..K without gaps, and none to be ignored, in {path}, found {labels}; "
-            "renumber the masks, or name the labels with class_names"
-        )
-    return checked_names([by_number[number] for number in range(1, len(by_number))])
 
 
 def require_report_folder(directory: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
-from datasets import Dataset
 from torch import nn
 
 from samed_peft.config import TINY_SAM, TINY_SAM_NOTE, SamedConfig, TrainingConfig
@@ -232,14 +231,14 @@ def _claim(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
 
 
 def run_settings(
-    config: SamedConfig, training: TrainingConfig, *, data: Sequence[Dataset | None], accelerator: Accelerator
+    config: SamedConfig, training: TrainingConfig, *, data: Sequence[str], accelerator: Accelerator
 ) -> dict[str, Any]:
     """Everything that decides a run's result, as JSON values.
 
     Args:
         config: what is trained.
         training: how.
-        data: the prepared splits; the fingerprints of their files are in their names.
+        data: names of the data, with fingerprints of their files.
         accelerator: its processes and precision count too.
     """
     decisive = {name: value for name, value in training.to_dict().items() if name not in _WITHOUT_EFFECT}
@@ -248,7 +247,7 @@ def run_settings(
         **note,
         **config.to_dict(),
         **decisive,
-        "data": [rows.config_name for rows in data if rows is not None],
+        "data": list(data),
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }

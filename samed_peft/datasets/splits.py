@@ -1,0 +1,117 @@
+"""Which cases are held out: k folds or a listed split, patients never on both sides."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from samed_peft.errors import InputError
+from samed_peft.io import read_json
+
+Split = tuple[list[str], list[str]]
+"""Cases to train on, and cases held out."""
+
+
+def patients_of(cases: Sequence[str], pattern: str | None = None) -> dict[str, str]:
+    """Case -> patient.
+
+    Args:
+        cases: names of cases.
+        pattern: regular expression that matches a whole name and whose first group is the patient, such as
+            `(.+)_visit[0-9]+`; None where each case is a patient of its own.
+
+    Raises:
+        InputError: the expression is broken, has no group, or does not match a case.
+    """
+    if pattern is None:
+        return {case: case for case in cases}
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"expected a regular expression for patients, found {pattern!r}: {error}") from error
+    if compiled.groups < 1:
+        raise InputError(f"expected a group for the patient, as in '(.+)_visit[0-9]+', found {pattern!r}")
+    patients = {}
+    for case in cases:
+        match = compiled.fullmatch(case)
+        if match is None:
+            raise InputError(f"the patient of case {case} cannot be told: {pattern!r} does not match its whole name")
+        patients[case] = match[1]
+    return patients
+
+
+def fold_split(patients: Mapping[str, str], *, folds: int, fold: int, seed: int = 0) -> Split:
+    """One of k folds of patients; equal arguments give equal folds.
+
+    Args:
+        patients: case -> patient; all cases of a patient are on one side.
+        folds: k, at least 2.
+        fold: which of them is held out, 0 to k - 1.
+        seed: of the order in which patients are dealt out.
+
+    Raises:
+        InputError: there are fewer patients than folds, or `fold` is out of range.
+    """
+    distinct = sorted(set(patients.values()))
+    if not 2 <= folds <= len(distinct) or not 0 <= fold < folds:
+        raise InputError(
+            f"expected 2 to {len(distinct)} folds, as many as there are patients, and a fold from 0 on; "
+            f"found folds {folds}, fold {fold}"
+        )
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    held_out = {distinct[index] for index in order[fold::folds]}
+    return _sides(patients, held_out)
+
+
+def listed_split(path: str | Path, patients: Mapping[str, str], *, fold: int = 0) -> Split:
+    """A split from a file in the form of nnU-Net's `splits_final.json`: `[{"train": [...], "val": [...]}, ...]`.
+
+    Raises:
+        InputError: the file has no such split, names unknown cases, or has a patient or case on both sides.
+    """
+    content = read_json(path)
+    if not isinstance(content, list) or not 0 <= fold < len(content) or not isinstance(content[fold], dict):
+        found = f"{len(content)} splits" if isinstance(content, list) else type(content).__name__
+        raise InputError(f'expected split {fold} with "train" and "val" in {path}, found {found}')
+    train, held_out = (content[fold].get(side) for side in ("train", "val"))
+    for side in (train, held_out):
+        if not isinstance(side, list) or not side or not all(isinstance(case, str) for case in side):
+            raise InputError(f'expected lists of cases under "train" and "val" in split {fold} of {path}')
+    unknown = sorted({*train, *held_out} - patients.keys())
+    if unknown:
+        raise InputError(f"{path} names cases that are not there: {', '.join(unknown[:5])} ({len(unknown)} in all)")
+    require_apart(train, held_out, patients)
+    return list(train), list(held_out)
+
+
+def named_split(patients: Mapping[str, str], held_out: Sequence[str]) -> Split:
+    """All cases but those named are trained on.
+
+    Raises:
+        InputError: a named case is not there, none is left, or a patient would be on both sides.
+    """
+    unknown = sorted(set(held_out) - patients.keys())
+    if unknown or not held_out:
+        raise InputError(f"expected cases of the folder to hold out, found {', '.join(unknown[:5]) or 'none'}")
+    train = [case for case in patients if case not in held_out]
+    if not train:
+        raise InputError("no case is left to train on when all are held out")
+    require_apart(train, held_out, patients)
+    return train, list(held_out)
+
+
+def require_apart(train: Sequence[str], held_out: Sequence[str], patients: Mapping[str, str]) -> None:
+    """Refuse sides that share a patient, whose scores would say nothing.
+
+    Raises:
+        InputError: naming the patients.
+    """
+    shared = sorted({patients[case] for case in train} & {patients[case] for case in held_out})
+    if shared:
+        raise InputError(f"patients {', '.join(shared[:5])} are both trained on and held out ({len(shared)} in all)")
+
+
+def _sides(patients: Mapping[str, str], held_out: set[str]) -> Split:
+    train = [case for case, patient in patients.items() if patient not in held_out]
+    return train, [case for case, patient in patients.items() if patient in held_out]

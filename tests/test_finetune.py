@@ -1,0 +1,113 @@
+"""recipes/finetune.py as users run it, on folders of their own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from samed_peft.io import read_labels
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "finetune.py"
+SMALL = [
+    *("--base", "tiny-sam", "--image_size", "64", "--batch_size", "4", "--epochs", "2", "--stop_epoch", "2"),
+    *("--warmup_steps", "2", "--learning_rate", "0.003", "--num_workers", "0"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run the recipe; returns (exit code, stdout, stderr)."""
+    cache = tmp_path_factory.mktemp("cache")
+    environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "2"}
+
+    def run(*options):
+        command = [sys.executable, str(RECIPE), *map(str, options)]
+        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False, timeout=200)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Four MR scans with a bright ball, in two orientations, two of one patient."""
+    root = tmp_path_factory.mktemp("data") / "nnunet"
+    for kind in ("imagesTr", "labelsTr"):
+        (root / kind).mkdir(parents=True)
+    names = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "ball": 1}, "file_ending": ".nii.gz"}
+    (root / "dataset.json").write_text(json.dumps(names))
+    grid = np.stack(np.meshgrid(*map(np.arange, (20, 24, 6)), indexing="ij"))
+    for number, case in enumerate(("p1_a", "p1_b", "p2_a", "p3_a")):
+        centre = np.array([8 + number, 12, 3])[:, None, None, None]
+        label = (((grid - centre) / [[[[5]]], [[[5]]], [[[2]]]]) ** 2).sum(0) < 1
+        noise = np.random.default_rng(number).normal(0, 20, label.shape)
+        affine = np.diag([-1.0 if number % 2 else 1.0, 1, 4, 1])
+        image = (100 * (number + 1) * (1 + label) + noise).astype(np.float32)
+        nibabel.save(nibabel.Nifti1Image(image, affine), root / "imagesTr" / f"{case}_0000.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(label.astype(np.uint8), affine), root / "labelsTr" / f"{case}.nii.gz")
+    return root
+
+
+@pytest.mark.slow
+def test_from_scans_to_a_report(run, scans, tmp_path):
+    options = ("--data_dir", scans, "--output_dir", tmp_path / "out", *SMALL)
+    patients = ("--patient_pattern", "(p.)_.", "--folds", 3, "--validation_cases", "p2_a", "--validate_epochs", 1)
+    code, stdout, stderr = run(*options, *patients, "--fold", 1)
+    assert code == 0, stderr
+    assert "ball" in stdout
+    config = json.loads((tmp_path / "out" / "adapter" / "samed_config.json").read_text())
+    assert (config["class_names"], config["orientation"], config["window"]) == (["ball"], "LPS", None)
+    assert config["channel"] == 0, "of files named as nnU-Net names them"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    held_out = {case["case"] for case in report["cases"]}
+    assert held_out in ({"p1_a", "p1_b"}, {"p3_a"})
+    for case in held_out:
+        mask = read_labels(tmp_path / "out" / "predictions" / f"{case}.nii.gz")
+        np.testing.assert_allclose(mask.affine, nibabel.load(scans / "labelsTr" / f"{case}.nii.gz").affine)
+    code, _, stderr = run(*options, *patients, "--fold", 1)
+    assert (code, "pass --resume" in stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_from_colour_pictures_to_a_report(run, tmp_path):
+    rng = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+    for number in range(5):
+        mask = np.zeros((30, 40), np.uint8)
+        mask[5 + number : 20, 10:30] = 255
+        picture = rng.integers(0, 100, (30, 40, 3)).astype(np.uint8)
+        picture[mask > 0, 0] += 120
+        Image.fromarray(picture).save(tmp_path / "data" / "images" / f"{number}.png")
+        Image.fromarray(mask).save(tmp_path / "data" / "masks" / f"{number}.png")
+    options = ("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", "--class_names", "polyp")
+    code, stdout, stderr = run(*options, *SMALL, "--test_cases", 3, 4)
+    assert code == 0, stderr
+    assert "polyp" in stdout
+    config = json.loads((tmp_path / "out" / "adapter" / "samed_config.json").read_text())
+    assert (config["window"], config["orientation"]) == ([0.0, 255.0], None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fold", "9"), "a fold from 0 on"),
+        (("--test_cases", "p9"), "hold out, found p9"),
+        (("--channel", "FLAIR"), r"channels 0 \(T1\)"),
+        (("--class_names", "a,a", "--test_cases", "p3_a"), "different names"),
+        (("--test_cases", "p1_a", "--patient_pattern", "(p.)_."), "patients p1 are both"),
+    ],
+)
+def test_bad_input_ends_with_one_message(run, scans, tmp_path, options, message):
+    code, _, stderr = run("--data_dir", scans, "--output_dir", tmp_path / "out", *SMALL, *options)
+    assert code == 2, stderr
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(message, line)
+    assert not (tmp_path / "out").exists()

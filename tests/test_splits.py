@@ -1,0 +1,67 @@
+"""Folds and listed splits keep a patient on one side."""
+
+import json
+
+import pytest
+
+from samed_peft.datasets.splits import fold_split, listed_split, named_split, patients_of
+from samed_peft.errors import InputError
+
+CASES = [f"p{patient:02d}_v{visit}" for patient in range(10) for visit in (1, 2)]
+PATTERN = r"(p\d+)_v\d"
+
+
+def test_folds_hold_out_every_patient_once():
+    patients = patients_of(CASES, PATTERN)
+    held_out = []
+    for fold in range(5):
+        train, test = fold_split(patients, folds=5, fold=fold)
+        assert sorted(train + test) == CASES
+        assert not {patients[case] for case in train} & {patients[case] for case in test}
+        held_out += test
+    assert sorted(held_out) == CASES
+
+
+def test_folds_depend_on_their_seed_alone():
+    patients = patients_of(CASES)
+    turned = dict(reversed(patients.items()))
+    assert set(fold_split(patients, folds=3, fold=1)[1]) == set(fold_split(turned, folds=3, fold=1)[1])
+    assert fold_split(patients, folds=3, fold=1)[1] != fold_split(patients, folds=3, fold=1, seed=1)[1]
+
+
+def test_listed_and_named_splits(tmp_path):
+    patients = patients_of(CASES, PATTERN)
+    path = tmp_path / "splits_final.json"
+    path.write_text(json.dumps([{"train": CASES[2:], "val": CASES[:2]}]))
+    assert listed_split(path, patients) == (CASES[2:], CASES[:2])
+    assert named_split(patients, CASES[:2]) == (CASES[2:], CASES[:2])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"train": CASES[1:], "val": CASES[:1]}], "patients p00 are both"),
+        ([{"train": CASES[2:], "val": ["p99_v1"]}], "not there: p99_v1"),
+        ([{"train": CASES[2:]}], 'lists of cases under "train" and "val"'),
+        ([], "found 0 splits"),
+        ({"train": []}, "found dict"),
+    ],
+)
+def test_listed_splits_that_cannot_be_used(tmp_path, content, message):
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        listed_split(tmp_path / "s.json", patients_of(CASES, PATTERN))
+
+
+def test_what_else_is_refused():
+    patients = patients_of(CASES, PATTERN)
+    for folds, fold in ((1, 0), (11, 0), (5, 5), (5, -1)):
+        with pytest.raises(InputError, match="expected 2 to 10 folds"):
+            fold_split(patients, folds=folds, fold=fold)
+    for pattern, message in (("(", "regular expression"), ("p.+", "a group"), (r"(p\d)", "does not match")):
+        with pytest.raises(InputError, match=message):
+            patients_of(CASES, pattern)
+    with pytest.raises(InputError, match="no case is left"):
+        named_split(patients, CASES)
+    with pytest.raises(InputError, match="patients p00 are both"):
+        named_split(patients, CASES[:1])
