@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,8 @@ def _require_same_positions(slices: Sequence[Any], like: Volume) -> None:
 def _segment(highdicom: Any, label: int, name: str) -> Any:
     from pydicom.sr.codedict import codes
 
-    from samed_peft import __version__
-
     method = highdicom.AlgorithmIdentificationSequence(
-        name="samed_peft", version=__version__, family=codes.DCM.ArtificialIntelligence
+        name="samed_peft", version=version("samed_peft"), family=codes.DCM.ArtificialIntelligence
     )
     bytes_rgb = [round(255 * value) for value in label_colour(label)]
     return highdicom.seg.SegmentDescription(
@@ -132,8 +131,6 @@ def _segment(highdicom: Any, label: int, name: str) -> Any:
 
 
 def _segmentation(highdicom: Any, slices: Sequence[Any], mask: np.ndarray, described: Sequence[Any]) -> Any:
-    from samed_peft import __version__
-
     return highdicom.seg.Segmentation(
         source_images=slices,
         pixel_array=mask,
@@ -145,7 +142,7 @@ def _segmentation(highdicom: Any, slices: Sequence[Any], mask: np.ndarray, descr
         instance_number=1,
         manufacturer="samed_peft",
         manufacturer_model_name="samed_peft",
-        software_versions=__version__,
+        software_versions=version("samed_peft"),
         device_serial_number="0",
         series_description="samed_peft segmentation",
         omit_empty_frames=bool(mask.any()),

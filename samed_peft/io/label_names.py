@@ -62,8 +62,9 @@ def label_table(names: Mapping[int, str]) -> bytes:
     table = ElementTree.SubElement(volume, "LabelTable")
     for label, name in sorted({0: "background", **names}.items()):
         colour = (0.0, 0.0, 0.0) if label == 0 else label_colour(label)
-        shades = {key: f"{value:.6g}" for key, value in zip(("Red", "Green", "Blue"), colour, strict=True)}
-        entry = ElementTree.SubElement(table, "Label", Key=str(label), **shades, Alpha="0" if label == 0 else "1")
+        entry = ElementTree.SubElement(table, "Label", Key=str(label))
+        for key, value in zip(("Red", "Green", "Blue", "Alpha"), (*colour, float(label > 0)), strict=True):
+            entry.set(key, f"{value:.6g}")
         entry.text = one_line(name)
     ElementTree.SubElement(volume, "VolumeType").text = "Label"
     return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
