@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from samed_peft.inference import predict_volume
-from samed_peft.io import read_labels, read_volume, write_mask
+from samed_peft.io import Volume, read_labels, read_volume, write_mask
 from samed_peft.modeling import load_sam
 
 SHAPE_XYZ = (6, 9, 7)
@@ -48,10 +48,13 @@ def _affine(grid):
 @pytest.fixture(scope="module")
 def model():
     """Random weights that see a small scan, in the orientation LPS."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # slices this small take longer with more
     torch.manual_seed(3)
     sam = load_sam("tiny-sam", class_names=("a", "b", "c"), image_size=64)
     sam.samed_config = dataclasses.replace(sam.samed_config, window=(0.0, 1.0), orientation="LPS")
-    return sam
+    yield sam
+    torch.set_num_threads(threads)
 
 
 def _phantom():
@@ -116,8 +119,6 @@ def test_other_formats_give_that_mask_too(model, tmp_path, grid, suffix):
 
 
 def test_a_sheared_grid_keeps_its_sform_and_claims_no_qform(tmp_path):
-    from samed_peft.io import Volume
-
     array = np.zeros(SHAPE_XYZ[::-1], np.uint8)
     for grid, code in (("straight", 1), ("turned", 1), ("sheared", 0)):
         write_mask(array, Volume(array, _affine(grid)), tmp_path / "mask.nii")

@@ -138,7 +138,7 @@ def _nifti_names(path: Path) -> dict[int, str] | None:
     except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
         raise damaged(path, error) from error
     for extension in header.extensions:
-        content = extension.get_content()
+        content = extension.content  # as stored; get_content would parse those of some codes
         # TotalSegmentator leaves the code at 0. No label table needs a DTD, whose entities may grow without bound.
         if (
             extension.get_code() not in (0, WORKBENCH_ECODE)
