@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from samed_peft import postprocessing
 from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.io import Volume, write_mask
@@ -33,7 +34,9 @@ def settings_of(model: Segmenter) -> SamedConfig:
     return model.samed_config
 
 
-def predict_volume(model: Segmenter, volume: Volume, *, batch_size: int = 8) -> np.ndarray:
+def predict_volume(
+    model: Segmenter, volume: Volume, *, batch_size: int = 8, flips: bool = False, keep_largest: bool = False
+) -> np.ndarray:
     """Segment a scan slice by slice, as SAMed's test does, but in batches and without labels.
 
     Each slice is normalised, resized by cubic spline (through the low-resolution bottleneck where the adapter has
@@ -43,37 +46,62 @@ def predict_volume(model: Segmenter, volume: Volume, *, batch_size: int = 8) -> 
     Args:
         model: from `load_adapter`, `add_lora` or `load_sam`; its `samed_config` says how it sees scans. It runs in
             evaluation mode and is left in the mode it came in.
-        volume: the scan, (D, H, W).
+        volume: the scan, (D, H, W), or a colour picture (1, H, W, 3).
         batch_size: slices per forward pass.
+        flips: average the logits over each slice and its flips along rows, columns and both, in four times the time.
+        keep_largest: keep only the largest connected part of each class (`postprocessing.keep_largest`).
 
     Returns:
         (D, H, W) uint8 on the grid of `volume`, 0 is background.
+
+    Raises:
+        InputError: `batch_size` is below 1, the model does not say how it sees scans, or the scan is constant and
+            the model has no fixed window.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1; found {batch_size}")
     config = settings_of(model)
     there, back = reorientation(volume, config.orientation)
     array = reoriented(normalized_array(volume, config.window), there)
     was_training = model.training
     model.eval()
     try:
-        masks = [
-            mask
+        batches = [
+            _predict_slices(model, array[start : start + batch_size], flips=flips)
             for start in range(0, len(array), batch_size)
-            for mask in _predict_slices(model, array[start : start + batch_size])
         ]
     finally:
         model.train(was_training)
-    return np.ascontiguousarray(reoriented(np.stack(masks), back))
+    # Before the way back, so that ties fall alike in every orientation.
+    mask = postprocessing.keep_largest(np.concatenate(batches)) if keep_largest else np.concatenate(batches)
+    return np.ascontiguousarray(reoriented(mask, back))
 
 
 @torch.inference_mode()
-def _predict_slices(model: Segmenter, slices: np.ndarray) -> list[np.ndarray]:
+def _predict_slices(model: Segmenter, slices: np.ndarray, *, flips: bool) -> np.ndarray:
+    """Labels (B, H, W) uint8 of normalised slices (B, H, W) or (B, H, W, 3)."""
     config = settings_of(model)
     pixels = np.stack([slice_to_pixels(s, image_size=config.image_size, input_size=config.input_size) for s in slices])
     parameter = next(model.parameters())
     tensor = torch.from_numpy(pixels).to(parameter.device)
     inputs = tensor.movedim(-1, 1) if tensor.ndim == 4 else tensor[:, None].expand(-1, 3, -1, -1)
-    labels = upsampled_argmax(model(pixel_values=inputs).logits, config.image_size)
-    return [resize_label(label, slices.shape[1:3]) for label in labels.cpu().numpy()]
+    logits = _mean_over_flips(model, inputs) if flips else model(pixel_values=inputs).logits
+    labels = upsampled_argmax(logits, config.image_size)
+    return np.stack([resize_label(label, slices.shape[1:3]) for label in labels.cpu().numpy()])
+
+
+def _mean_over_flips(model: Segmenter, inputs: Tensor) -> Tensor:
+    """Mean logits (B, K + 1, h, w) over four flips of (B, 3, S, S), each turned back.
+
+    Logits and not probabilities, as in nnU-Net: their mean and their resizing may change places, so that a model
+    that does not care about flips gives the mask it gives without them.
+    """
+    total: Tensor | None = None
+    for axes in ((), (-2,), (-1,), (-2, -1)):
+        logits = torch.flip(model(pixel_values=torch.flip(inputs, axes)).logits.float(), axes)
+        total = logits if total is None else total + logits
+    assert total is not None
+    return total / 4
 
 
 def upsampled_argmax(logits: Tensor, size: int) -> Tensor:

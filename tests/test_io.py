@@ -280,7 +280,8 @@ def test_wrong_masks_are_refused(tmp_path):
         (np.zeros((3, 4, 5), np.uint8), "mask.nii.gz", r"shape \(5, 4, 3\).*found \(3, 4, 5\)"),
         (np.full((5, 4, 3), 256), "mask.nii.gz", "0..255"),
         (np.zeros((5, 4, 3)), "mask.nii.gz", "integer labels"),
-        (np.zeros((5, 4, 3), np.uint8), "mask.png", "ending in"),
+        (np.zeros((5, 4, 3), np.uint8), "mask.jpg", "ending in"),
+        (np.zeros((5, 4, 3), np.uint8), "mask.png", "expected a picture"),
     ):
         with pytest.raises(InputError, match=message):
             io.write_mask(mask, like, tmp_path / name)

@@ -1,6 +1,5 @@
 """Pictures of a case: image, reference where there is one, and prediction side by side."""
 
-import colorsys
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,27 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed_peft.errors import InputError
-from samed_peft.io import Volume
+from samed_peft.io import Volume, label_colour
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = (
-    "#e6194b",
-    "#3cb44b",
-    "#ffe119",
-    "#4363d8",
-    "#f58231",
-    "#42d4f4",
-    "#f032e6",
-    "#bfef45",
-    "#fabed4",
-    "#469990",
-    "#dcbeff",
-    "#9a6324",
-    "#aaffc3",
-)
 _COLUMN_INCHES = 3.2
 _FILL, _EDGE = 0.35, 0.95
 
@@ -215,10 +199,7 @@ def _clear(panel: "Axes") -> None:
 
 def _palette(num_classes: int) -> NDArray[np.float64]:
     """(K + 1, 3) colours in [0, 1]; index 0, background, is never shown."""
-    listed = [tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)) for colour in _COLOURS]
-    # Steps of the golden ratio keep any number of further hues apart.
-    further = [colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.6, 1.0) for index in range(len(listed), num_classes)]
-    return np.array([(0.0, 0.0, 0.0), *listed[:num_classes], *further])
+    return np.array([(0.0, 0.0, 0.0), *(label_colour(label) for label in range(1, num_classes + 1))])
 
 
 def _overlay(labels: NDArray, colours: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ Nothing here executes a pickle, and nothing is left half-written: every artefact
 sibling, synced to disk and renamed into place.
 """
 
+from samed_peft.io.dicom_seg import DICOM_SEG_SUFFIX, require_highdicom, write_dicom_seg
 from samed_peft.io.files import (
     atomic_dir,
     atomic_file,
@@ -16,12 +17,16 @@ from samed_peft.io.files import (
     write_json,
     write_text,
 )
-from samed_peft.io.readers import dicom_files, dicom_series, read_affine, suffix_of
+from samed_peft.io.label_names import label_colour, read_label_names
+from samed_peft.io.readers import SUFFIXES, dicom_files, dicom_series, holds_dicom, read_affine, suffix_of
 from samed_peft.io.tensors import load_tensors, load_torch_weights, save_tensors, save_torch_weights
 from samed_peft.io.volumes import Volume, grids_apart_mm, read_labels, read_volume
-from samed_peft.io.writers import write_mask, write_volume
+from samed_peft.io.writers import MASK_SUFFIXES, write_mask, write_volume
 
 __all__ = [
+    "DICOM_SEG_SUFFIX",
+    "MASK_SUFFIXES",
+    "SUFFIXES",
     "Volume",
     "atomic_dir",
     "atomic_file",
@@ -29,19 +34,24 @@ __all__ = [
     "dicom_files",
     "dicom_series",
     "grids_apart_mm",
+    "holds_dicom",
+    "label_colour",
     "load_tensors",
     "load_torch_weights",
     "read_affine",
     "read_json",
+    "read_label_names",
     "read_labels",
     "read_text",
     "read_volume",
     "recover_dir",
+    "require_highdicom",
     "require_replaceable",
     "save_tensors",
     "save_torch_weights",
     "suffix_of",
     "write_bytes",
+    "write_dicom_seg",
     "write_json",
     "write_mask",
     "write_text",

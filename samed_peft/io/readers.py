@@ -27,7 +27,8 @@ def suffix_of(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def _damaged(path: Path, reason: object) -> InputError:
+def damaged(path: Path, reason: object) -> InputError:
+    """The error for a file that is not what its name says."""
     return InputError(f"{path} cannot be read: {reason}; it is damaged, cut off or of another format, fetch it again")
 
 
@@ -38,7 +39,7 @@ def _nifti_bytes(path: Path) -> bytes:
     try:
         return gzip.decompress(data)  # to the end, where the checksum is
     except (OSError, EOFError, zlib.error) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -63,11 +64,11 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         array = proxy.get_unscaled() if (proxy.slope, proxy.inter) == (1, 0) else image.get_fdata(caching="unchanged")
         return np.asarray(array), np.asarray(image.affine, dtype=np.float64)
     except (ImageFileError, HeaderDataError, WrapStructError, OSError, OverflowError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     except ValueError as error:
         if isinstance(error, InputError):
             raise
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def read_affine(path: Path) -> np.ndarray | None:
@@ -90,7 +91,7 @@ def read_affine(path: Path) -> np.ndarray | None:
             reader.ReadImageInformation()
             return _itk_affine(reader) if reader.GetDimension() == 3 else None
     except (OSError, EOFError, RuntimeError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
-        raise _damaged(path, str(error).strip().splitlines()[-1]) from error
+        raise damaged(path, str(error).strip().splitlines()[-1]) from error
     return None
 
 
@@ -125,7 +126,7 @@ def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
-        raise _damaged(path, str(error).strip().splitlines()[-1]) from error
+        raise damaged(path, str(error).strip().splitlines()[-1]) from error
     return _from_itk(image, path)
 
 
@@ -149,6 +150,18 @@ def dicom_series(path: Path) -> tuple[str, ...]:
     import SimpleITK as sitk  # noqa: N813
 
     return tuple(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path)))
+
+
+def holds_dicom(path: Path) -> bool:
+    """Whether a DICOM series lies directly in a folder; without the warning that GDCM prints where none does."""
+    import SimpleITK as sitk  # noqa: N813
+
+    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        return bool(dicom_series(path))
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
 def dicom_files(path: Path) -> list[Path]:
@@ -181,7 +194,7 @@ def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         image = reader.Execute()
     except RuntimeError as error:
-        raise _damaged(path, str(error).strip().splitlines()[-1]) from error
+        raise damaged(path, str(error).strip().splitlines()[-1]) from error
     _require_even_slices(reader, len(names), path)
     return _from_itk(image, path)
 
@@ -200,7 +213,7 @@ def read_hdf5(path: Path, key: str) -> np.ndarray:
                 raise InputError(f"expected a dataset {key!r} in {path}, found {', '.join(file) or 'nothing'}")
             return np.asarray(file[key][()])
     except (OSError, RuntimeError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def read_npz(path: Path, key: str) -> np.ndarray:
@@ -213,14 +226,14 @@ def read_npz(path: Path, key: str) -> np.ndarray:
         # Through a handle of our own, which stays ours to close when numpy gives up half-way.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
-                raise _damaged(path, "not an .npz archive")
+                raise damaged(path, "not an .npz archive")
             if key not in file:
                 raise InputError(f"expected an array {key!r} in {path}, found {', '.join(file) or 'nothing'}")
             return np.asarray(file[key])
     except InputError:
         raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -242,7 +255,7 @@ def read_picture(path: Path) -> np.ndarray:
                 raise InputError(f"expected a grey or RGB picture, found mode {picture.mode} in {path}; convert it")
             return np.array(opaque)[None]
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def _has_second_page(picture: Any) -> bool:

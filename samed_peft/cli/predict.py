@@ -1,0 +1,130 @@
+"""`samed predict`: masks for scans without labels."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from samed_peft.cli.options import Commands, new_command
+from samed_peft.errors import InputError, SomeCasesFailedError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from samed_peft.prediction import Outcome
+
+_DESCRIPTION = """\
+Segments a scan, or every scan in a folder: .nii .nii.gz .nrrd .mha .npy.h5 .npz .png .tif .jpg, and folders with a
+DICOM series. Masks lie on the scans' own grids and hold the names of the classes. In a folder whose names all end in
+_0000, _0001 ... as nnU-Net's do, one channel is taken. Scans that are finished are skipped."""
+
+_EPILOG = """\
+samed predict --adapter runs/synapse/adapter --input scan.nii.gz --output mask.nii.gz
+samed predict --adapter runs/synapse/adapter --input scans --output masks --overlay
+accelerate launch --num_processes 4 -m samed_peft predict --adapter NAME/REPOSITORY --input scans --output masks
+
+exit codes: 0 done, 1 some scans failed and the others are done, 2 wrong input"""
+
+
+def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
+    """Add the subcommand."""
+    parser = new_command(
+        commands, "predict", help="segment scans with an adapter", description=_DESCRIPTION, epilog=_EPILOG
+    )
+    parser.add_argument("--adapter", required=True, help="adapter folder or Hub id")
+    parser.add_argument(
+        "--input", type=Path, required=True, metavar="PATH", help="scan, DICOM folder or folder of scans"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="folder for CASE.nii.gz (.nrrd, .mha and pictures keep their kind), or the name of a single scan's mask",
+    )
+    parser.add_argument("--base", help="its SAM, where it is not to be had under its recorded name")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="slices at once, %(default)s by default")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; Accelerate's choice by default")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="precision; float32 or Accelerate's by default"
+    )
+    parser.add_argument(
+        "--channel", type=int, metavar="N", help="of 4-D scans and nnU-Net's names, from 0; the adapter's by default"
+    )
+    for name, text in (
+        ("flips", "average over flips of each slice, in four times the time"),
+        ("keep_largest", "keep the largest connected part of each class"),
+        ("overlay", "also write overlays/CASE.png, the mask over the scan"),
+        ("dicom_seg", "masks of DICOM series as DICOM SEG, CASE.dcm, instead of NIfTI"),
+        ("overwrite", "segment finished scans again"),
+    ):
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Segment the scans and say what was written."""
+    from accelerate import Accelerator
+
+    from samed_peft.adapters import load_adapter
+    from samed_peft.inference import settings_of
+    from samed_peft.io import require_highdicom
+    from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, predict_files
+
+    names = ("batch_size", "dtype", "flips", "keep_largest", "overlay", "overwrite")
+    options = PredictionOptions(**{name: vars(args)[name] for name in names})
+    sources = list_scans(args.input)
+    if args.dicom_seg:
+        require_highdicom()
+    # What can be wrong is looked for before a large base is loaded.
+    plan_masks(sources, args.output, channel=args.channel, dicom_seg=args.dicom_seg)
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    model = load_adapter(args.adapter, base=args.base, device=_device(args.device, accelerator))
+    channel = settings_of(model).channel if args.channel is None else args.channel
+    scans = plan_masks(sources, args.output, channel=channel, dicom_seg=args.dicom_seg)
+    outcome = predict_files(model, scans, options=options, accelerator=accelerator)
+    accelerator.end_training()
+    # The others end with 0: a launcher that saw them fail would stop the main process before it has spoken.
+    if accelerator.is_main_process:
+        if len(scans) < len(sources):
+            print(
+                f"{len(sources) - len(scans)} of {len(sources)} files are other channels, by their names, and left out"
+            )
+        _report(outcome, args.output)
+
+
+def _device(name: str | None, accelerator: "Accelerator") -> "torch.device":
+    """The device of that name, if it is there."""
+    import torch
+
+    if name is None:
+        return accelerator.device
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"expected cpu, cuda, cuda:1 or mps as device, found {name!r}; choose one of these") from error
+    if accelerator.num_processes > 1 and device.type != "cpu":
+        raise InputError(
+            f"expected no device for {accelerator.num_processes} processes, found {name}; each has its own"
+        )
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= count.get(device.type, 0):
+        found = ", ".join(f"{number} {kind}" for kind, number in count.items())
+        raise InputError(f"device {name} is not there; this computer has {found}; leave it out to have one chosen")
+    return device
+
+
+def _report(outcome: "Outcome", output: Path) -> None:
+    """Print what became of the scans, and fail if one did."""
+    total = len(outcome.written) + len(outcome.skipped) + len(outcome.failed)
+    if total == 1 and outcome.failed:
+        raise InputError(next(iter(outcome.failed.values())))
+    for case, reason in outcome.failed.items():
+        print(f"failed: {case}: {reason}", file=sys.stderr)
+    line = f"{len(outcome.written)} mask{'s' * (len(outcome.written) != 1)} written to {output}"
+    if outcome.skipped:
+        line += f"; {len(outcome.skipped)} finished earlier and skipped, --overwrite segments them again"
+    print(line)
+    if outcome.failed:
+        raise SomeCasesFailedError(f"{len(outcome.failed)} of {total} scans failed; the other masks are written")

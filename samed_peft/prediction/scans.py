@@ -1,0 +1,170 @@
+"""Which scans there are, and where their masks go."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from samed_peft.errors import InputError
+from samed_peft.io import DICOM_SEG_SUFFIX, MASK_SUFFIXES, SUFFIXES, holds_dicom, suffix_of
+
+_NNUNET_NAME = re.compile(r"(.+)_(\d{4})")
+_SUFFIX_OF_MASKS = dict.fromkeys((".nii", ".nii.gz", ".npy.h5", ".npz"), ".nii.gz")
+_SUFFIX_OF_MASKS |= {suffix: suffix for suffix in (".nrrd", ".mha")}
+"""Kinds of masks for kinds of scans; those of pictures are `.png`."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan to be segmented.
+
+    Attributes:
+        case: its name.
+        source: file or DICOM folder.
+        mask: file its mask goes to.
+        channel: which volume of a 4-D file, counted from 0.
+    """
+
+    case: str
+    source: Path
+    mask: Path
+    channel: int | None = None
+
+    @property
+    def overlay(self) -> Path:
+        """Where a picture of the mask over the scan goes."""
+        return self.mask.parent / "overlays" / f"{self.case}.png"
+
+
+def list_scans(source: Path) -> list[Path]:
+    """Scans at a place: a file, a DICOM folder, or all scan files and DICOM folders directly in a folder.
+
+    Raises:
+        InputError: there is nothing, or no scan.
+    """
+    if not source.exists():
+        raise InputError(f"expected a scan or a folder of scans at {source}, found nothing; check the path")
+    if source.is_file():
+        if suffix_of(source) is None:
+            raise InputError(f"expected {', '.join(SUFFIXES)} or a folder, found {source}; convert it to one of these")
+        return [source]
+    if holds_dicom(source):
+        return [source]
+    items = sorted(item for item in source.iterdir() if not item.name.startswith("."))
+    scans = [item for item in items if (holds_dicom(item) if item.is_dir() else suffix_of(item) is not None)]
+    if not scans:
+        raise InputError(
+            f"expected scans ending in {', '.join(SUFFIXES)} or folders of DICOM series in {source}, found none; "
+            "check the path"
+        )
+    return scans
+
+
+def plan_masks(
+    sources: Sequence[Path], output: Path, *, channel: int | None = None, dicom_seg: bool = False
+) -> list[Scan]:
+    """Name cases and their mask files.
+
+    If all names end in _0000, _0001 and so on before the suffix, as nnU-Net's do, those of one channel are taken, and
+    the ending is left out of the case's name.
+
+    Args:
+        sources: from `list_scans`.
+        output: folder of the masks, or for a single scan the name of its mask.
+        channel: of 4-D files or of nnU-Net's names; None stands for 0 in the latter.
+        dicom_seg: masks of DICOM series become DICOM SEG and not NIfTI.
+
+    Raises:
+        InputError: two scans have one name, a mask would replace a scan or lie among scans, or an option does not fit.
+    """
+    if channel is not None and channel < 0:
+        raise InputError(f"channel must not be negative; found {channel}")
+    if dicom_seg and (other := [path for path in sources if not path.is_dir()]):
+        raise InputError(f"expected DICOM series for DICOM SEG, found {other[0]}; leave dicom_seg out for other scans")
+    named = [(_case_of(path), path) for path in sources]
+    if chosen := _nnunet_channel(named, channel or 0):
+        named, channel = chosen, None
+    _require_different(named)
+    file = _single_mask(named, output, dicom_seg)
+    scans = [
+        Scan(case, path, file or output / f"{case}{_mask_suffix(path, dicom_seg)}", channel) for case, path in named
+    ]
+    for scan in scans:
+        _require_elsewhere(scan, len(sources) > 1, dicom_seg)
+    return scans
+
+
+def _case_of(path: Path) -> str:
+    # A file that ends in .nii may be a folder of DICOM slices all the same.
+    suffix = None if path.is_dir() else suffix_of(path)
+    name = path.resolve().name if path.is_dir() else path.name
+    return name[: len(name) - len(suffix)] if suffix else name
+
+
+def _nnunet_channel(named: Sequence[tuple[str, Path]], channel: int) -> list[tuple[str, Path]]:
+    """Cases and files of one channel; empty if the names are not nnU-Net's.
+
+    A case that lacks its file keeps the name the file should have, and fails alone when it is read.
+    """
+    parts = [(_NNUNET_NAME.fullmatch(case), path) for case, path in named]
+    if len(named) == 1 or any(match is None for match, _ in parts):
+        return []
+    found = sorted({int(match[2]) for match, _ in parts if match})
+    if found[0] != 0:  # nnU-Net counts from 0; these are numbers of cases
+        return []
+    if channel not in found:
+        raise InputError(
+            f"expected files ending in _{channel:04d} for channel {channel} in {named[0][1].parent}, found channels "
+            f"{found[0]} to {found[-1]}; choose one of these"
+        )
+    wanted: dict[str, Path] = {}
+    for match, path in parts:
+        assert match is not None
+        case, suffix = match[1], path.name[len(match[0]) :]
+        wanted.setdefault(f"{case}\0{suffix}", path.with_name(f"{case}_{channel:04d}{suffix}"))
+    return [(key.split("\0")[0], path) for key, path in wanted.items()]
+
+
+def _require_different(named: Sequence[tuple[str, Path]]) -> None:
+    first: dict[str, Path] = {}
+    for case, path in named:
+        if case in first:
+            raise InputError(
+                f"expected one scan named {case}, found {first[case].name} and {path.name} in {path.parent}; "
+                "rename one or put it into another folder"
+            )
+        first[case] = path
+
+
+def _single_mask(named: Sequence[tuple[str, Path]], output: Path, dicom_seg: bool) -> Path | None:
+    """`output` if it is the name of a mask, None if it is a folder."""
+    allowed = (DICOM_SEG_SUFFIX,) if dicom_seg else MASK_SUFFIXES
+    suffix = suffix_of(output) or (DICOM_SEG_SUFFIX if output.suffix.lower() == DICOM_SEG_SUFFIX else None)
+    if output.is_dir() or (suffix is None and not output.exists()):
+        return None
+    if suffix not in allowed:
+        raise InputError(f"expected a folder or a mask name ending in {', '.join(allowed)}, found {output}; choose one")
+    if len(named) > 1:
+        raise InputError(
+            f"expected a folder for the masks of {len(named)} scans, found the name {output}; give a folder"
+        )
+    return output
+
+
+def _mask_suffix(path: Path, dicom_seg: bool) -> str:
+    if dicom_seg:
+        return DICOM_SEG_SUFFIX
+    return ".nii.gz" if path.is_dir() else _SUFFIX_OF_MASKS.get(suffix_of(path) or "", ".png")
+
+
+def _require_elsewhere(scan: Scan, is_one_of_many: bool, dicom_seg: bool) -> None:
+    """Masks must neither replace scans nor be taken for scans the next time."""
+    if scan.mask.resolve() == scan.source.resolve():
+        raise InputError(f"the mask of {scan.source} would replace the scan; choose another output")
+    folder = scan.mask.parent.resolve()
+    if is_one_of_many and folder == scan.source.parent.resolve():
+        raise InputError(
+            f"expected another output folder than that of the scans, found {folder} for both; choose a new one"
+        )
+    if dicom_seg and folder == scan.source.resolve():
+        raise InputError(f"expected the DICOM SEG of {scan.source} outside of that folder, found {scan.mask}; move it")
