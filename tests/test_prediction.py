@@ -343,7 +343,7 @@ def test_masks_may_not_lie_among_several_scans(predict, tmp_path, capsys):
     for name in ("a", "b"):
         np.savez((tmp_path / f"{name}.npz"), image=scan_array() / 100)
     sources = [tmp_path / "a.npz", tmp_path / "b.npz"]
-    with pytest.raises(InputError, match="another output folder than that of the scans"):
+    with pytest.raises(InputError, match="an output folder outside of that of the scans"):
         plan_masks(sources, tmp_path)
     assert plan_masks(sources[:1], tmp_path)[0].mask == tmp_path / "a.nii.gz"
 
@@ -425,4 +425,8 @@ def test_dicom_seg(predict, model, tmp_path, capsys):
     assert predict("studies/one", "mask.nii.gz", "--dicom_seg") == 2
     assert predict("studies/one", "studies/one", "--dicom_seg") == 2
     assert "outside of that folder" in capsys.readouterr().err
+    assert predict("studies", "studies/masks", "--dicom_seg") == 2
+    assert "an output folder outside of that of the scans" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(tmp_path / "studies" / "one")
+    assert plan_masks([tmp_path / "link"], tmp_path / "masks")[0].case == "link"
     assert len(list((tmp_path / "studies" / "one").iterdir())) == 5

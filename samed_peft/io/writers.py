@@ -70,14 +70,16 @@ def _mask_nifti(mask: np.ndarray, like: Volume) -> Any:
     scan_header = _scan_header(like)
     if scan_header is None:
         return _new_nifti(mask, like.affine)
-    header = nibabel.Nifti1Header()
+    # NIfTI-2 holds the affine in float64, which float32 would move.
+    kind = nibabel.Nifti2Image if isinstance(scan_header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+    header = kind.header_class()
     header.set_data_dtype(np.uint8)
     header.set_data_shape(mask.shape[::-1])
     for field in _GEOMETRY_FIELDS:
         header[field] = scan_header[field]
     header["pixdim"][4:] = 0  # a scan may keep its repetition time there
     # Without an affine argument the header's codes stay as they are.
-    return nibabel.Nifti1Image(mask.T, None, header)
+    return kind(mask.T, None, header)
 
 
 def _write_nifti(image: Any, path: Path) -> None:
