@@ -125,11 +125,12 @@ def segment_cases(
         case -> file, the same on every process, once all are written.
     """
     files = {case: directory / f"{case}.nii.gz" for case in images}
+    names = dict(enumerate(settings_of(model).class_names, start=1))
     mine = list(images)[accelerator.process_index :: accelerator.num_processes]
     for case in tqdm(mine, desc="segmenting", unit="case", disable=not accelerator.is_main_process):
         image = images[case]
         with accelerator.autocast():
             mask = predict_volume(model, image)
-        write_mask(mask, image, files[case])
+        write_mask(mask, image, files[case], label_names=names)
     accelerator.wait_for_everyone()
     return files

@@ -191,7 +191,7 @@ def _run(*arguments):
     ).stdout
 
 
-@pytest.mark.parametrize("command", [(), ("evaluate",), ("convert",), ("export",)])
+@pytest.mark.parametrize("command", [(), ("predict",), ("evaluate",), ("convert",), ("export",)])
 def test_help_names_the_exit_codes(command):
     text = _run("-m", "samed_peft", *command, "--help")
     assert text.startswith(" ".join(("usage: samed", *command)))
@@ -201,7 +201,7 @@ def test_help_names_the_exit_codes(command):
 def test_help_loads_nothing_heavy():
     code = (
         "import sys; from samed_peft.cli import main\n"
-        "try: main(['evaluate', '--help'])\n"
+        "try: main(['predict', '--help'])\n"
         "except SystemExit: pass\n"
         "print(*sys.modules)"
     )

@@ -7,8 +7,9 @@ import torch
 from accelerate import Accelerator
 from conftest import npz
 
+from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.inference import predict_volume, segment_cases
-from samed_peft.io import Volume, read_labels
+from samed_peft.io import Volume, read_label_names, read_labels
 from samed_peft.metrics import score_masks
 
 
@@ -68,6 +69,7 @@ def test_segment_cases_writes_masks_on_the_scans_grid(golden_model, golden_volum
     mask = read_labels(files["a"])
     np.testing.assert_array_equal(mask.array, predict_volume(golden_model, images["a"]))
     np.testing.assert_allclose(mask.affine, affine, atol=1e-6)
+    assert read_label_names(files["a"]) == dict(enumerate(SYNAPSE_CLASSES, start=1))
 
 
 def test_no_gradient_is_kept(golden_model, golden_volume):

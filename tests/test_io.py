@@ -268,6 +268,17 @@ def test_nifti_mask_keeps_codes_and_units(tmp_path):
     assert (tmp_path / "mask.nii.gz").read_bytes() == first
 
 
+def test_a_mask_of_nifti_2_keeps_the_affine_to_the_bit(tmp_path):
+    affine = AFFINE + 1e-9
+    affine[3] = (0, 0, 0, 1)
+    scan = io.read_volume(write_nifti(tmp_path / "scan.nii.gz", affine=affine, kind=nibabel.Nifti2Image))
+    io.write_mask(np.ones(scan.array.shape, np.uint8), scan, tmp_path / "mask.nii.gz", label_names={1: "liver"})
+    back = io.read_labels(tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(back.affine, affine)
+    assert back.array.all()
+    assert io.read_label_names(tmp_path / "mask.nii.gz") == {1: "liver"}
+
+
 def test_mask_without_affine(tmp_path):
     like = io.Volume(np.zeros((2, 3, 4), np.float32), None, None, True)
     io.write_mask(np.ones((2, 3, 4), np.uint8), like, tmp_path / "mask.nii.gz")

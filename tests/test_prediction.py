@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import torch
 from accelerate import Accelerator
@@ -342,7 +343,7 @@ def test_masks_may_not_lie_among_several_scans(predict, tmp_path, capsys):
     for name in ("a", "b"):
         np.savez((tmp_path / f"{name}.npz"), image=scan_array() / 100)
     sources = [tmp_path / "a.npz", tmp_path / "b.npz"]
-    with pytest.raises(InputError, match="another output folder than that of the scans"):
+    with pytest.raises(InputError, match="an output folder outside of that of the scans"):
         plan_masks(sources, tmp_path)
     assert plan_masks(sources[:1], tmp_path)[0].mask == tmp_path / "a.nii.gz"
 
@@ -402,3 +403,30 @@ def test_json_of_a_png_is_plain(predict, tmp_path):
     with Image.open(tmp_path / "mask.png") as mask:
         assert mask.mode == "L"
         assert json.loads(mask.info["labels"]) == {str(label): name for label, name in NAMES.items()}
+
+
+def test_dicom_seg(predict, model, tmp_path, capsys):
+    pytest.importorskip("highdicom")
+    for name in ("one", "two"):
+        (tmp_path / "studies" / name).mkdir(parents=True)
+        write_dicom(tmp_path / "studies" / name)
+        for path in (tmp_path / "studies" / name).iterdir():
+            header = pydicom.dcmread(path)
+            header.FrameOfReferenceUID = "1.2.3.9"
+            header.save_as(path)
+    assert predict("studies", "masks", "--dicom_seg") == 0
+    assert files_of(tmp_path / "masks") == ["one.dcm", "two.dcm"]
+    seg = pydicom.dcmread(tmp_path / "masks" / "one.dcm")
+    assert seg.Modality == "SEG"
+    assert [item.SegmentLabel for item in seg.SegmentSequence] == list(NAMES.values())
+    mask = expected_mask(model, tmp_path / "studies" / "one")
+    assert np.count_nonzero(seg.pixel_array) == np.count_nonzero(mask) > 0
+    assert predict("studies/one", "mask.dcm", "--dicom_seg") == 0
+    assert predict("studies/one", "mask.nii.gz", "--dicom_seg") == 2
+    assert predict("studies/one", "studies/one", "--dicom_seg") == 2
+    assert "outside of that folder" in capsys.readouterr().err
+    assert predict("studies", "studies/masks", "--dicom_seg") == 2
+    assert "an output folder outside of that of the scans" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(tmp_path / "studies" / "one")
+    assert plan_masks([tmp_path / "link"], tmp_path / "masks")[0].case == "link"
+    assert len(list((tmp_path / "studies" / "one").iterdir())) == 5

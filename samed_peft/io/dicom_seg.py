@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from samed_peft.errors import InputError
 from samed_peft.io.files import atomic_file
-from samed_peft.io.label_names import checked_names, label_colour, one_line
+from samed_peft.io.label_names import checked_names, label_colour
 from samed_peft.io.readers import LPS_TO_RAS, damaged, dicom_files
 from samed_peft.io.volumes import Volume
 from samed_peft.io.writers import checked_mask
@@ -67,7 +67,7 @@ def write_dicom_seg(
         warnings.simplefilter("ignore")
         try:
             seg = _segmentation(highdicom, slices, mask, described)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, ValueError) as error:
             raise InputError(
                 f"expected a series that a DICOM SEG can refer to, found one that highdicom refuses in {like.path}: "
                 f"{error}; write .nii.gz"
@@ -93,6 +93,9 @@ def _source_slices(like: Volume) -> list[Any]:
     except (OSError, pydicom.errors.InvalidDicomError) as error:
         raise damaged(like.path, error) from error
     _require_same_positions(slices, like)
+    for header in slices:
+        if header.get("SliceThickness") is None:  # a CT may leave it out, a SEG may not
+            header.SliceThickness = like.spacing_zyx_mm[0]
     return slices
 
 
@@ -111,16 +114,23 @@ def _require_same_positions(slices: Sequence[Any], like: Volume) -> None:
             )
 
 
+def _version() -> str:
+    try:
+        return version("samed_peft")
+    except PackageNotFoundError:
+        return "not installed"  # run from its source folder
+
+
 def _segment(highdicom: Any, label: int, name: str) -> Any:
     from pydicom.sr.codedict import codes
 
     method = highdicom.AlgorithmIdentificationSequence(
-        name="samed_peft", version=version("samed_peft"), family=codes.DCM.ArtificialIntelligence
+        name="samed_peft", version=_version(), family=codes.DCM.ArtificialIntelligence
     )
     bytes_rgb = [round(255 * value) for value in label_colour(label)]
     return highdicom.seg.SegmentDescription(
         segment_number=label,
-        segment_label=one_line(name).replace("\\", "/")[:_LONG_STRING],
+        segment_label=name.replace("\\", "/")[:_LONG_STRING],
         # What a segment shows is known by its name alone; 3D Slicer gives these two where it knows no more.
         segmented_property_category=codes.SCT.Tissue,
         segmented_property_type=codes.SCT.Tissue,
@@ -142,7 +152,7 @@ def _segmentation(highdicom: Any, slices: Sequence[Any], mask: np.ndarray, descr
         instance_number=1,
         manufacturer="samed_peft",
         manufacturer_model_name="samed_peft",
-        software_versions=version("samed_peft"),
+        software_versions=_version(),
         device_serial_number="0",
         series_description="samed_peft segmentation",
         omit_empty_frames=bool(mask.any()),

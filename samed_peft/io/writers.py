@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ import numpy as np
 from samed_peft.errors import InputError
 from samed_peft.io.files import atomic_file, write_bytes
 from samed_peft.io.label_names import (
-    PNG_KEY,
+    TEXT_KEY,
     WORKBENCH_ECODE,
     checked_names,
     label_table,
     segment_fields,
+    text_of,
 )
 from samed_peft.io.readers import ITK_SUFFIXES, LPS_TO_RAS, NIFTI_SUFFIXES, suffix_of
 from samed_peft.io.volumes import Volume
@@ -70,14 +70,16 @@ def _mask_nifti(mask: np.ndarray, like: Volume) -> Any:
     scan_header = _scan_header(like)
     if scan_header is None:
         return _new_nifti(mask, like.affine)
-    header = nibabel.Nifti1Header()
+    # NIfTI-2 holds the affine in float64, which float32 would move.
+    kind = nibabel.Nifti2Image if isinstance(scan_header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+    header = kind.header_class()
     header.set_data_dtype(np.uint8)
     header.set_data_shape(mask.shape[::-1])
     for field in _GEOMETRY_FIELDS:
         header[field] = scan_header[field]
     header["pixdim"][4:] = 0  # a scan may keep its repetition time there
     # Without an affine argument the header's codes stay as they are.
-    return nibabel.Nifti1Image(mask.T, None, header)
+    return kind(mask.T, None, header)
 
 
 def _write_nifti(image: Any, path: Path) -> None:
@@ -112,7 +114,7 @@ def _write_png(mask: np.ndarray, like: Volume, path: Path, *, names: Mapping[int
         )
     text = PngImagePlugin.PngInfo()
     if names:
-        text.add_text(PNG_KEY, json.dumps({str(label): name for label, name in names.items()}))
+        text.add_text(TEXT_KEY, text_of(names))
     buffer = io.BytesIO()
     Image.fromarray(mask[0]).save(buffer, format="PNG", pnginfo=text)
     write_bytes(path, buffer.getvalue())
@@ -124,8 +126,8 @@ def write_mask(
     """Write a label mask on the grid of the scan `like`, atomically; equal masks give equal bytes.
 
     A NIfTI mask of a NIfTI scan keeps its qform and sform with their codes and its units. Names of labels go where
-    viewers look for them: NIfTI's label table of Connectome Workbench, 3D Slicer's segments in `.nrrd` and `.mha`, a
-    text chunk `labels` of a `.png`.
+    viewers look for them: NIfTI's label table of Connectome Workbench, 3D Slicer's segments in `.nrrd`, JSON under
+    `labels` in `.mha` and `.png`.
 
     Args:
         mask: (D, H, W) integers in 0..255, the shape of `like.array` but for its colours.
@@ -147,7 +149,8 @@ def write_mask(
     if suffix == ".png":
         _write_png(mask, like, path, names=names)
     elif suffix in ITK_SUFFIXES:
-        _write_itk(mask, like, path, fields=segment_fields(names, mask) if names else {})
+        fields = segment_fields(names, mask) if suffix == ".nrrd" else {TEXT_KEY: text_of(names)}
+        _write_itk(mask, like, path, fields=fields if names else {})
     else:
         _write_nifti(_with_label_table(_mask_nifti(mask, like), names), path)
 

@@ -97,7 +97,7 @@ def plan_masks(
 def _case_of(path: Path) -> str:
     # A file that ends in .nii may be a folder of DICOM slices all the same.
     suffix = None if path.is_dir() else suffix_of(path)
-    name = path.resolve().name if path.is_dir() else path.name
+    name = path.name if path.name not in ("", "..") else path.resolve().name
     return name[: len(name) - len(suffix)] if suffix else name
 
 
@@ -162,9 +162,10 @@ def _require_elsewhere(scan: Scan, is_one_of_many: bool, dicom_seg: bool) -> Non
     if scan.mask.resolve() == scan.source.resolve():
         raise InputError(f"the mask of {scan.source} would replace the scan; choose another output")
     folder = scan.mask.parent.resolve()
-    if is_one_of_many and folder == scan.source.parent.resolve():
+    scans = scan.source.parent.resolve()
+    if is_one_of_many and (folder == scans or (dicom_seg and folder.parent == scans)):
         raise InputError(
-            f"expected another output folder than that of the scans, found {folder} for both; choose a new one"
+            f"expected an output folder outside of that of the scans, found {folder} in {scans}; choose another one"
         )
     if dicom_seg and folder == scan.source.resolve():
         raise InputError(f"expected the DICOM SEG of {scan.source} outside of that folder, found {scan.mask}; move it")
