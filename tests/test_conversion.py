@@ -1,6 +1,8 @@
 """SAMed's and Meta's formats in, SAMed's, plain SAM's, PEFT's and ONNX out; golden logits and equal bits."""
 
 import pickle
+import tracemalloc
+import zipfile
 
 import numpy as np
 import onnxruntime
@@ -315,3 +317,43 @@ def test_the_command_line_converts_and_exports(tmp_path, capsys):
         main(["export", "--adapter", BASE, "--output", str(tmp_path / "f"), "--format", "peft-fused"])
     assert ended.value.code == 2
     assert "adapter" in capsys.readouterr().err
+
+
+def repacked(source, target, *, compression=zipfile.ZIP_STORED, data_pkl=None):
+    """A zip of `torch.save` with other compression, or another pickle."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, data_pkl if data_pkl and name.endswith("data.pkl") else old.read(name))
+    return target
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    file = repacked(BASE, tmp_path / "deflated.pth", compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(InputError, match=r"found .*data\.pkl compressed in .*save it again with torch\.save"):
+        convert_sam(file, tmp_path / "out")
+
+
+def test_a_checkpoint_zipped_again_without_compression_is_the_same(tmp_path):
+    one, two = load_torch_weights(BASE), load_torch_weights(repacked(BASE, tmp_path / "stored.pth"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_asks_for_memory_is_refused_before_it_gets_any(tmp_path, zipped):
+    bomb = b"\x80\x02c__builtin__\nbytearray\n\x8a\x05" + (1500 << 20).to_bytes(5, "little") + b"\x85R."
+    if zipped:
+        file = repacked(BASE, tmp_path / "bomb.pth", data_pkl=bomb)
+    else:
+        file = tmp_path / "bomb.pth"
+        file.write_bytes(bomb)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"cannot be loaded safely.*__builtin__\.bytearray"):
+        convert_sam(file, tmp_path / "out")
+    assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    tracemalloc.stop()
+
+
+def test_a_pickle_too_large_to_name_weights_is_refused(tmp_path):
+    file = repacked(BASE, tmp_path / "large.pth", data_pkl=b"\x80\x02}." + bytes(5 << 20))
+    with pytest.raises(InputError, match="5242884 bytes, too many"):
+        convert_sam(file, tmp_path / "out")

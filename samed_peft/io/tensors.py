@@ -1,12 +1,12 @@
 """Weights on disk: safetensors for our own, `torch.load(weights_only=True)` for other people's."""
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samed_peft.errors import InputError
 from samed_peft.io.files import atomic_file, require_file
+from samed_peft.io.pickles import check_torch_file, is_zip
 
 if TYPE_CHECKING:  # torch takes seconds to import; reading scans does not need it
     from torch import Tensor
@@ -70,15 +70,17 @@ def load_tensors(path: str | Path) -> "dict[str, Tensor]":
 def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
     """The state dict of a `.pth` file, on the CPU and memory-mapped where its format allows it.
 
-    The pickle inside is never executed: anything but tensors in plain containers is refused.
+    The pickle inside is never executed: anything but tensors in plain containers is refused, by its names, before
+    PyTorch reads it.
 
     Raises:
-        InputError: the file is missing or damaged, holds Python objects or no state dict, claims more than is in it,
-            or a weight is not finite.
+        InputError: the file is missing, damaged or compressed, holds Python objects or no state dict, claims more
+            than is in it, or a weight is not finite.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     path = require_file(path)
+    check_torch_file(path)
     with FakeTensorMode():  # shapes alone; nothing is allocated
         sizes = _load_state(path, mmap=False)
     claimed, stored = sum(tensor.nbytes for tensor in sizes.values()), path.stat().st_size
@@ -88,7 +90,7 @@ def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
             "do not trust its source"
         )
     # Files of PyTorch before 1.6 are no zip archives and cannot be mapped.
-    state = _load_state(path, mmap=zipfile.is_zipfile(path))
+    state = _load_state(path, mmap=is_zip(path))
     _require_finite(state, path)
     return state
 
