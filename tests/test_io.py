@@ -432,10 +432,33 @@ class Payload:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_torch_weights(tmp_path, zipped):
-    state = {"a.weight": torch.randn(3, 2), "b": torch.arange(3)}
+    state = {"a.weight": torch.randn(3, 2), "b": torch.arange(3).bfloat16()}
     torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     loaded = io.load_torch_weights(tmp_path / "w.pth")
     assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "found an empty dict"),
+        ([torch.ones(1)], "found list"),
+        (torch.ones(1), "found Tensor"),
+        ({"model": {"a": torch.ones(1)}}, "found 'model': dict"),
+        ({3: torch.ones(1)}, "found a key of type int: Tensor"),
+        ({"n": torch.ones(2, dtype=torch.int64)}, r"'n' \(int64, strided, cpu\)"),
+        ({"n": torch.ones(2, dtype=torch.bool)}, r"'n' \(bool"),
+        ({"n": torch.ones(2, dtype=torch.complex64)}, r"'n' \(complex64"),
+        ({"n": torch.eye(3).to_sparse()}, r"torch\._utils\._rebuild_sparse_tensor"),
+        ({"n": torch.empty(3, device="meta")}, r"'n' \(float32, strided, meta"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_without_plain_weights_are_named(tmp_path, value, message, zipped):
+    path = tmp_path / "w.pth"
+    torch.save(value, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=message):
+        io.load_torch_weights(path)
 
 
 def test_unsafe_torch_files_are_refused(tmp_path):

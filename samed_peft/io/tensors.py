@@ -74,8 +74,8 @@ def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
     PyTorch reads it.
 
     Raises:
-        InputError: the file is missing, damaged or compressed, holds Python objects or no state dict, claims more
-            than is in it, or a weight is not finite.
+        InputError: the file is missing, damaged or compressed, holds Python objects or no state dict of dense
+            floating-point weights, claims more than is in it, or a weight is not finite.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -91,6 +91,7 @@ def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
         )
     # Files of PyTorch before 1.6 are no zip archives and cannot be mapped.
     state = _load_state(path, mmap=is_zip(path))
+    _require_dense(state, path)
     _require_finite(state, path)
     return state
 
@@ -108,12 +109,39 @@ def _load_state(path: Path, *, mmap: bool) -> "dict[str, Tensor]":
             f"expected PyTorch weights without Python objects, but {path} cannot be loaded safely: {reason}; "
             "fetch it again from a source you trust, or save only its state dict"
         ) from error
+    _require_state_dict(state, path)
+    return dict(state)
+
+
+def _require_state_dict(state: object, path: Path) -> None:
+    import torch
+
     if not isinstance(state, dict) or not state:
-        raise InputError(f"expected a state dict (names to tensors), found {type(state).__name__} in {path}")
+        found = "an empty dict" if isinstance(state, dict) else _kind(state)
+        raise InputError(f"expected a state dict (names to tensors), found {found} in {path}; save model.state_dict()")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            shown = repr(name[:80]) if isinstance(name, str) else f"a key of type {_kind(name)}"
             raise InputError(
-                f"expected a state dict (names to tensors), found {name!r}: {type(value).__name__} "
+                f"expected a state dict (names to tensors), found {shown}: {_kind(value)} "
                 f"in {path}; save the model's state dict alone"
             )
-    return dict(state)
+
+
+def _require_dense(state: "Mapping[str, Tensor]", path: Path) -> None:
+    import torch
+
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for name, value in state.items():
+        if value.is_meta or value.layout != torch.strided or value.dtype not in kinds:
+            kind = f"{value.dtype}, {value.layout}, {value.device.type}".replace("torch.", "")
+            raise InputError(
+                f"expected dense weights of float16, bfloat16, float32 or float64, found {name[:80]!r} ({kind}) in "
+                f"{path}; save the model's state dict as it was trained"
+            )
+
+
+def _kind(value: object) -> str:
+    import torch
+
+    return "Tensor" if isinstance(value, torch.Tensor) else type(value).__name__  # not FakeTensor
