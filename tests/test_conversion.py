@@ -171,6 +171,15 @@ def test_a_weight_beyond_float16_is_not_stored_as_infinity(samed_adapter, tmp_pa
     assert not (tmp_path / "half").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_checkpoints_of_other_precision_are_converted(tmp_path, dtype):
+    def change(state):
+        state.update({key: value.to(dtype) for key, value in state.items()})
+
+    convert_samed(spoilt(tmp_path, change), BASE, tmp_path / "out", **SIZES)
+    assert load_adapter(tmp_path / "out").samed_config.rank == 4
+
+
 def spoilt(tmp_path, change):
     state = load_torch_weights(GOLDEN / FILES["samed"])
     change(state)

@@ -185,7 +185,8 @@ def _check_base(state: Mapping[str, Tensor], sam: SamForSemanticSegmentation, pa
         )
     key = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
     own = sam.shared_image_embedding.positional_embedding
-    if key not in state or not torch.equal(state[key].float(), own.detach()):
+    # A file in half precision holds the base's matrix rounded.
+    if key not in state or not torch.equal(state[key], own.detach().to(state[key].dtype)):
         raise InputError(
             f"{path} has another positional encoding than the base ({key}), which no training changes; "
             "give the SAM it was trained on"
