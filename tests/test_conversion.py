@@ -26,6 +26,7 @@ from samed_peft.conversion import (
     export_peft_fused,
     export_samed,
 )
+from samed_peft.conversion.samed_format import preset_name
 from samed_peft.errors import InputError
 from samed_peft.io import load_torch_weights
 from samed_peft.modeling import SamForSemanticSegmentation, load_sam
@@ -211,9 +212,29 @@ def not_finite(state):
     state["w_b_001"] = state["w_b_001"] / 0
 
 
+def flat(state):
+    state["w_a_000"] = torch.zeros(48)
+
+
+def flat_tokens(state):
+    state["mask_decoder.mask_tokens.weight"] = torch.tensor(1.0)
+
+
+def without_classes(state):
+    state["mask_decoder.mask_tokens.weight"] = torch.zeros(1, 32)
+
+
+def too_many_classes(state):
+    state["mask_decoder.mask_tokens.weight"] = torch.zeros(300, 32)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (flat, r"expected two dimensions in w_a_000, found shape \(48,\)"),
+        (flat_tokens, r"expected two dimensions in mask_decoder\.mask_tokens\.weight, found shape \(\)"),
+        (without_classes, "expected 2 to 256 rows in .*found 1"),
+        (too_many_classes, "expected 2 to 256 rows in .*found 300"),
         (more_layers, "7 layers and width 48, but the base has 6 layers"),
         (other_encoding, "another positional encoding than the base"),
         (without_token, "lacks weights .*iou_token"),
@@ -366,3 +387,9 @@ def test_a_pickle_too_large_to_name_weights_is_refused(tmp_path):
     file = repacked(BASE, tmp_path / "large.pth", data_pkl=b"\x80\x02}." + bytes(5 << 20))
     with pytest.raises(InputError, match="5242884 bytes, too many"):
         convert_sam(file, tmp_path / "out")
+
+
+def test_the_preset_of_a_vit_h_is_its_own():
+    assert preset_name("full", width=1280, layers=32) == "samed_h"
+    assert preset_name("full", width=768, layers=12) == "samed"
+    assert preset_name("lora", width=1280, layers=32) == "samed_s"
