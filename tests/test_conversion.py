@@ -1,6 +1,8 @@
 """SAMed's and Meta's formats in, SAMed's, plain SAM's, PEFT's and ONNX out; golden logits and equal bits."""
 
+import json
 import pickle
+import shutil
 import tracemalloc
 import zipfile
 
@@ -25,6 +27,7 @@ from samed_peft.conversion import (
     export_onnx,
     export_peft_fused,
     export_samed,
+    exports,
 )
 from samed_peft.conversion.samed_format import preset_name
 from samed_peft.errors import InputError
@@ -142,6 +145,7 @@ def test_stock_peft_attaches_the_fused_adapter_to_a_plain_sam(converted, tmp_pat
 @pytest.mark.slow
 def test_onnx_gives_the_same_logits_for_any_batch(samed_adapter, tmp_path):
     assert export_onnx(samed_adapter, tmp_path / "model.onnx") < 1e-4
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     assert '"spleen"' in session.get_modelmeta().custom_metadata_map["samed_config"]
     pixels = golden_pixels().repeat(2, 1, 1, 1)[:3]
@@ -393,3 +397,69 @@ def test_the_preset_of_a_vit_h_is_its_own():
     assert preset_name("full", width=1280, layers=32) == "samed_h"
     assert preset_name("full", width=768, layers=12) == "samed"
     assert preset_name("lora", width=1280, layers=32) == "samed_s"
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model_type": "llama"}', '{"model_type": "sam"}', "[1]"])
+@pytest.mark.parametrize("extra", [True, False])
+def test_a_folder_that_is_not_a_sam_alone_is_not_replaced(samed_adapter, tmp_path, content, extra):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.json").write_text(content)
+    if extra:
+        (project / "thesis.txt").touch()
+    if extra or '"sam"' not in content:
+        for export in (lambda: convert_sam(BASE, project), lambda: export_merged(samed_adapter, project)):
+            with pytest.raises(InputError, match="must not be lost"):
+                export()
+        assert (project / "config.json").read_text() == content
+    else:
+        convert_sam(BASE, project)
+        convert_sam(BASE, project, image_size=128)
+        assert SamModel.from_pretrained(project).config.vision_config.image_size == 128
+
+
+def test_a_fused_adapter_replaces_only_another(samed_adapter, tmp_path):
+    other, stranger = tmp_path / "other", tmp_path / "stranger"
+    shutil.copytree(samed_adapter, other)
+    stranger.mkdir()
+    (stranger / "adapter_config.json").write_text("{}")
+    (stranger / "thesis.txt").touch()
+    for folder in (samed_adapter, other, stranger):
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        with pytest.raises(InputError, match="must not be lost"):
+            export_peft_fused(samed_adapter, folder)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    export_peft_fused(samed_adapter, tmp_path / "fused")
+    export_peft_fused(samed_adapter, tmp_path / "fused")
+
+
+@pytest.mark.parametrize("export", [export_samed, export_onnx])
+def test_a_file_is_never_replaced(samed_adapter, tmp_path, export):
+    (tmp_path / "thesis.pth").write_text("years of work")
+    with pytest.raises(InputError, match="found a file; remove it or choose another name"):
+        export(samed_adapter, tmp_path / "thesis.pth")
+    with pytest.raises(InputError, match="found the folder"):
+        export("no/adapter", tmp_path)
+    assert (tmp_path / "thesis.pth").read_text() == "years of work"
+
+
+def test_weights_beyond_what_onnx_holds_are_refused(samed_adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(exports, "_MOST_ONNX_BYTES", 1 << 20)
+    with pytest.raises(InputError, match=r"at most 1048576 bytes of weights.*--format merged"):
+        export_onnx(samed_adapter, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_the_scaling_of_rslora_survives_fusing(tmp_path):
+    convert_samed(GOLDEN / FILES["samed_s"], BASE, tmp_path / "adapter", **SIZES)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": True}))
+    convert_sam(BASE, tmp_path / "base", image_size=128)
+    export_peft_fused(tmp_path / "adapter", tmp_path / "fused")
+    config = SamConfig.from_pretrained(tmp_path / "fused")
+    sam = SamModel.from_pretrained(tmp_path / "base", config=config, ignore_mismatched_sizes=True)
+    model = PeftModel.from_pretrained(sam, tmp_path / "fused").eval()
+    with torch.no_grad():
+        expected = load_adapter(tmp_path / "adapter")(golden_pixels()).logits
+    torch.testing.assert_close(plain_logits(model.base_model.model, golden_pixels()), expected, rtol=0, atol=1e-5)
