@@ -241,7 +241,8 @@ def open_sam(base: str, revision: str | None = None) -> SamModel:
         raise InputError(f"base {base} is neither a file, nor a folder, nor a Hub id such as facebook/sam-vit-base")
     source = str(path) if path.is_dir() else base
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        # Unless told not to, Transformers asks on the terminal whether to run code that the folder brings.
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"base {base} cannot be opened as a SAM: {error}") from error
     if not isinstance(config, SamConfig):

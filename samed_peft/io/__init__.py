@@ -18,7 +18,13 @@ from samed_peft.io.files import (
     write_json,
     write_text,
 )
-from samed_peft.io.tensors import load_tensors, load_torch_weights, save_tensors, save_torch_weights
+from samed_peft.io.tensors import (
+    load_tensors,
+    load_torch_weights,
+    save_tensors,
+    save_torch_weights,
+    tensor_shapes,
+)
 from samed_peft.io.volumes import Volume, grids_apart_mm, read_labels, read_volume
 from samed_peft.io.writers import write_mask, write_volume
 
@@ -40,6 +46,7 @@ __all__ = [
     "require_writable_file",
     "save_tensors",
     "save_torch_weights",
+    "tensor_shapes",
     "write_bytes",
     "write_json",
     "write_mask",

@@ -67,6 +67,24 @@ def load_tensors(path: str | Path) -> "dict[str, Tensor]":
     return tensors
 
 
+def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a safetensors file's tensors, from its header alone.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = require_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"expected a safetensors file, but {path} cannot be read: {error}; it is damaged or cut off, fetch it again"
+        ) from error
+
+
 def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
     """The state dict of a `.pth` file, on the CPU and memory-mapped where its format allows it.
 
