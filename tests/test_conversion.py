@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import tracemalloc
 import zipfile
@@ -143,8 +144,9 @@ def test_stock_peft_attaches_the_fused_adapter_to_a_plain_sam(converted, tmp_pat
 
 
 @pytest.mark.slow
-def test_onnx_gives_the_same_logits_for_any_batch(samed_adapter, tmp_path):
-    assert export_onnx(samed_adapter, tmp_path / "model.onnx") < 1e-4
+def test_onnx_gives_the_same_logits_for_any_batch(samed_adapter, tmp_path, capsys):
+    main(["export", "--adapter", str(samed_adapter), "--output", str(tmp_path / "model.onnx"), "--format", "onnx"])
+    assert re.search(r"onnx written to .*model\.onnx; logits differ from PyTorch's by .*e-", capsys.readouterr().out)
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     assert '"spleen"' in session.get_modelmeta().custom_metadata_map["samed_config"]
@@ -463,3 +465,35 @@ def test_the_scaling_of_rslora_survives_fusing(tmp_path):
     with torch.no_grad():
         expected = load_adapter(tmp_path / "adapter")(golden_pixels()).logits
     torch.testing.assert_close(plain_logits(model.base_model.model, golden_pixels()), expected, rtol=0, atol=1e-5)
+
+
+def test_options_of_adapters_are_refused_without_a_base(tmp_path, capsys):
+    options = ["--dtype", "float16", "--class_names", "a", "--input_size", "224", "--orientation", "LAS"]
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "--checkpoint", BASE, "--output", str(tmp_path / "sam"), *options])
+    assert ended.value.code == 2
+    assert "--input_size, --class_names, --orientation, --dtype belong to an adapter" in capsys.readouterr().err
+    assert not (tmp_path / "sam").exists()
+
+
+def test_a_mistyped_checkpoint_is_called_one(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--checkpoint", "sam_vit_c.pth", "--output", str(tmp_path / "sam")])
+    assert "error: checkpoint sam_vit_c.pth is neither a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0", "-16", "100"])
+def test_sizes_that_cannot_be_are_refused(tmp_path, capsys, size):
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "--checkpoint", BASE, "--output", str(tmp_path / "sam"), "--image_size", size])
+    assert ended.value.code == 2
+    assert f"positive multiple of the patch size 16; found {size}" in capsys.readouterr().err
+
+
+def test_each_command_says_what_it_wrote(samed_adapter, tmp_path, capsys):
+    sam, adapter, samed = (str(tmp_path / name) for name in ("sam", "adapter", "samed.pth"))
+    main(["convert", "--checkpoint", BASE, "--output", sam])
+    main(["convert", "--checkpoint", str(GOLDEN / FILES["samed"]), "--base", BASE, "--output", adapter])
+    main(["export", "--adapter", adapter, "--output", samed, "--format", "samed"])
+    lines = [f"SAM written to {sam}", f"adapter written to {adapter}", f"samed written to {samed}"]
+    assert capsys.readouterr().out.splitlines() == lines

@@ -18,11 +18,11 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransfor
 from torch import Tensor
 from transformers import SamConfig
 
-from samed_peft.adapters import UNUSED_PROMPTS, add_lora, check_tensors, load_adapter, save_adapter
+from samed_peft.adapters import CONFIG_FILE, UNUSED_PROMPTS, add_lora, check_tensors, load_adapter, save_adapter
 from samed_peft.checkpoints import MOST_OUTPUTS, POSITIONS, rename_meta_keys
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
 from samed_peft.errors import InputError
-from samed_peft.io import load_torch_weights
+from samed_peft.io import load_torch_weights, require_replaceable, require_writable
 from samed_peft.modeling import SamForSemanticSegmentation, load_sam
 
 _PEFT_PREFIX = "base_model.model."
@@ -152,6 +152,8 @@ def convert_samed(
     Raises:
         InputError: as `read_samed` and `save_adapter`.
     """
+    require_replaceable(Path(directory), marker=CONFIG_FILE)
+    require_writable(directory)
     adapted, config = read_samed(path, base, **options)
     save_adapter(adapted, directory, config=config, dtype=dtype)
 
