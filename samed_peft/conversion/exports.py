@@ -15,7 +15,8 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import SamModel
 
-from samed_peft.adapters import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE, load_adapter
+from samed_peft.adapter_files import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
+from samed_peft.adapters import load_adapter
 from samed_peft.checkpoints import resize_positions, semantic_config
 from samed_peft.conversion.samed_format import write_tensors
 from samed_peft.errors import InputError

@@ -18,7 +18,8 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransfor
 from torch import Tensor
 from transformers import SamConfig
 
-from samed_peft.adapters import CONFIG_FILE, UNUSED_PROMPTS, add_lora, check_tensors, load_adapter, save_adapter
+from samed_peft.adapter_files import CONFIG_FILE, check_tensors
+from samed_peft.adapters import UNUSED_PROMPTS, add_lora, load_adapter, save_adapter
 from samed_peft.checkpoints import MOST_OUTPUTS, POSITIONS, rename_meta_keys
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
 from samed_peft.errors import InputError
