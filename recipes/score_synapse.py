@@ -8,16 +8,40 @@ checkpoint scores 81.88 DSC and 20.64 HD95 there, in the `samed` convention.
 """
 
 import argparse
+import re
+import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from samed_peft import evaluate_cases, load_adapter
+from samed_peft import SamedConfig, evaluate_cases, load_adapter
+from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.datasets import CaseVolumes, load_synapse
-from samed_peft.errors import exit_on_error
+from samed_peft.errors import InputError, exit_on_error
 from samed_peft.evaluation import format_table, write_report
 from samed_peft.inference import segment_cases, settings_of
-from samed_peft.io import require_replaceable
+from samed_peft.io import require_replaceable, require_writable, write_json
+
+MARKER = "scores.json"
+"""Says of a folder that this recipe fills it, from the first mask on: a killed run is simply started again."""
+
+OWN_FILES = rf"{re.escape(MARKER)}|predictions|pictures|report\.\w+"
+
+
+def check_classes(config: SamedConfig, adapter: str) -> None:
+    """Refuse an adapter whose labels are not Synapse's."""
+    if config.class_names != SYNAPSE_CLASSES:
+        raise InputError(
+            f"expected an adapter of Synapse's organs ({', '.join(SYNAPSE_CLASSES)}), found {adapter} of "
+            f"{', '.join(config.class_names[:8])}; score its masks against your references with samed evaluate"
+        )
+
+
+def claim(folder: Path, settings: dict[str, object]) -> None:
+    """Mark the folder and clear what an earlier run left in it."""
+    write_json(folder / MARKER, settings)
+    for path in set(folder.iterdir()) - {folder / MARKER}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @exit_on_error
@@ -27,15 +51,20 @@ def main() -> None:
     parser.add_argument("--adapter", required=True, help="adapter folder or Hub id")
     parser.add_argument("--base", help="its SAM, where it is not to be had under its recorded name")
     parser.add_argument("--data_dir", type=Path, required=True, help="raw BTCV or SAMed's preprocessed folder")
-    parser.add_argument("--output_dir", type=Path, required=True, help="new folder, or an earlier report to replace")
+    parser.add_argument("--output_dir", type=Path, required=True, help="new folder, or one of this recipe to replace")
     parser.add_argument("--test_cases", type=int, nargs="+", help="in place of SAMed's 12")
     args = parser.parse_args()
-    require_replaceable(args.output_dir, marker="report.json")
+    require_replaceable(args.output_dir, marker=MARKER, allowed=OWN_FILES)
+    require_writable(args.output_dir)
     accelerator = Accelerator()
-    with accelerator.main_process_first():
-        rows = load_synapse(args.data_dir, "test", cases=args.test_cases)
     model = load_adapter(args.adapter, base=args.base, device=accelerator.device)
     config = settings_of(model)
+    check_classes(config, args.adapter)
+    with accelerator.main_process_first():
+        rows = load_synapse(args.data_dir, "test", cases=args.test_cases, window=config.window)
+    if accelerator.is_main_process:
+        claim(args.output_dir, {"adapter": args.adapter, "data_dir": str(args.data_dir)})
+    accelerator.wait_for_everyone()
     images, references = CaseVolumes.pairs(rows)
     masks = segment_cases(model, images, args.output_dir / "predictions", accelerator=accelerator)
     if accelerator.is_main_process:

@@ -7,21 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
 
-from samed_peft.config import SamedConfig, TrainingConfig, is_hub_id
+from samed_peft.adapter_files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    PEFT_ERRORS,
+    WEIGHTS_FILE,
+    adapter_folder,
+    check_ranks,
+    check_tensors,
+    read_config,
+    read_peft_config,
+    unusable,
+)
+from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.errors import InputError
-from samed_peft.io import atomic_dir, load_tensors, read_json, require_replaceable, save_tensors, write_json, write_text
+from samed_peft.io import (
+    atomic_dir,
+    load_tensors,
+    require_replaceable,
+    save_tensors,
+    write_json,
+    write_text,
+)
 from samed_peft.model_card import model_card
 from samed_peft.modeling import SamForSemanticSegmentation, load_sam
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-PEFT_FILE = "adapter_config.json"
-CONFIG_FILE = "samed_config.json"
-CARD_FILE = "README.md"
 
 UNUSED_PROMPTS = (
     *(f"prompt_encoder.point_embed.{index}" for index in range(4)),
@@ -170,9 +182,9 @@ def load_adapter(
     Raises:
         InputError: `source` is no adapter, a file is damaged, or base, rank, classes or sizes do not match.
     """
-    folder = _adapter_folder(source)
+    folder = adapter_folder(source)
     config = read_config(folder)
-    peft_config = _read_peft_config(folder, config)
+    peft_config = read_peft_config(folder, config)
     model = load_sam(
         base or config.base,
         class_names=config.class_names,
@@ -185,7 +197,11 @@ def load_adapter(
             f"{base or config.base} has weights {str(model.base_sha256)[:12]}; pass the right one as base"
         )
     peft_config.inference_mode = not trainable
-    adapted = _attach(model, peft_config, config)
+    check_ranks(peft_config, folder)
+    try:
+        adapted = _attach(model, peft_config, config)
+    except PEFT_ERRORS as error:
+        raise unusable(folder, error) from error
     tensors = load_tensors(folder / WEIGHTS_FILE)
     check_tensors(tensors, get_peft_model_state_dict(adapted, save_embedding_layers=False), folder / WEIGHTS_FILE)
     set_peft_model_state_dict(adapted, tensors)
@@ -194,65 +210,6 @@ def load_adapter(
     loaded = adapted.merge_and_unload() if merge else adapted
     loaded.train(trainable)
     return loaded if device is None else loaded.to(device)
-
-
-def read_config(folder: Path) -> SamedConfig:
-    """`samed_config.json` of an adapter directory.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    if not (folder / CONFIG_FILE).is_file():
-        raise InputError(
-            f"{folder} is no adapter directory: it lacks {CONFIG_FILE}; save_adapter writes one, and SAMed's own "
-            ".pth files must be converted first"
-        )
-    return SamedConfig.from_dict(read_json(folder / CONFIG_FILE))
-
-
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse tensors whose names or shapes are not the expected ones.
-
-    Raises:
-        InputError: naming the first of them, with both shapes.
-    """
-    for problem, keys in (
-        ("lacks", expected.keys() - found.keys()),
-        ("has unknown", found.keys() - expected.keys()),
-    ):
-        if keys:
-            raise InputError(
-                f"{path} {problem} weights {', '.join(sorted(keys)[:3])} ({len(keys)} in all); "
-                "was it made for another base?"
-            )
-    for key, tensor in expected.items():
-        if tensor.shape != found[key].shape:
-            raise InputError(
-                f"{path}: {key} should be {tuple(tensor.shape)} for this base, these classes and this rank, "
-                f"but is {tuple(found[key].shape)}"
-            )
-
-
-def _adapter_folder(source: str | Path) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if not is_hub_id(str(source)):
-        raise InputError(f"{source} is neither an adapter directory nor a Hub id such as name/adapter")
-    files = [WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE]
-    return Path(snapshot_download(str(source), allow_patterns=files))
-
-
-def _read_peft_config(folder: Path, config: SamedConfig) -> PeftConfig:
-    if not (folder / PEFT_FILE).is_file():
-        raise InputError(f"{folder} is no adapter directory: it lacks {PEFT_FILE}")
-    peft_config = PeftConfig.from_pretrained(str(folder))
-    if isinstance(peft_config, LoraConfig) and peft_config.r != config.rank:
-        raise InputError(
-            f"{folder}: {CONFIG_FILE} says rank {config.rank}, {PEFT_FILE} says {peft_config.r}; "
-            "the files of two adapters are mixed up"
-        )
-    return peft_config
 
 
 def _check_fits(model: SamForSemanticSegmentation, config: SamedConfig) -> None:

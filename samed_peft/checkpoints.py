@@ -2,10 +2,12 @@
 
 import copy
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import SamConfig, SamModel
@@ -47,6 +49,9 @@ POSITIONS = "shared_image_embedding.positional_embedding"
 
 _TIED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
 
+MOST_OUTPUTS = 256
+"""Mask tokens at most: labels are uint8."""
+
 DECODER_NORM_EPS = 1e-5
 """Epsilon of the layer norms in Meta's and SAMed's mask decoder: PyTorch's default."""
 
@@ -86,18 +91,23 @@ def infer_config(state: Mapping[str, Tensor]) -> SamConfig:
 
     Raises:
         KeyError: a weight that gives the geometry is missing.
+        IndexError: it has too few dimensions.
+        ValueError: it has no elements, layers are not numbered 0, 1, 2 ..., or there are more than 256 mask tokens.
     """
     encoder = "vision_encoder"
     embedding = state[f"{encoder}.patch_embed.projection.weight"]
     width, patch = embedding.shape[0], embedding.shape[2]
     grid = state[f"{encoder}.pos_embed"].shape[1]
-    depth = 1 + max(int(k.split(".")[2]) for k in state if k.startswith(f"{encoder}.layers."))
+    depth = _number_of_layers(state, f"{encoder}.layers.")
     spans = [(state[f"{encoder}.layers.{i}.attn.rel_pos_h"].shape[0] + 1) // 2 for i in range(depth)]
     out_channels = state[f"{encoder}.neck.conv1.weight"].shape[0]
     decoder = "mask_decoder"
     first_layer = f"{decoder}.transformer.layers.0"
     iou_layers = {k.rsplit(".", 1)[0] for k in state if k.startswith(f"{decoder}.iou_prediction_head.")}
     cross = state[f"{first_layer}.cross_attn_token_to_image.q_proj.weight"]
+    tokens = state[f"{decoder}.mask_tokens.weight"].shape[0]
+    if tokens > MOST_OUTPUTS:
+        raise ValueError(f"{tokens} mask tokens, more than {MOST_OUTPUTS}")
     return SamConfig(
         vision_config={
             "hidden_size": width,
@@ -121,15 +131,21 @@ def infer_config(state: Mapping[str, Tensor]) -> SamConfig:
         mask_decoder_config={
             "hidden_size": out_channels,
             "mlp_dim": state[f"{first_layer}.mlp.lin1.weight"].shape[0],
-            "num_hidden_layers": 1
-            + max(int(k.split(".")[3]) for k in state if k.startswith(f"{decoder}.transformer.layers.")),
+            "num_hidden_layers": _number_of_layers(state, f"{decoder}.transformer.layers."),
             "layer_norm_eps": DECODER_NORM_EPS,
             "attention_downsample_rate": cross.shape[1] // cross.shape[0],
-            "num_multimask_outputs": state[f"{decoder}.mask_tokens.weight"].shape[0] - 1,
+            "num_multimask_outputs": tokens - 1,
             "iou_head_depth": len(iou_layers),
             "iou_head_hidden_dim": state[f"{decoder}.iou_prediction_head.proj_in.weight"].shape[0],
         },
     )
+
+
+def _number_of_layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    numbers = {int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)}
+    if numbers != set(range(len(numbers))):  # a name must not ask for layers that are not there
+        raise ValueError(f"{prefix} are numbered up to {max(numbers)}, but only {len(numbers)} are there")
+    return len(numbers)
 
 
 def load_meta_checkpoint(path: Path) -> SamModel:
@@ -141,14 +157,15 @@ def load_meta_checkpoint(path: Path) -> SamModel:
     state = rename_meta_keys(load_torch_weights(path))
     try:
         config = infer_config(state)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # named as misshapen below
+            model = SamModel(config)
+    except (LookupError, ValueError, ArithmeticError, RuntimeError, TypeError, StrictDataclassError) as error:
         raise InputError(
             f"{path} is no SAM checkpoint in Meta's format: its geometry cannot be read ({error}). "
             "Expected sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth or one shaped like them; "
             "a checkpoint of SAMed needs its SAM: give --base"
         ) from error
-    with torch.device("meta"):
-        model = SamModel(config)
     expected = model.state_dict()
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     misshapen = [k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape]
@@ -168,7 +185,7 @@ def semantic_config(config: SamConfig, *, num_labels: int | None, image_size: in
     """A SAM's configuration for other classes, another size, or both; None keeps what it has.
 
     Raises:
-        InputError: `image_size` is no multiple of the patch size.
+        InputError: `image_size` is no positive multiple of the patch size.
     """
     config = copy.deepcopy(config)
     # What Meta's decoder was trained with; Transformers' 1e-6 moves logits a hundred times more than rounding does.
@@ -177,8 +194,8 @@ def semantic_config(config: SamConfig, *, num_labels: int | None, image_size: in
         config.mask_decoder_config.num_multimask_outputs = num_labels - 1
     if image_size is not None:
         patch = config.vision_config.patch_size
-        if image_size % patch:
-            raise InputError(f"image_size must be a multiple of the patch size {patch}; found {image_size}")
+        if image_size <= 0 or image_size % patch:
+            raise InputError(f"image_size must be a positive multiple of the patch size {patch}; found {image_size}")
         config.vision_config.image_size = image_size
         config.prompt_encoder_config.image_size = image_size
         config.prompt_encoder_config.image_embedding_size = image_size // patch

@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from samed_peft.errors import InputError
 
@@ -49,13 +50,46 @@ def is_hub_id(base: str) -> bool:
     return not Path(base).exists()
 
 
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
 
 
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type: a plain one, a tuple of some, or a choice of these.
+
+    Whole numbers pass for floats, truth values for no number.
+    """
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_of(value, choice) for choice in get_args(kind))
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        return isinstance(value, tuple | list) and all(_is_of(element, item) for element in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _is_orientation(codes: str) -> bool:
+    axes = ("LR", "AP", "SI")
+    return len(codes) == 3 and all(sum(code in axis for code in codes) == 1 for axis in axes)
+
+
 class _Json:
-    """To and from plain JSON values, shared by the two configurations."""
+    """Checked types, and to and from plain JSON values, shared by the two configurations."""
+
+    def _check_types(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = vars(self)[name]
+            shown = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+            _require(_is_of(value, kind), f"{name} must be {shown}; found {_short(value)}")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values (tuples become lists)."""
@@ -69,6 +103,9 @@ class _Json:
         Raises:
             InputError: a field is unknown, missing or out of range.
         """
+        _require(
+            isinstance(values, Mapping), f"{cls.__name__} must be an object of fields; found {type(values).__name__}"
+        )
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - known)
         _require(
@@ -78,7 +115,7 @@ class _Json:
         )
         try:
             return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-        except TypeError as error:
+        except TypeError as error:  # a field is missing
             raise InputError(f"{cls.__name__} cannot be read: {error}") from error
 
 
@@ -124,10 +161,12 @@ class SamedConfig(_Json):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        self._check_types()
         names = self.class_names
         _require(
             1 <= len(names) <= 255 and len(set(names)) == len(names) and all(names),
-            f"class_names must be 1 to 255 different names, background left out; found {list(names)}",
+            f"class_names must be 1 to 255 different names, background left out; "
+            f"found {len(names)}: {_short(list(names))}",
         )
         _require(self.image_size > 0, f"image_size must be positive; found {self.image_size}")
         _require(
@@ -139,6 +178,11 @@ class SamedConfig(_Json):
             f"window must be (low, high) with low < high, or None; found {self.window}",
         )
         _require(self.channel is None or self.channel >= 0, f"channel must not be negative; found {self.channel}")
+        _require(
+            self.orientation is None or _is_orientation(self.orientation),
+            f"orientation must be three letters, one each of L or R, A or P, S or I, LAS for example; "
+            f"found {self.orientation!r}",
+        )
         _require(self.alpha is None or self.alpha > 0, f"alpha must be at least 1 or None; found {self.alpha}")
         _require(self.rank > 0, f"rank must be at least 1; found {self.rank}")
         allowed = ("q_proj", "k_proj", "v_proj")
@@ -197,6 +241,7 @@ class TrainingConfig(_Json):
     seed: int = 1234
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name in ("epochs", "stop_epoch", "batch_size", "accumulation_steps", "checkpoint_steps"):
             value = dataclasses.asdict(self)[name]
             _require(value >= 1, f"{name} must be at least 1; found {value}")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from samed_peft.adapters import CARD_FILE, CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
+from samed_peft.adapter_files import CARD_FILE, CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
 from samed_peft.errors import InputError
 
 ADAPTER_FILES = (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE)

@@ -228,6 +228,16 @@ def load_sam(
     return model
 
 
+def require_base(base: str, name: str = "base") -> None:
+    """Whether `base` can name a SAM: a file, a folder or a Hub id, called `name` in the message.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if base != TINY_SAM and not Path(base).exists() and not is_hub_id(base):
+        raise InputError(f"{name} {base} is neither a file, nor a folder, nor a Hub id such as facebook/sam-vit-base")
+
+
 def open_sam(base: str, revision: str | None = None) -> SamModel:
     """A SAM under any of the names that `load_sam` takes, as it is.
 
@@ -237,11 +247,11 @@ def open_sam(base: str, revision: str | None = None) -> SamModel:
     path = TINY_SAM_DIR if base == TINY_SAM else Path(base)
     if path.is_file():
         return load_meta_checkpoint(path)
-    if not path.is_dir() and not is_hub_id(base):
-        raise InputError(f"base {base} is neither a file, nor a folder, nor a Hub id such as facebook/sam-vit-base")
+    require_base(base)
     source = str(path) if path.is_dir() else base
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        # Unless told not to, Transformers asks on the terminal whether to run code that the folder brings.
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"base {base} cannot be opened as a SAM: {error}") from error
     if not isinstance(config, SamConfig):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import GOLDEN, load_samed_weights
+from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -196,3 +197,55 @@ def test_the_adapter_is_found_where_the_base_has_moved(saved, tmp_path):
 def test_config_survives_the_journey(saved, golden_config, golden_model):
     expected = dataclasses.replace(golden_config, base_sha256=golden_model.base_sha256)
     assert load_adapter(saved).samed_config == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "expected JSON in"),
+        ("[1]", "with a peft_type, LORA for example, in .* found 'list'"),
+        ("{}", "found None"),
+        ('{"r": 4}', "found None"),
+        ('{"peft_type": "FOO"}', "found 'FOO'"),
+        ('{"peft_type": ["LORA"]}', "found .'LORA'."),
+    ],
+)
+def test_settings_of_peft_that_are_none_are_refused(saved, content, message):
+    (saved / "adapter_config.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        load_adapter(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank_pattern": {"q_proj": 30_000_000}}, "asks for rank 30000000, but the tensors of .* have 4"),
+        ({"rank_pattern": {"q_proj": "4"}}, "asks for rank '4'"),
+        ({"rank_pattern": [4]}, "must be objects"),
+        ({"alpha_pattern": "x"}, "must be objects"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "PEFT cannot use"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "this"}, "asks for Megatron"),
+        ({"r": "4"}, "says rank 4, adapter_config.json says 4|asks for rank '4'"),
+        ({"target_modules": "(("}, "PEFT cannot use"),
+        ({"target_modules": "nothing"}, "PEFT cannot use"),
+        ({"target_modules": 5}, "PEFT cannot use"),
+        ({"init_lora_weights": "junk"}, "PEFT cannot use"),
+        ({"init_lora_weights": "loftq"}, "PEFT cannot use"),
+        ({"lora_alpha": "x"}, "PEFT cannot use"),
+        ({"modules_to_save": None}, "has unknown weights"),
+        ({"modules_to_save": 5}, "PEFT cannot use"),
+        ({"lora_dropout": "x"}, "PEFT cannot use"),
+    ],
+)
+def test_settings_that_peft_cannot_use_are_refused(saved, changes, message):
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(InputError, match=message):
+        load_adapter(saved)
+
+
+def test_an_adapter_that_cannot_be_fetched_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match="the adapter someone/liver cannot be fetched from the Hub: "):
+        load_adapter("someone/liver")

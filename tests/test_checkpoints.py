@@ -63,3 +63,43 @@ def test_unknown_weights_are_named(tmp_path):
     torch.save(state, tmp_path / "sam.pth")
     with pytest.raises(InputError, match=r"unknown weights: adapter\.weight"):
         load_meta_checkpoint(tmp_path / "sam.pth")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "image_encoder.blocks.9999999.attn.rel_pos_h",
+        "mask_decoder.transformer.layers.9999999.norm1.weight",
+        "image_encoder.blocks.x.attn.rel_pos_h",
+        "image_encoder.blocks.-3.attn.rel_pos_h",
+    ],
+)
+def test_a_name_does_not_ask_for_layers_that_are_not_there(tmp_path, name):
+    state = torch.load(GOLDEN / "sam_base.pth", weights_only=True) | {name: torch.ones(2)}
+    torch.save(state, tmp_path / "sam.pth")
+    with pytest.raises(InputError, match="geometry cannot be read"):
+        load_meta_checkpoint(tmp_path / "sam.pth")
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 3, 4, 5), (0, 3, 16, 16)])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "image_encoder.patch_embed.proj.weight",
+        "image_encoder.pos_embed",
+        "image_encoder.blocks.0.attn.rel_pos_h",
+        "image_encoder.blocks.0.mlp.lin1.weight",
+        "image_encoder.neck.0.weight",
+        "mask_decoder.mask_tokens.weight",
+        "mask_decoder.transformer.layers.0.cross_attn_token_to_image.q_proj.weight",
+        "mask_decoder.transformer.layers.0.mlp.lin1.weight",
+        "mask_decoder.iou_prediction_head.layers.0.weight",
+        "prompt_encoder.mask_downscaling.3.weight",
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+    ],
+)
+def test_weights_of_any_other_shape_are_refused(tmp_path, key, shape):
+    state = torch.load(GOLDEN / "sam_base.pth", weights_only=True) | {key: torch.zeros(shape)}
+    torch.save(state, tmp_path / "sam.pth")
+    with pytest.raises(InputError, match=r"geometry cannot be read|misshapen|lacks|unknown"):
+        load_meta_checkpoint(tmp_path / "sam.pth")

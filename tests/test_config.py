@@ -33,6 +33,21 @@ def test_json_round_trip(config):
         {"window": (5.0, 5.0)},
         {"targets": ("qkv",)},
         {"dropout": 1.0},
+        {"orientation": "FOO"},
+        {"orientation": "las"},
+        {"orientation": "LLL"},
+        {"orientation": "LA"},
+        {"orientation": 7},
+        {"class_names": "abcdefgh"},
+        {"class_names": (1, 2)},
+        {"rank": "4"},
+        {"rank": True},
+        {"image_size": 128.5},
+        {"base": 5},
+        {"window": ("a", "b")},
+        {"window": (0.0, 1.0, 2.0)},
+        {"targets": (("q_proj",),)},
+        {"base_revision": 5},
     ],
 )
 def test_bad_adapters_are_refused(values):
@@ -48,6 +63,8 @@ def test_bad_adapters_are_refused(values):
         {"stop_epoch": 201},
         {"dice_weight": 1.5},
         {"learning_rate": float("nan")},
+        {"epochs": "200"},
+        {"augment": 1},
     ],
 )
 def test_bad_training_is_refused(values):
@@ -60,6 +77,20 @@ def test_unknown_and_missing_fields_are_named():
         SamedConfig.from_dict({"base": "b", "class_names": ["a"], "colour": 1})
     with pytest.raises(InputError, match="class_names"):
         SamedConfig.from_dict({"base": "b"})
+    for values in ([1], "x", 3, None):
+        with pytest.raises(InputError, match="must be an object of fields"):
+            SamedConfig.from_dict(values)
+
+
+def test_a_long_list_of_names_is_not_printed_whole():
+    with pytest.raises(InputError, match="found 300: ") as refused:
+        SamedConfig("b", tuple(f"class {label}" for label in range(300)))
+    assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("codes", ["LAS", "RPI", "SAL"])
+def test_orientations_of_any_order_are_taken(codes):
+    assert SamedConfig("b", ("a",), orientation=codes).orientation == codes
 
 
 @pytest.mark.parametrize(("error", "code"), [(InputError, 2), (NonFiniteLossError, 3), (RunInterruptedError, 75)])

@@ -1,6 +1,11 @@
 """SAMed's and Meta's formats in, SAMed's, plain SAM's, PEFT's and ONNX out; golden logits and equal bits."""
 
+import json
 import pickle
+import re
+import shutil
+import tracemalloc
+import zipfile
 
 import numpy as np
 import onnxruntime
@@ -23,7 +28,9 @@ from samed_peft.conversion import (
     export_onnx,
     export_peft_fused,
     export_samed,
+    exports,
 )
+from samed_peft.conversion.samed_format import preset_name
 from samed_peft.errors import InputError
 from samed_peft.io import load_torch_weights
 from samed_peft.modeling import SamForSemanticSegmentation, load_sam
@@ -137,8 +144,10 @@ def test_stock_peft_attaches_the_fused_adapter_to_a_plain_sam(converted, tmp_pat
 
 
 @pytest.mark.slow
-def test_onnx_gives_the_same_logits_for_any_batch(samed_adapter, tmp_path):
-    assert export_onnx(samed_adapter, tmp_path / "model.onnx") < 1e-4
+def test_onnx_gives_the_same_logits_for_any_batch(samed_adapter, tmp_path, capsys):
+    main(["export", "--adapter", str(samed_adapter), "--output", str(tmp_path / "model.onnx"), "--format", "onnx"])
+    assert re.search(r"onnx written to .*model\.onnx; logits differ from PyTorch's by .*e-", capsys.readouterr().out)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     assert '"spleen"' in session.get_modelmeta().custom_metadata_map["samed_config"]
     pixels = golden_pixels().repeat(2, 1, 1, 1)[:3]
@@ -167,6 +176,15 @@ def test_a_weight_beyond_float16_is_not_stored_as_infinity(samed_adapter, tmp_pa
     with pytest.raises(InputError, match=r"iou_token\.weight is too large for torch.float16"):
         save_adapter(model, tmp_path / "half", config=model.samed_config, dtype="float16")
     assert not (tmp_path / "half").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_checkpoints_of_other_precision_are_converted(tmp_path, dtype):
+    def change(state):
+        state.update({key: value.to(dtype) for key, value in state.items()})
+
+    convert_samed(spoilt(tmp_path, change), BASE, tmp_path / "out", **SIZES)
+    assert load_adapter(tmp_path / "out").samed_config.rank == 4
 
 
 def spoilt(tmp_path, change):
@@ -200,9 +218,29 @@ def not_finite(state):
     state["w_b_001"] = state["w_b_001"] / 0
 
 
+def flat(state):
+    state["w_a_000"] = torch.zeros(48)
+
+
+def flat_tokens(state):
+    state["mask_decoder.mask_tokens.weight"] = torch.tensor(1.0)
+
+
+def without_classes(state):
+    state["mask_decoder.mask_tokens.weight"] = torch.zeros(1, 32)
+
+
+def too_many_classes(state):
+    state["mask_decoder.mask_tokens.weight"] = torch.zeros(300, 32)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (flat, r"expected two dimensions in w_a_000, found shape \(48,\)"),
+        (flat_tokens, r"expected two dimensions in mask_decoder\.mask_tokens\.weight, found shape \(\)"),
+        (without_classes, "expected 2 to 256 rows in .*found 1"),
+        (too_many_classes, "expected 2 to 256 rows in .*found 300"),
         (more_layers, "7 layers and width 48, but the base has 6 layers"),
         (other_encoding, "another positional encoding than the base"),
         (without_token, "lacks weights .*iou_token"),
@@ -315,3 +353,147 @@ def test_the_command_line_converts_and_exports(tmp_path, capsys):
         main(["export", "--adapter", BASE, "--output", str(tmp_path / "f"), "--format", "peft-fused"])
     assert ended.value.code == 2
     assert "adapter" in capsys.readouterr().err
+
+
+def repacked(source, target, *, compression=zipfile.ZIP_STORED, data_pkl=None):
+    """A zip of `torch.save` with other compression, or another pickle."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, data_pkl if data_pkl and name.endswith("data.pkl") else old.read(name))
+    return target
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    file = repacked(BASE, tmp_path / "deflated.pth", compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(InputError, match=r"found .*data\.pkl compressed in .*save it again with torch\.save"):
+        convert_sam(file, tmp_path / "out")
+
+
+def test_a_checkpoint_zipped_again_without_compression_is_the_same(tmp_path):
+    one, two = load_torch_weights(BASE), load_torch_weights(repacked(BASE, tmp_path / "stored.pth"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_asks_for_memory_is_refused_before_it_gets_any(tmp_path, zipped):
+    bomb = b"\x80\x02c__builtin__\nbytearray\n\x8a\x05" + (1500 << 20).to_bytes(5, "little") + b"\x85R."
+    if zipped:
+        file = repacked(BASE, tmp_path / "bomb.pth", data_pkl=bomb)
+    else:
+        file = tmp_path / "bomb.pth"
+        file.write_bytes(bomb)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"cannot be loaded safely.*__builtin__\.bytearray"):
+        convert_sam(file, tmp_path / "out")
+    assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    tracemalloc.stop()
+
+
+def test_a_pickle_too_large_to_name_weights_is_refused(tmp_path):
+    file = repacked(BASE, tmp_path / "large.pth", data_pkl=b"\x80\x02}." + bytes(5 << 20))
+    with pytest.raises(InputError, match="5242884 bytes, too many"):
+        convert_sam(file, tmp_path / "out")
+
+
+def test_the_preset_of_a_vit_h_is_its_own():
+    assert preset_name("full", width=1280, layers=32) == "samed_h"
+    assert preset_name("full", width=768, layers=12) == "samed"
+    assert preset_name("lora", width=1280, layers=32) == "samed_s"
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model_type": "llama"}', '{"model_type": "sam"}', "[1]"])
+@pytest.mark.parametrize("extra", [True, False])
+def test_a_folder_that_is_not_a_sam_alone_is_not_replaced(samed_adapter, tmp_path, content, extra):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.json").write_text(content)
+    if extra:
+        (project / "thesis.txt").touch()
+    if extra or '"sam"' not in content:
+        for export in (lambda: convert_sam(BASE, project), lambda: export_merged(samed_adapter, project)):
+            with pytest.raises(InputError, match="must not be lost"):
+                export()
+        assert (project / "config.json").read_text() == content
+    else:
+        convert_sam(BASE, project)
+        convert_sam(BASE, project, image_size=128)
+        assert SamModel.from_pretrained(project).config.vision_config.image_size == 128
+
+
+def test_a_fused_adapter_replaces_only_another(samed_adapter, tmp_path):
+    other, stranger = tmp_path / "other", tmp_path / "stranger"
+    shutil.copytree(samed_adapter, other)
+    stranger.mkdir()
+    (stranger / "adapter_config.json").write_text("{}")
+    (stranger / "thesis.txt").touch()
+    for folder in (samed_adapter, other, stranger):
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        with pytest.raises(InputError, match="must not be lost"):
+            export_peft_fused(samed_adapter, folder)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    export_peft_fused(samed_adapter, tmp_path / "fused")
+    export_peft_fused(samed_adapter, tmp_path / "fused")
+
+
+@pytest.mark.parametrize("export", [export_samed, export_onnx])
+def test_a_file_is_never_replaced(samed_adapter, tmp_path, export):
+    (tmp_path / "thesis.pth").write_text("years of work")
+    with pytest.raises(InputError, match="found a file; remove it or choose another name"):
+        export(samed_adapter, tmp_path / "thesis.pth")
+    with pytest.raises(InputError, match="found the folder"):
+        export("no/adapter", tmp_path)
+    assert (tmp_path / "thesis.pth").read_text() == "years of work"
+
+
+def test_weights_beyond_what_onnx_holds_are_refused(samed_adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(exports, "_MOST_ONNX_BYTES", 1 << 20)
+    with pytest.raises(InputError, match=r"at most 1048576 bytes of weights.*--format merged"):
+        export_onnx(samed_adapter, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_the_scaling_of_rslora_survives_fusing(tmp_path):
+    convert_samed(GOLDEN / FILES["samed_s"], BASE, tmp_path / "adapter", **SIZES)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": True}))
+    convert_sam(BASE, tmp_path / "base", image_size=128)
+    export_peft_fused(tmp_path / "adapter", tmp_path / "fused")
+    config = SamConfig.from_pretrained(tmp_path / "fused")
+    sam = SamModel.from_pretrained(tmp_path / "base", config=config, ignore_mismatched_sizes=True)
+    model = PeftModel.from_pretrained(sam, tmp_path / "fused").eval()
+    with torch.no_grad():
+        expected = load_adapter(tmp_path / "adapter")(golden_pixels()).logits
+    torch.testing.assert_close(plain_logits(model.base_model.model, golden_pixels()), expected, rtol=0, atol=1e-5)
+
+
+def test_options_of_adapters_are_refused_without_a_base(tmp_path, capsys):
+    options = ["--dtype", "float16", "--class_names", "a", "--input_size", "224", "--orientation", "LAS"]
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "--checkpoint", BASE, "--output", str(tmp_path / "sam"), *options])
+    assert ended.value.code == 2
+    assert "--input_size, --class_names, --orientation, --dtype belong to an adapter" in capsys.readouterr().err
+    assert not (tmp_path / "sam").exists()
+
+
+def test_a_mistyped_checkpoint_is_called_one(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--checkpoint", "sam_vit_c.pth", "--output", str(tmp_path / "sam")])
+    assert "error: checkpoint sam_vit_c.pth is neither a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0", "-16", "100"])
+def test_sizes_that_cannot_be_are_refused(tmp_path, capsys, size):
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "--checkpoint", BASE, "--output", str(tmp_path / "sam"), "--image_size", size])
+    assert ended.value.code == 2
+    assert f"positive multiple of the patch size 16; found {size}" in capsys.readouterr().err
+
+
+def test_each_command_says_what_it_wrote(samed_adapter, tmp_path, capsys):
+    sam, adapter, samed = (str(tmp_path / name) for name in ("sam", "adapter", "samed.pth"))
+    main(["convert", "--checkpoint", BASE, "--output", sam])
+    main(["convert", "--checkpoint", str(GOLDEN / FILES["samed"]), "--base", BASE, "--output", adapter])
+    main(["export", "--adapter", adapter, "--output", samed, "--format", "samed"])
+    lines = [f"SAM written to {sam}", f"adapter written to {adapter}", f"samed written to {samed}"]
+    assert capsys.readouterr().out.splitlines() == lines

@@ -444,10 +444,33 @@ class Payload:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_torch_weights(tmp_path, zipped):
-    state = {"a.weight": torch.randn(3, 2), "b": torch.arange(3)}
+    state = {"a.weight": torch.randn(3, 2), "b": torch.arange(3).bfloat16()}
     torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     loaded = io.load_torch_weights(tmp_path / "w.pth")
     assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "found an empty dict"),
+        ([torch.ones(1)], "found list"),
+        (torch.ones(1), "found Tensor"),
+        ({"model": {"a": torch.ones(1)}}, "found 'model': dict"),
+        ({3: torch.ones(1)}, "found a key of type int: Tensor"),
+        ({"n": torch.ones(2, dtype=torch.int64)}, r"'n' \(int64, strided, cpu\)"),
+        ({"n": torch.ones(2, dtype=torch.bool)}, r"'n' \(bool"),
+        ({"n": torch.ones(2, dtype=torch.complex64)}, r"'n' \(complex64"),
+        ({"n": torch.eye(3).to_sparse()}, r"torch\._utils\._rebuild_sparse_tensor"),
+        ({"n": torch.empty(3, device="meta")}, r"'n' \(float32, strided, meta"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_without_plain_weights_are_named(tmp_path, value, message, zipped):
+    path = tmp_path / "w.pth"
+    torch.save(value, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=message):
+        io.load_torch_weights(path)
 
 
 def test_unsafe_torch_files_are_refused(tmp_path):
@@ -491,3 +514,55 @@ def test_importing_io_is_light():
     code = "import sys, samed_peft.io; print({'torch', 'SimpleITK', 'h5py'} & set(sys.modules))"
     output = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert output.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (".", "expected a file name, found the folder"),
+        ("folder", "expected a file name, found the folder"),
+        ("file/out.pth", "file is a file; choose another name"),
+        ("file/deeper/out.pth", "file is a file; choose another name"),
+    ],
+)
+def test_a_file_that_cannot_be_there_is_refused(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=message):
+        io.write_text(name, "text")
+    with pytest.raises(InputError, match=message):
+        io.require_writable_file(name)
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file is a file"), io.atomic_dir(tmp_path / "file" / "out"):
+        pass
+
+
+def test_a_place_that_may_not_be_written_is_refused_and_left_alone(tmp_path, monkeypatch):
+    def denied(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", denied)
+    with pytest.raises(InputError, match=r"new/a\.txt cannot be written: Permission denied in"):
+        io.write_text(tmp_path / "new" / "a.txt", "text")
+    with pytest.raises(InputError, match="Permission denied"), io.atomic_dir(tmp_path / "new"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_while_writing_stays_what_it_is(tmp_path):
+    with pytest.raises(OSError, match="No space left"), io.atomic_file(tmp_path / "a"):
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_more_than_its_own_files_is_not_replaced(tmp_path):
+    (tmp_path / "mark").touch()
+    io.require_replaceable(tmp_path, marker="mark", allowed="mark|own")
+    (tmp_path / "thesis.txt").touch()
+    io.require_replaceable(tmp_path, marker="mark")
+    with pytest.raises(InputError, match=r"other files thesis\.txt, which must not be lost"):
+        io.require_replaceable(tmp_path, marker="mark", allowed="mark|own")

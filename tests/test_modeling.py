@@ -1,6 +1,7 @@
 """The model against the original's numbers, and as a Transformers model."""
 
 import copy
+import io
 
 import numpy as np
 import pytest
@@ -113,6 +114,20 @@ def test_a_model_that_is_no_sam_is_refused(tmp_path):
     BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="is a bert model, not a SAM"):
         load_sam(tmp_path, class_names=["a"])
+
+
+def test_code_that_a_folder_brings_is_never_run(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "foo", "auto_map": {"AutoConfig": "code.Config"}}')
+    (tmp_path / "code.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+        "from transformers import PretrainedConfig\n"
+        "class Config(PretrainedConfig):\n    model_type = 'foo'\n"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    with pytest.raises(InputError, match="cannot be opened as a SAM"):
+        load_sam(tmp_path, class_names=["a"])
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("base", ["no such folder", "./nowhere/at/all", "missing.pth"])

@@ -16,6 +16,8 @@ from conftest import GOLDEN
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import SamModel
 
+from samed_peft import load_adapter, predict_volume
+from samed_peft.conversion import convert_samed
 from samed_peft.datasets import write_phantom
 from samed_peft.io import load_tensors, read_labels, read_volume, write_mask
 
@@ -257,6 +259,55 @@ def test_a_damaged_scan_among_others_is_named(run, scans, tmp_path):
     assert code == 2, stderr
     assert "img0006.nii.gz" in stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """An adapter of Synapse's organs that sees scans through a window of its own."""
+    folder = tmp_path_factory.mktemp("converted") / "adapter"
+    convert_samed(GOLDEN / "samed_adapter.pth", str(GOLDEN / "sam_base.pth"), folder, image_size=128)
+    path = folder / "samed_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"window": [0.0, 60.0]}))
+    return folder
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_the_adapters_own_window_and_can_be_repeated(run, scans, converted, tmp_path):
+    out = tmp_path / "scored"
+    (out / "predictions").mkdir(parents=True)  # what a killed run leaves
+    (out / "predictions" / "stale.nii.gz").touch()
+    (out / "scores.json").write_text("{}")
+    options = ("--adapter", converted, "--data_dir", scans, "--test_cases", 1, "--output_dir", out)
+    code, _, stderr = run(*options, recipe="score_synapse.py")
+    assert code == 0, stderr
+    assert [path.name for path in (out / "predictions").iterdir()] == ["case0001.nii.gz"]
+    scan = read_volume(scans / "Training" / "img" / "img0001.nii.gz")
+    expected = predict_volume(load_adapter(converted), scan)
+    assert (read_labels(out / "predictions" / "case0001.nii.gz").array == expected).all()
+
+
+@pytest.mark.slow
+def test_scoring_leaves_a_training_runs_folder_alone(run, scans, converted, tmp_path):
+    for name in ("run.json", "report.json"):
+        (tmp_path / name).write_text("{}")
+    options = ("--adapter", converted, "--data_dir", scans, "--test_cases", 1, "--output_dir", tmp_path)
+    code, _, stderr = run(*options, recipe="score_synapse.py")
+    assert code == 2
+    assert "found other files run.json, which must not be lost" in stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "run.json"]
+
+
+@pytest.mark.slow
+def test_an_adapter_of_other_classes_is_not_scored(run, tmp_path):
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    names = [f"organ {label}" for label in range(8)]
+    sizes = {"image_size": 128, "class_names": names}
+    convert_samed(GOLDEN / "samed_adapter.pth", str(GOLDEN / "sam_base.pth"), adapter, **sizes)
+    options = ("--adapter", adapter, "--data_dir", "nowhere", "--output_dir", out)
+    code, _, stderr = run(*options, recipe="score_synapse.py")
+    assert code == 2
+    assert re.search("expected an adapter of Synapse's organs .*found .* of organ 0, organ 1", stderr), stderr
+    assert not out.exists()
 
 
 @pytest.mark.slow

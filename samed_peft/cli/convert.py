@@ -3,6 +3,7 @@
 import argparse
 
 from samed_peft.cli.options import Commands, names, new_command
+from samed_peft.errors import InputError
 
 _EPILOG = """\
 samed convert --checkpoint sam_vit_b_01ec64.pth --output sam_vit_b
@@ -28,17 +29,28 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     parser.add_argument("--input_size", type=int, help="bottleneck at prediction; SAMed's test uses 224")
     parser.add_argument("--class_names", type=names, help="a,b,c; by default Synapse's eight organs")
     parser.add_argument("--orientation", help="axis codes of the training scans; raw BTCV is LAS")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the file")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the file; default float32")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Convert one checkpoint."""
     from samed_peft.conversion import convert_sam, convert_samed
+    from samed_peft.modeling import require_base
 
     if args.base is None:
+        _refuse_adapter_options(args)
+        require_base(args.checkpoint, "checkpoint")
         convert_sam(args.checkpoint, args.output, image_size=args.image_size)
+        print(f"SAM written to {args.output}")
         return
     options = {"input_size": args.input_size, "class_names": args.class_names, "orientation": args.orientation}
     size = {} if args.image_size is None else {"image_size": args.image_size}
-    convert_samed(args.checkpoint, args.base, args.output, dtype=args.dtype, **size, **options)
+    convert_samed(args.checkpoint, args.base, args.output, dtype=args.dtype or "float32", **size, **options)
+    print(f"adapter written to {args.output}")
+
+
+def _refuse_adapter_options(args: argparse.Namespace) -> None:
+    given = [f"--{name}" for name in ("input_size", "class_names", "orientation", "dtype") if vars(args)[name]]
+    if given:
+        raise InputError(f"{', '.join(given)} belong to an adapter: give --base as well, or leave them out for a SAM")

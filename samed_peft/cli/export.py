@@ -21,7 +21,7 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
         epilog=_EPILOG,
     )
     parser.add_argument("--adapter", required=True, help="adapter folder or Hub id")
-    parser.add_argument("--output", required=True, help="file (samed, onnx) or folder (merged, peft-fused)")
+    parser.add_argument("--output", required=True, help="new file (samed, onnx) or folder (merged, peft-fused)")
     parser.add_argument("--format", required=True, choices=("samed", "merged", "peft-fused", "onnx"))
     parser.add_argument("--base", help="its SAM, where it is not to be had under its recorded name")
     parser.set_defaults(run=run)
@@ -37,4 +37,6 @@ def run(args: argparse.Namespace) -> None:
         "peft-fused": conversion.export_peft_fused,
         "onnx": conversion.export_onnx,
     }[args.format]
-    export(args.adapter, args.output, base=args.base)
+    difference = export(args.adapter, args.output, base=args.base)
+    checked = "" if difference is None else f"; logits differ from PyTorch's by {difference:.1g} at most"
+    print(f"{args.format} written to {args.output}{checked}")

@@ -1,9 +1,11 @@
 """Adapters for programs that know nothing of this package: plain SAMs, stock PEFT on the fused projection, ONNX."""
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,16 +15,53 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import SamModel
 
-from samed_peft.adapters import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE, load_adapter
+from samed_peft.adapter_files import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
+from samed_peft.adapters import load_adapter
 from samed_peft.checkpoints import resize_positions, semantic_config
 from samed_peft.conversion.samed_format import write_tensors
 from samed_peft.errors import InputError
-from samed_peft.io import atomic_dir, atomic_file, require_replaceable, save_tensors, save_torch_weights, write_json
+from samed_peft.io import (
+    atomic_dir,
+    atomic_file,
+    read_json,
+    require_replaceable,
+    require_writable,
+    require_writable_file,
+    save_tensors,
+    save_torch_weights,
+    write_json,
+)
 from samed_peft.modeling import SamForSemanticSegmentation, open_sam
 
 _SAM_FILE = "config.json"
+_SAM_FILES = r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+_FUSED_FILES = "|".join(re.escape(name) for name in (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, _SAM_FILE))
+_MOST_ONNX_BYTES = (2 << 30) - (64 << 20)
+"""An ONNX file is one protobuf message, which ends at 2 GiB; the graph needs some of it."""
+
 _ENCODER_LAYERS = r"vision_encoder\.layers\.\d+\.attn\.qkv"
 _LORA_NAME = "base_model.model.vision_encoder.layers.{index}.attn.qkv.lora_{letter}.weight"
+
+
+def _require_sam_target(directory: Path) -> None:
+    """Refuse to replace anything but a SAM that `save_pretrained` wrote, alone in its folder."""
+    require_replaceable(directory, marker=_SAM_FILE, allowed=_SAM_FILES)
+    require_writable(directory)
+    config = directory / _SAM_FILE
+    if config.is_file():
+        found = read_json(config)
+        kind = found.get("model_type") if isinstance(found, dict) else None
+        if kind != "sam":
+            raise InputError(
+                f"expected the config.json of a SAM at {directory}, found model_type {kind!r}, "
+                "which must not be lost; choose an empty or new folder"
+            )
+
+
+def _require_new_file(file: Path) -> None:
+    require_writable_file(file)
+    if file.exists():
+        raise InputError(f"expected a free name at {file}, found a file; remove it or choose another name")
 
 
 def convert_sam(source: str | Path, directory: str | Path, *, image_size: int | None = None) -> None:
@@ -34,10 +73,11 @@ def convert_sam(source: str | Path, directory: str | Path, *, image_size: int | 
         image_size: pixels per side to resize positions for, as SAMed does; None keeps the SAM's own.
 
     Raises:
-        InputError: `source` is no SAM, the directory holds something else, or `image_size` is no multiple of the patch.
+        InputError: `source` is no SAM, the directory holds something else, or `image_size` is no positive multiple of
+            the patch.
     """
+    _require_sam_target(Path(directory))
     sam = open_sam(str(source))
-    require_replaceable(Path(directory), marker=_SAM_FILE)
     if image_size is not None:
         config = semantic_config(sam.config, num_labels=None, image_size=image_size)
         state = resize_positions(sam.state_dict(), config)
@@ -55,7 +95,7 @@ def export_merged(source: str | Path, directory: str | Path, *, base: str | None
     Raises:
         InputError: `source` is no adapter, or the directory holds something else than a SAM.
     """
-    require_replaceable(Path(directory), marker=_SAM_FILE)
+    _require_sam_target(Path(directory))
     merged = load_adapter(source, base=base, merge=True)
     with atomic_dir(directory) as folder:
         merged.save_pretrained(folder)
@@ -65,8 +105,9 @@ def export_samed(source: str | Path, file: str | Path, *, base: str | None = Non
     """Write an adapter as SAMed's `.pth`, which its `test.py --lora_ckpt` loads.
 
     Raises:
-        InputError: SAMed's format has no place for this adapter.
+        InputError: SAMed's format has no place for this adapter, or `file` exists.
     """
+    _require_new_file(Path(file))
     save_torch_weights(write_tensors(source, base=base), file)
 
 
@@ -85,7 +126,7 @@ def export_peft_fused(source: str | Path, directory: str | Path, *, base: str | 
     Raises:
         InputError: the adapter is not plain LoRA, or the directory holds something else.
     """
-    require_replaceable(Path(directory), marker=PEFT_FILE)
+    _require_fused_target(Path(directory), source)
     adapted = load_adapter(source, base=base)
     config = adapted.samed_config
     assert config is not None, "load_adapter fills it"
@@ -102,13 +143,14 @@ def export_peft_fused(source: str | Path, directory: str | Path, *, base: str | 
     saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     tensors |= {key: value for key, value in saved.items() if not (".lora_" in key and ".vision_encoder." in key)}
     rank = tensors[_LORA_NAME.format(index=0, letter="A")].shape[0]
+    decoder_rank, decoder_alpha = _decoder_rank_and_alpha(adapted) if config.decoder == "lora" else (0, 0)
     decoder = [rf"mask_decoder\.transformer\..+\.({'|'.join(config.targets)})"] if config.decoder == "lora" else []
     fused = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules="|".join((_ENCODER_LAYERS, *decoder)),
-        rank_pattern=dict.fromkeys(decoder, lora.r),
-        alpha_pattern=dict.fromkeys(decoder, lora.lora_alpha),
+        rank_pattern=dict.fromkeys(decoder, decoder_rank),
+        alpha_pattern=dict.fromkeys(decoder, decoder_alpha),
         modules_to_save=list(lora.modules_to_save or ()),
         inference_mode=True,
     )
@@ -117,6 +159,28 @@ def export_peft_fused(source: str | Path, directory: str | Path, *, base: str | 
         fused.save_pretrained(folder)
         adapted.get_base_model().config.save_pretrained(folder)
         write_json(folder / CONFIG_FILE, config.to_dict())
+
+
+def _require_fused_target(directory: Path, source: str | Path) -> None:
+    if directory.resolve() == Path(source).resolve():
+        raise InputError(f"{directory} is the adapter to be exported, which must not be lost; choose another folder")
+    # An adapter of `save_adapter` lacks the SAM's config.json and has a model card.
+    require_replaceable(directory, marker=_SAM_FILE, allowed=_FUSED_FILES)
+    require_replaceable(directory, marker=PEFT_FILE)
+    require_writable(directory)
+
+
+def _decoder_rank_and_alpha(adapted: PeftModel) -> tuple[int, float]:
+    """LoRA's rank in the decoder, and the alpha that gives its scaling, which rsLoRA divides by the root of the rank.
+
+    Raises:
+        InputError: layers differ.
+    """
+    layers = [m for n, m in adapted.named_modules() if isinstance(m, LoraLayer) and ".mask_decoder." in n]
+    found = {(layer.r["default"], layer.scaling["default"] * layer.r["default"]) for layer in layers}
+    if len(found) != 1:
+        raise InputError("the decoder's layers differ in rank or alpha; export the adapter with --format merged")
+    return found.pop()
 
 
 def _encoder_layers(adapted: PeftModel) -> dict[int, dict[str, LoraLayer]]:
@@ -164,9 +228,11 @@ def export_onnx(source: str | Path, file: str | Path, *, base: str | None = None
         The largest difference of its logits from PyTorch's on random pixels.
 
     Raises:
-        InputError: `source` is no adapter, the extra `onnx` is not installed, or the outputs differ by more than a
-            thousandth of the logits' range.
+        InputError: `source` is no adapter, `file` exists, the extra `onnx` is not installed, the weights exceed what
+            one ONNX file can hold (2 GiB; ViT-H does), or the outputs differ by more than a thousandth of the
+            logits' range.
     """
+    _require_new_file(Path(file))
     try:
         import onnx
         import onnxruntime
@@ -178,21 +244,15 @@ def export_onnx(source: str | Path, file: str | Path, *, base: str | None = None
     assert config is not None, "load_adapter fills it"
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, config.image_size, config.image_size, generator=generator)
-    with atomic_file(file) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        torch.onnx.export(
-            _Logits(merged).eval(),
-            (pixels,),
-            temporary,
-            input_names=["pixel_values"],
-            output_names=["logits"],
-            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch", min=1, max=256)}},
-            external_data=False,
-            dynamo=True,
-            verbose=False,
+    weights = sum(tensor.nbytes for tensor in merged.state_dict().values())
+    if weights > _MOST_ONNX_BYTES:
+        raise InputError(
+            f"expected at most {_MOST_ONNX_BYTES} bytes of weights, which is what one ONNX file holds, found {weights} "
+            f"in {source}; export it with --format merged"
         )
-        model = onnx.load(temporary)
-        onnx.helper.set_model_props(model, {"samed_config": json.dumps(config.to_dict())})
+    model = _onnx_model(merged, pixels)
+    onnx.helper.set_model_props(model, {"samed_config": json.dumps(config.to_dict())})
+    with atomic_file(file) as temporary:
         onnx.save(model, temporary)
         with torch.inference_mode():
             expected = merged(pixel_values=pixels[:1]).logits.numpy()
@@ -204,3 +264,20 @@ def export_onnx(source: str | Path, file: str | Path, *, base: str | None = None
                 f"the ONNX model of {source} gives logits that differ by {difference:g}; nothing was written"
             )
     return difference
+
+
+def _onnx_model(merged: SamForSemanticSegmentation, pixels: Tensor) -> Any:
+    """The model in memory, so that no file of the exporter's is left behind."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        program = torch.onnx.export(
+            _Logits(merged).eval(),
+            (pixels,),
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch", min=1, max=256)}},
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None, "PyTorch's exporter through torch.export always returns one"
+    return program.model_proto

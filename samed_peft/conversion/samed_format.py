@@ -18,16 +18,18 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransfor
 from torch import Tensor
 from transformers import SamConfig
 
-from samed_peft.adapters import UNUSED_PROMPTS, add_lora, check_tensors, load_adapter, save_adapter
-from samed_peft.checkpoints import POSITIONS, rename_meta_keys
+from samed_peft.adapter_files import CONFIG_FILE, check_tensors
+from samed_peft.adapters import UNUSED_PROMPTS, add_lora, load_adapter, save_adapter
+from samed_peft.checkpoints import MOST_OUTPUTS, POSITIONS, rename_meta_keys
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
 from samed_peft.errors import InputError
-from samed_peft.io import load_torch_weights
+from samed_peft.io import load_torch_weights, require_replaceable, require_writable
 from samed_peft.modeling import SamForSemanticSegmentation, load_sam
 
 _PEFT_PREFIX = "base_model.model."
 _DECODER_ATTENTIONS = {"sa": "self_attn", "cti": "cross_attn_token_to_image", "cit": "cross_attn_image_to_token"}
 _TRANSFORMER = "mask_decoder.transformer"
+_FIRST_A, _TOKENS = "w_a_000", "mask_decoder.mask_tokens.weight"
 
 
 def _numbered(prefix: str, modules: Sequence[str]) -> Iterator[tuple[str, str, str]]:
@@ -110,20 +112,16 @@ def read_samed(
     """
     path = Path(path)
     state = load_torch_weights(path)
-    if "w_a_000" not in state or "mask_decoder.mask_tokens.weight" not in state:
-        raise InputError(
-            f"expected SAMed's checkpoint with w_a_000 and mask_decoder.mask_tokens.weight in {path}, found "
-            f"{', '.join(list(state)[:3])}; Meta's checkpoints are converted without --base"
-        )
+    _check_samed(state, path)
     decoder = "lora" if "fati_qa" in state else "full"
     config = SamedConfig(
         base,
-        _named(class_names, len(state["mask_decoder.mask_tokens.weight"]) - 1, path),
+        _named(class_names, len(state[_TOKENS]) - 1, path),
         image_size=image_size,
         input_size=input_size,
         orientation=orientation,
-        preset="samed_s" if decoder == "lora" else "samed",
-        rank=state["w_a_000"].shape[0],
+        preset=preset_name(decoder, width=state[_FIRST_A].shape[1], layers=_encoder_layers(state)),
+        rank=state[_FIRST_A].shape[0],
         decoder=decoder,
     )
     sam = load_sam(base, class_names=config.class_names, image_size=image_size)
@@ -155,8 +153,43 @@ def convert_samed(
     Raises:
         InputError: as `read_samed` and `save_adapter`.
     """
+    require_replaceable(Path(directory), marker=CONFIG_FILE)
+    require_writable(directory)
     adapted, config = read_samed(path, base, **options)
     save_adapter(adapted, directory, config=config, dtype=dtype)
+
+
+def _check_samed(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse what lacks the tensors that rank and classes are read from."""
+    if _FIRST_A not in state or _TOKENS not in state:
+        raise InputError(
+            f"expected SAMed's checkpoint with {_FIRST_A} and {_TOKENS} in {path}, found "
+            f"{', '.join(list(state)[:3])}; Meta's checkpoints are converted without --base"
+        )
+    for key in (_FIRST_A, _TOKENS):
+        if state[key].ndim != 2 or not state[key].numel():
+            raise InputError(
+                f"expected two dimensions in {key}, found shape {tuple(state[key].shape)} in {path}; the file is no "
+                "checkpoint of SAMed, or damaged"
+            )
+    tokens = len(state[_TOKENS])
+    if not 2 <= tokens <= MOST_OUTPUTS:
+        raise InputError(
+            f"expected 2 to {MOST_OUTPUTS} rows in {_TOKENS}, background and a class at least, found {tokens} in "
+            f"{path}; masks hold labels up to {MOST_OUTPUTS - 1}"
+        )
+
+
+def _encoder_layers(state: Mapping[str, Tensor]) -> int:
+    numbers = [int(match[1]) for key in state if (match := re.fullmatch(r"w_a_(\d{3,9})", key))]
+    return (max(numbers) + 2) // 2
+
+
+def preset_name(decoder: str, *, width: int, layers: int) -> str:
+    """The published recipe that a checkpoint of this shape was trained by: SAMed_h is the one on ViT-H."""
+    if decoder == "lora":
+        return "samed_s"
+    return "samed_h" if (width, layers) == (1280, 32) else "samed"
 
 
 def _named(class_names: Sequence[str] | None, number: int, path: Path) -> tuple[str, ...]:
@@ -175,8 +208,7 @@ def _named(class_names: Sequence[str] | None, number: int, path: Path) -> tuple[
 def _check_base(state: Mapping[str, Tensor], sam: SamForSemanticSegmentation, path: Path) -> None:
     """Refuse a base of another depth, width or positional encoding."""
     vision = sam.config.vision_config
-    numbers = [int(match[1]) for key in state if (match := re.fullmatch(r"w_a_(\d{3,})", key))]
-    found = {"layers": (max(numbers) + 2) // 2, "width": state["w_a_000"].shape[-1]}
+    found = {"layers": _encoder_layers(state), "width": state[_FIRST_A].shape[-1]}
     expected = {"layers": vision.num_hidden_layers, "width": vision.hidden_size}
     if found != expected:
         raise InputError(
@@ -185,7 +217,8 @@ def _check_base(state: Mapping[str, Tensor], sam: SamForSemanticSegmentation, pa
         )
     key = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
     own = sam.shared_image_embedding.positional_embedding
-    if key not in state or not torch.equal(state[key].float(), own.detach()):
+    # A file in half precision holds the base's matrix rounded.
+    if key not in state or not torch.equal(state[key], own.detach().to(state[key].dtype)):
         raise InputError(
             f"{path} has another positional encoding than the base ({key}), which no training changes; "
             "give the SAM it was trained on"

@@ -13,13 +13,21 @@ from samed_peft.io.files import (
     read_text,
     recover_dir,
     require_replaceable,
+    require_writable,
+    require_writable_file,
     write_bytes,
     write_json,
     write_text,
 )
 from samed_peft.io.label_names import label_colour, read_label_names
 from samed_peft.io.readers import SUFFIXES, dicom_files, dicom_series, holds_dicom, read_affine, suffix_of
-from samed_peft.io.tensors import load_tensors, load_torch_weights, save_tensors, save_torch_weights
+from samed_peft.io.tensors import (
+    load_tensors,
+    load_torch_weights,
+    save_tensors,
+    save_torch_weights,
+    tensor_shapes,
+)
 from samed_peft.io.volumes import Volume, grids_apart_mm, read_labels, read_volume
 from samed_peft.io.writers import MASK_SUFFIXES, write_mask, write_volume
 
@@ -47,9 +55,12 @@ __all__ = [
     "recover_dir",
     "require_highdicom",
     "require_replaceable",
+    "require_writable",
+    "require_writable_file",
     "save_tensors",
     "save_torch_weights",
     "suffix_of",
+    "tensor_shapes",
     "write_bytes",
     "write_dicom_seg",
     "write_json",

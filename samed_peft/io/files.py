@@ -66,13 +66,46 @@ def _remove_leftovers(path: Path) -> None:
             _remove(sibling)
 
 
+def require_writable(path: str | Path) -> None:
+    """Refuse a target that cannot be created, before work is put into its content; folders are tried, not made.
+
+    Raises:
+        InputError: something above `path` is a file, or the folder it belongs in may not be written.
+    """
+    path = Path(path).resolve()
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not folder.is_dir():
+        raise InputError(f"expected a folder above {path}, but {folder} is a file; choose another name")
+    probe = _temporary_sibling(folder / (path.name or "probe"))
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror} in {folder}; choose another place") from error
+
+
+def require_writable_file(path: str | Path) -> None:
+    """`require_writable` for a file, which no folder may stand in the place of.
+
+    Raises:
+        InputError: as there, or `path` is a folder.
+    """
+    if Path(path).is_dir():
+        raise InputError(f"expected a file name, found the folder {path}; add a name for the file in it")
+    require_writable(path)
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling to write to; on success it is synced and replaces `path`, else it is deleted.
 
     Missing parent folders are made.
+
+    Raises:
+        InputError: `path` is a folder, below a file, or where nothing may be written.
     """
     path = Path(path)
+    require_writable_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     temporary = _temporary_sibling(path)
@@ -132,19 +165,29 @@ def _swap_in(new: Path, path: Path) -> None:
         shutil.rmtree(backup)
 
 
-def require_replaceable(directory: Path, *, marker: str) -> None:
+def require_replaceable(directory: Path, *, marker: str, allowed: str | None = None) -> None:
     """Refuse to replace a folder that is neither missing, nor empty, nor of its own kind.
 
+    Args:
+        directory: folder to be replaced.
+        marker: file that shows the folder to be of that kind.
+        allowed: regular expression of all names a folder of that kind may hold; None for any.
+
     Raises:
-        InputError: `directory` is a file, or holds files but no `marker`.
+        InputError: `directory` is a file, holds files but no `marker`, or holds files that are not `allowed`.
     """
-    if not directory.exists() or (directory / marker).is_file():
+    if not directory.exists():
         return
     # What a killed write left behind is nobody's file.
-    if not directory.is_dir() or any(not path.name.startswith(".tmp-") for path in directory.iterdir()):
+    names = [p.name for p in directory.iterdir() if not p.name.startswith(".tmp-")] if directory.is_dir() else None
+    own = names is not None and (not names or marker in names)
+    foreign = [name for name in names or () if allowed is not None and not re.fullmatch(allowed, name)]
+    if not own or foreign:
         raise InputError(
-            f"expected an empty folder or an earlier one with {marker} at {directory}, found other files, "
-            "which must not be lost; choose an empty or new folder"
+            f"expected an empty folder or an earlier one with {marker} at {directory}, found other files "
+            f"{', '.join(sorted(foreign)[:3])}, which must not be lost; choose an empty or new folder".replace(
+                " ,", ","
+            )
         )
 
 
@@ -157,11 +200,12 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     `atomic_dir` or `recover_dir` on the same path restores the last complete folder.
 
     Raises:
-        InputError: `path` is a file.
+        InputError: `path` is a file, below one, or where nothing may be written.
     """
     path = Path(path).resolve()  # a link is followed: its target is replaced, not the link
     if path.exists() and not path.is_dir():
         raise InputError(f"expected a folder or a free name at {path}, found a file; choose another name or move it")
+    require_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_dir(path)
     temporary = _temporary_sibling(path)

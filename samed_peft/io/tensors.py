@@ -1,12 +1,12 @@
 """Weights on disk: safetensors for our own, `torch.load(weights_only=True)` for other people's."""
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samed_peft.errors import InputError
 from samed_peft.io.files import atomic_file, require_file
+from samed_peft.io.pickles import check_torch_file, is_zip
 
 if TYPE_CHECKING:  # torch takes seconds to import; reading scans does not need it
     from torch import Tensor
@@ -67,18 +67,38 @@ def load_tensors(path: str | Path) -> "dict[str, Tensor]":
     return tensors
 
 
+def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a safetensors file's tensors, from its header alone.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = require_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"expected a safetensors file, but {path} cannot be read: {error}; it is damaged or cut off, fetch it again"
+        ) from error
+
+
 def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
     """The state dict of a `.pth` file, on the CPU and memory-mapped where its format allows it.
 
-    The pickle inside is never executed: anything but tensors in plain containers is refused.
+    The pickle inside is never executed: anything but tensors in plain containers is refused, by its names, before
+    PyTorch reads it.
 
     Raises:
-        InputError: the file is missing or damaged, holds Python objects or no state dict, claims more than is in it,
-            or a weight is not finite.
+        InputError: the file is missing, damaged or compressed, holds Python objects or no state dict of dense
+            floating-point weights, claims more than is in it, or a weight is not finite.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     path = require_file(path)
+    check_torch_file(path)
     with FakeTensorMode():  # shapes alone; nothing is allocated
         sizes = _load_state(path, mmap=False)
     claimed, stored = sum(tensor.nbytes for tensor in sizes.values()), path.stat().st_size
@@ -88,7 +108,8 @@ def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
             "do not trust its source"
         )
     # Files of PyTorch before 1.6 are no zip archives and cannot be mapped.
-    state = _load_state(path, mmap=zipfile.is_zipfile(path))
+    state = _load_state(path, mmap=is_zip(path))
+    _require_dense(state, path)
     _require_finite(state, path)
     return state
 
@@ -106,12 +127,39 @@ def _load_state(path: Path, *, mmap: bool) -> "dict[str, Tensor]":
             f"expected PyTorch weights without Python objects, but {path} cannot be loaded safely: {reason}; "
             "fetch it again from a source you trust, or save only its state dict"
         ) from error
+    _require_state_dict(state, path)
+    return dict(state)
+
+
+def _require_state_dict(state: object, path: Path) -> None:
+    import torch
+
     if not isinstance(state, dict) or not state:
-        raise InputError(f"expected a state dict (names to tensors), found {type(state).__name__} in {path}")
+        found = "an empty dict" if isinstance(state, dict) else _kind(state)
+        raise InputError(f"expected a state dict (names to tensors), found {found} in {path}; save model.state_dict()")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            shown = repr(name[:80]) if isinstance(name, str) else f"a key of type {_kind(name)}"
             raise InputError(
-                f"expected a state dict (names to tensors), found {name!r}: {type(value).__name__} "
+                f"expected a state dict (names to tensors), found {shown}: {_kind(value)} "
                 f"in {path}; save the model's state dict alone"
             )
-    return dict(state)
+
+
+def _require_dense(state: "Mapping[str, Tensor]", path: Path) -> None:
+    import torch
+
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for name, value in state.items():
+        if value.is_meta or value.layout != torch.strided or value.dtype not in kinds:
+            kind = f"{value.dtype}, {value.layout}, {value.device.type}".replace("torch.", "")
+            raise InputError(
+                f"expected dense weights of float16, bfloat16, float32 or float64, found {name[:80]!r} ({kind}) in "
+                f"{path}; save the model's state dict as it was trained"
+            )
+
+
+def _kind(value: object) -> str:
+    import torch
+
+    return "Tensor" if isinstance(value, torch.Tensor) else type(value).__name__  # not FakeTensor

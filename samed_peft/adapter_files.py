@@ -1,0 +1,140 @@
+"""The files of an adapter directory, and what is believed of them."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from peft import LoraConfig, PeftConfig, PeftType
+from torch import Tensor
+
+from samed_peft.config import SamedConfig, is_hub_id
+from samed_peft.errors import InputError
+from samed_peft.io import read_json, tensor_shapes
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_FILE = "adapter_config.json"
+CONFIG_FILE = "samed_config.json"
+CARD_FILE = "README.md"
+
+_PEFT_TYPES = [kind.value for kind in PeftType]
+PEFT_ERRORS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ImportError, re.error)
+"""What PEFT raises for settings it was not written for."""
+
+
+def read_config(folder: Path) -> SamedConfig:
+    """`samed_config.json` of an adapter directory.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(
+            f"{folder} is no adapter directory: it lacks {CONFIG_FILE}; save_adapter writes one, and SAMed's own "
+            ".pth files must be converted first"
+        )
+    return SamedConfig.from_dict(read_json(folder / CONFIG_FILE))
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors whose names or shapes are not the expected ones.
+
+    Raises:
+        InputError: naming the first of them, with both shapes.
+    """
+    for problem, keys in (
+        ("lacks", expected.keys() - found.keys()),
+        ("has unknown", found.keys() - expected.keys()),
+    ):
+        if keys:
+            raise InputError(
+                f"{path} {problem} weights {', '.join(sorted(keys)[:3])} ({len(keys)} in all); "
+                "was it made for another base?"
+            )
+    for key, tensor in expected.items():
+        if tensor.shape != found[key].shape:
+            raise InputError(
+                f"{path}: {key} should be {tuple(tensor.shape)} for this base, these classes and this rank, "
+                f"but is {tuple(found[key].shape)}"
+            )
+
+
+def adapter_folder(source: str | Path) -> Path:
+    """Where an adapter's files are; those of a Hub id are fetched.
+
+    Raises:
+        InputError: `source` is neither a folder nor a Hub id, or cannot be fetched.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if not is_hub_id(str(source)):
+        raise InputError(f"{source} is neither an adapter directory nor a Hub id such as name/adapter")
+    files = [WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=files))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"the adapter {source} cannot be fetched from the Hub: {str(error).splitlines()[0]}; check its name, "
+            "your connection and HF_TOKEN, or give its folder"
+        ) from error
+
+
+def read_peft_config(folder: Path, config: SamedConfig) -> PeftConfig:
+    """`adapter_config.json` as PEFT's configuration; nothing in it is believed that PEFT would import.
+
+    Raises:
+        InputError: it is missing, damaged, or of another rank than `config`.
+    """
+    if not (folder / PEFT_FILE).is_file():
+        raise InputError(f"{folder} is no adapter directory: it lacks {PEFT_FILE}")
+    values = read_json(folder / PEFT_FILE)
+    if not isinstance(values, dict) or values.get("peft_type") not in _PEFT_TYPES:
+        found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
+        raise InputError(
+            f"expected an adapter's settings with a peft_type, LORA for example, in {folder / PEFT_FILE}, "
+            f"found {found!r}; save the adapter again"
+        )
+    if values.get("megatron_config") is not None:  # PEFT imports whatever module `megatron_core` names
+        raise InputError(f"{folder / PEFT_FILE} asks for Megatron, which no SAM is built of; save the adapter again")
+    try:
+        peft_config = PeftConfig.from_pretrained(str(folder))
+    except PEFT_ERRORS as error:
+        raise unusable(folder, error) from error
+    if isinstance(peft_config, LoraConfig) and peft_config.r != config.rank:
+        raise InputError(
+            f"{folder}: {CONFIG_FILE} says rank {config.rank}, {PEFT_FILE} says {peft_config.r}; "
+            "the files of two adapters are mixed up"
+        )
+    return peft_config
+
+
+def unusable(folder: Path, error: Exception) -> InputError:
+    """What to raise where PEFT stumbles over an adapter's settings with one of `PEFT_ERRORS`."""
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return InputError(
+        f"PEFT cannot use the settings in {folder / PEFT_FILE}: {reason}; the file is damaged, save the adapter again"
+    )
+
+
+def check_ranks(peft_config: PeftConfig, folder: Path) -> None:
+    """Refuse ranks that the weights do not have, before PEFT makes room for them.
+
+    Raises:
+        InputError: naming the rank.
+    """
+    values = peft_config.to_dict()
+    patterns = values.get("rank_pattern") or {}
+    if not isinstance(patterns, dict) or not isinstance(values.get("alpha_pattern") or {}, dict):
+        raise InputError(f"rank_pattern and alpha_pattern must be objects in {folder / PEFT_FILE}; save it again")
+    shapes = tensor_shapes(folder / WEIGHTS_FILE)
+    lora = {shape[0] for name, shape in shapes.items() if ".lora_A." in name and shape}
+    stored = lora if isinstance(peft_config, LoraConfig) else {size for shape in shapes.values() for size in shape}
+    asked = [*patterns.values(), *([values["r"]] if "r" in values else [])]
+    absent = [rank for rank in asked if type(rank) is not int or rank not in stored]
+    if absent:
+        raise InputError(
+            f"{folder / PEFT_FILE} asks for rank {absent[0]!r}, but the tensors of {WEIGHTS_FILE} have "
+            f"{', '.join(map(str, sorted(stored)[:5])) or 'none'}; the files of two adapters are mixed up"
+        )

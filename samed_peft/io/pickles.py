@@ -1,0 +1,97 @@
+"""What a PyTorch file would build, read off its pickle before PyTorch builds any of it."""
+
+import io
+import pickletools
+import zipfile
+from pathlib import Path
+
+from samed_peft.errors import InputError
+
+_ZIP_START = b"PK\x03\x04"  # what torch.load itself goes by
+
+_MOST_PICKLE_BYTES = 4 << 20
+"""A thousand times what a SAM needs; the pickle names tensors, it does not hold them."""
+
+_LEGACY_PICKLES = 5
+"""Magic number, version, machine, state dict and storage keys; raw numbers follow."""
+
+_OPCODES_THAT_BUILD = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "BYTEARRAY8"}
+
+_PLAIN_GLOBALS = {
+    "collections OrderedDict",
+    "torch.storage UntypedStorage",
+    *(f"torch._utils _rebuild_{kind}" for kind in ("tensor_v2", "tensor_v3", "parameter")),
+    "torch._utils _rebuild_meta_tensor_no_storage",
+}
+
+
+def is_zip(path: Path) -> bool:
+    """Whether PyTorch takes the file for its zip format, used since 1.6, which can be mapped into memory."""
+    with path.open("rb") as stream:
+        return stream.read(len(_ZIP_START)) == _ZIP_START
+
+
+def check_torch_file(path: Path) -> None:
+    """Refuse a file of `torch.save` that is more than tensors in dicts, before anything in it is built.
+
+    Raises:
+        InputError: an entry is compressed, which PyTorch maps into memory as if it were not; the pickle is large,
+            damaged, or names anything that tensors do not need, `bytearray` of any size for one.
+    """
+    if is_zip(path):
+        stream, pickles = io.BytesIO(_pickle_of_zip(path)), 1
+    else:
+        with path.open("rb") as file:
+            stream, pickles = io.BytesIO(file.read(_MOST_PICKLE_BYTES)), _LEGACY_PICKLES
+    try:
+        found = next((name for _ in range(pickles) for name in _foreign_names(stream)), None)
+    except (ValueError, OverflowError) as error:  # what pickletools raises for bytes that are no pickle
+        raise _unsafe(path, f"it is no checkpoint, or damaged ({str(error) or type(error).__name__})") from error
+    if found is not None:
+        raise _unsafe(path, f"it is no checkpoint, or holds Python objects ({found})")
+
+
+def _unsafe(path: Path, reason: str) -> InputError:
+    return InputError(
+        f"expected PyTorch weights without Python objects, but {path} cannot be loaded safely: {reason}; "
+        "fetch it again from a source you trust, or save only its state dict"
+    )
+
+
+def _pickle_of_zip(path: Path) -> bytes:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            names = [entry.filename.lower() for entry in entries]  # PyTorch finds entries in either case
+            for entry in entries:
+                if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+                    raise InputError(
+                        f"expected the plain zip that torch.save writes, found {entry.filename} compressed in {path}; "
+                        "load it with the program that wrote it and save it again with torch.save"
+                    )
+            pickles = [entry for entry, name in zip(entries, names, strict=True) if name.endswith("data.pkl")]
+            if len(pickles) != 1 or len(set(names)) != len(names):
+                raise _unsafe(path, "it is no checkpoint, or its entries are not unique")
+            if pickles[0].file_size > _MOST_PICKLE_BYTES:
+                raise _unsafe(path, f"its {pickles[0].filename} has {pickles[0].file_size} bytes, too many for names")
+            return archive.read(pickles[0])
+    except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, RuntimeError) as error:
+        raise _unsafe(path, f"its zip archive is damaged ({error})") from error
+
+
+def _foreign_names(stream: io.BytesIO) -> list[str]:
+    """What one pickle of the stream builds besides tensors and their containers."""
+    names = []
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name in _OPCODES_THAT_BUILD:
+            names.append(opcode.name)
+        elif opcode.name == "GLOBAL" and not _is_plain(str(argument)):
+            names.append(str(argument).replace(" ", "."))
+    return names
+
+
+def _is_plain(name: str) -> bool:
+    module, _, attribute = name.partition(" ")
+    is_storage = attribute.endswith("Storage") and attribute.isalnum()
+    is_dtype = attribute.startswith(("float", "bfloat", "int", "uint", "complex", "bool"))
+    return name in _PLAIN_GLOBALS or (module == "torch" and (is_storage or is_dtype))
