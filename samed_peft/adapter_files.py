@@ -34,7 +34,10 @@ def read_config(folder: Path) -> SamedConfig:
             f"{folder} is no adapter directory: it lacks {CONFIG_FILE}; save_adapter writes one, and SAMed's own "
             ".pth files must be converted first"
         )
-    return SamedConfig.from_dict(read_json(folder / CONFIG_FILE))
+    try:
+        return SamedConfig.from_dict(read_json(folder / CONFIG_FILE))
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:

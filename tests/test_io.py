@@ -461,6 +461,7 @@ def test_torch_weights(tmp_path, zipped):
         ({"n": torch.ones(2, dtype=torch.int64)}, r"'n' \(int64, strided, cpu\)"),
         ({"n": torch.ones(2, dtype=torch.bool)}, r"'n' \(bool"),
         ({"n": torch.ones(2, dtype=torch.complex64)}, r"'n' \(complex64"),
+        ({"n": torch.ones(2).to(torch.float8_e4m3fn)}, r"torch\._utils\._rebuild_tensor_v3"),
         ({"n": torch.eye(3).to_sparse()}, r"torch\._utils\._rebuild_sparse_tensor"),
         ({"n": torch.empty(3, device="meta")}, r"'n' \(float32, strided, meta"),
     ],
@@ -533,6 +534,11 @@ def test_a_file_that_cannot_be_there_is_refused(tmp_path, monkeypatch, name, mes
         io.write_text(name, "text")
     with pytest.raises(InputError, match=message):
         io.require_writable_file(name)
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot be written: File name too long"):
+        io.write_text(tmp_path / ("a" * 300), "text")
 
 
 def test_a_folder_below_a_file_is_refused(tmp_path):

@@ -73,15 +73,17 @@ def require_writable(path: str | Path) -> None:
         InputError: something above `path` is a file, or the folder it belongs in may not be written.
     """
     path = Path(path).resolve()
-    folder = next(parent for parent in path.parents if parent.exists())
-    if not folder.is_dir():
-        raise InputError(f"expected a folder above {path}, but {folder} is a file; choose another name")
-    probe = _temporary_sibling(folder / (path.name or "probe"))
+    folder = path.parent
     try:
-        probe.touch()
-        probe.unlink()
+        folder = next(parent for parent in path.parents if parent.exists())
+        if folder.is_dir():
+            probe = _temporary_sibling(folder / (path.name or "probe"))
+            probe.touch()
+            probe.unlink()
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror} in {folder}; choose another place") from error
+    if not folder.is_dir():
+        raise InputError(f"expected a folder above {path}, but {folder} is a file; choose another name")
 
 
 def require_writable_file(path: str | Path) -> None:
@@ -90,8 +92,9 @@ def require_writable_file(path: str | Path) -> None:
     Raises:
         InputError: as there, or `path` is a folder.
     """
-    if Path(path).is_dir():
-        raise InputError(f"expected a file name, found the folder {path}; add a name for the file in it")
+    with contextlib.suppress(OSError):  # a name that cannot be asked about cannot be written either
+        if Path(path).is_dir():
+            raise InputError(f"expected a file name, found the folder {path}; add a name for the file in it")
     require_writable(path)
 
 

@@ -19,8 +19,8 @@ _OPCODES_THAT_BUILD = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EX
 
 _PLAIN_GLOBALS = {
     "collections OrderedDict",
-    "torch.storage UntypedStorage",
-    *(f"torch._utils _rebuild_{kind}" for kind in ("tensor_v2", "tensor_v3", "parameter")),
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
     "torch._utils _rebuild_meta_tensor_no_storage",
 }
 
