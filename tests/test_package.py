@@ -90,9 +90,9 @@ def test_the_changelog_says_what_is_unreleased():
 
 
 def test_options_in_the_readme_exist():
-    recipe = (ROOT / "recipes" / "synapse.py").read_text(encoding="utf-8")
+    recipes = [(ROOT / "recipes" / name).read_text(encoding="utf-8") for name in ("synapse.py", "finetune.py")]
     fields = {field.name for kind in (TrainingConfig, SamedConfig) for field in dataclasses.fields(kind)}
-    known = _defined_options(recipe) | {f"--{name}" for name in fields}
+    known = set().union(*map(_defined_options, recipes)) | {f"--{name}" for name in fields}
     in_commands = set().union(*(_recipe_options(block) for _, block in BLOCKS))
     assert {"--demo", "--data_dir", "--output_dir"} <= in_commands
     assert in_commands <= known
