@@ -79,15 +79,13 @@ def _open_listed(root: Path, channel: str | None) -> LabelledFolder:
     channels = _channels(content, path)
     number = _channel_number(channels, channel, path)
     if _one_file_a_channel(content, root):
-        images, in_files = _nnunet_images(root, number, channel_names=channels)
+        images = _nnunet_images(root, number, channel_names=channels)
         labels = _by_case(root / "labelsTr")
     else:
         images, labels = _listed_files(content["training"], root)
-        in_files = False
-    several = len(channels) > 1
-    return LabelledFolder(
-        root, names, channels[number], images, _partners(images, labels, root), number if several or in_files else None
-    )
+    # Of a single channel nothing is noted, so that a 4-D scan given to the adapter later is not taken silently.
+    chosen = number if len(channels) > 1 else None
+    return LabelledFolder(root, names, channels[number], images, _partners(images, labels, root), chosen)
 
 
 def _one_file_a_channel(content: Mapping[str, Any], root: Path) -> bool:
@@ -188,14 +186,14 @@ def _by_case(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _nnunet_images(root: Path, number: int, *, channel_names: list[str]) -> tuple[dict[str, Path], bool]:
-    """Scans of one channel, and whether each channel is a file of its own."""
+def _nnunet_images(root: Path, number: int, *, channel_names: list[str]) -> dict[str, Path]:
+    """Scans of one channel, each channel being a file of its own."""
     files = _by_case(root / "imagesTr")
     matches = {name: _CHANNEL_NAME.fullmatch(name) for name in files}
     if not all(matches.values()):
         plain = next(name for name, match in matches.items() if not match)
         if len(channel_names) == 1:
-            return files, False
+            return files
         raise InputError(
             f"expected a file for each channel in {root / 'imagesTr'}, named CASE_0000 and so on, found {plain}"
         )
@@ -206,7 +204,7 @@ def _nnunet_images(root: Path, number: int, *, channel_names: list[str]) -> tupl
             f"expected a file ending in _{number:04d} ({channel_names[number]}) of every case in "
             f"{root / 'imagesTr'}, found none of {', '.join(lacking[:5])}; add it or leave the case out"
         )
-    return images, True
+    return images
 
 
 def _listed_files(training: list[Any], root: Path) -> tuple[dict[str, Path], dict[str, Path]]:

@@ -64,7 +64,7 @@ def test_from_scans_to_a_report(run, scans, tmp_path):
     assert "ball" in stdout
     config = json.loads((tmp_path / "out" / "adapter" / "samed_config.json").read_text())
     assert (config["class_names"], config["orientation"], config["window"]) == (["ball"], "LPS", None)
-    assert config["channel"] == 0, "of files named as nnU-Net names them"
+    assert config["channel"] is None
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     held_out = {case["case"] for case in report["cases"]}
     assert held_out in ({"p1_a", "p1_b"}, {"p3_a"})

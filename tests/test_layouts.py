@@ -60,7 +60,7 @@ def test_nnunet_channels_by_name_or_number(tmp_path, wanted):
 def test_the_first_nnunet_lists_files_without_their_channel(tmp_path):
     folder = open_folder(write(tmp_path / "n", DECATHLON, ("c1_0000", "c2_0000"), ("c1", "c2")))
     assert folder.images["c2"].name == "c2_0000.nii.gz"
-    assert folder.channel == 0
+    assert folder.channel is None
 
 
 def test_channels_within_a_file(tmp_path):
