@@ -21,9 +21,9 @@ from transformers.models.sam.modeling_sam import (
     SamVisionEncoder,
 )
 
-from samed_peft.attention import SamSplitAttention
 from samed_peft.checkpoints import fuse_qkv, load_meta_checkpoint, resize_positions, semantic_config, split_qkv
 from samed_peft.config import TINY_SAM, SamedConfig, is_hub_id
+from samed_peft.encoder import SamEncoderLayer
 from samed_peft.errors import InputError
 from samed_peft.losses import dice_ce_loss
 
@@ -109,22 +109,14 @@ class SamForSemanticSegmentation(PreTrainedModel):
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules: ClassVar[list[str]] = ["SamVisionLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["SamEncoderLayer"]
 
     def __init__(self, config: SamConfig) -> None:
         super().__init__(config)
         vision = config.vision_config
         self.shared_image_embedding = SamPositionalEmbedding(vision)
         self.vision_encoder = SamVisionEncoder(vision)
-        grid = vision.image_size // vision.patch_size
-        for index, layer in enumerate(self.vision_encoder.layers):
-            layer.attn = SamSplitAttention(
-                vision.hidden_size,
-                vision.num_attention_heads,
-                grid_size=grid if index in vision.global_attn_indexes else vision.window_size,
-                qkv_bias=vision.qkv_bias,
-                use_rel_pos=vision.use_rel_pos,
-            )
+        self.vision_encoder.layers = nn.ModuleList(SamEncoderLayer(vision, i) for i in range(vision.num_hidden_layers))
         self.prompt_encoder = SamPromptEncoder(config)
         decoder_config = config.mask_decoder_config
         decoder_config._attn_implementation = config._attn_implementation
