@@ -24,7 +24,7 @@ from samed_peft.errors import exit_on_error
 from samed_peft.evaluation import format_table
 from samed_peft.evaluation.held_out import score_held_out
 from samed_peft.hub import check_repo_id
-from samed_peft.io import content_fingerprint, require_replaceable
+from samed_peft.io import content_fingerprint, require_replaceable, require_writable_folder
 from samed_peft.layouts import LabelledFolder, open_folder
 from samed_peft.training import state
 from samed_peft.training.fit import Run, fit
@@ -63,6 +63,7 @@ def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
         parser.error("--validate_epochs and --validation_cases go together")
     if args.push_to_hub:
         check_repo_id(args.push_to_hub)
+    require_writable_folder(args.output_dir)
     require_replaceable(args.output_dir, marker=state.RUN_FILE)
     return args, from_options(args, TrainingConfig)
 

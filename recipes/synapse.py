@@ -24,7 +24,7 @@ from samed_peft.errors import exit_on_error
 from samed_peft.evaluation import format_table
 from samed_peft.evaluation.held_out import score_held_out
 from samed_peft.hub import check_repo_id
-from samed_peft.io import require_replaceable
+from samed_peft.io import require_replaceable, require_writable_folder
 from samed_peft.presets import DEMO, PRESETS
 from samed_peft.training import state
 from samed_peft.training.fit import Run, fit
@@ -55,6 +55,7 @@ def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
         parser.error("give either --data_dir or --demo; --validate_epochs and --validation_cases go together")
     if args.push_to_hub:
         check_repo_id(args.push_to_hub)
+    require_writable_folder(args.output_dir)
     require_replaceable(args.output_dir, marker=state.RUN_FILE)
     return args, from_options(args, TrainingConfig)
 

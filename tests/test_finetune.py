@@ -103,6 +103,8 @@ def test_from_colour_pictures_to_a_report(run, tmp_path):
         (("--channel", "FLAIR"), r"channels 0 \(T1\)"),
         (("--class_names", "a,a", "--test_cases", "p3_a"), "different names"),
         (("--test_cases", "p1_a", "--patient_pattern", "(p.)_."), "patients p1 are both"),
+        (("--output_dir", RECIPE / "run", "--data_dir", "nowhere"), "finetune.py is a file; choose another name"),
+        (("--output_dir", RECIPE, "--data_dir", "nowhere"), "found a file; choose another name"),
     ],
 )
 def test_bad_input_ends_with_one_message(run, scans, tmp_path, options, message):

@@ -163,6 +163,15 @@ def test_an_edited_file_is_prepared_anew(tmp_path):
     assert slices(folder)[1]["label"].sum() == 0
 
 
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, below):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file" / below)
+    folder = write_folder(tmp_path / "d", {"a": (*blob(), np.eye(4))})
+    with pytest.raises(InputError, match=r"Datasets keeps prepared scans .*file.*; .*HF_HOME.*HF_DATASETS_CACHE"):
+        slices(folder)
+
+
 def test_no_slice_left(tmp_path):
     image, label = blob()
     folder = write_folder(tmp_path / "d", {"a": (image, label * 0, np.eye(4))})

@@ -211,6 +211,7 @@ def test_the_small_preset_trains_and_its_adapter_is_scored(run, scans, tmp_path)
         (["--data_dir", "no/such/folder"], r"expected a data folder at .*no/such/folder, found nothing"),
         (["--data_dir", "{scans}", "--base", "{scans}"], "cannot be opened as a SAM"),
         (["--data_dir", "{scans}", "--train_cases", "7"], r"\[7\]"),
+        (["--data_dir", "nowhere", "--output_dir", "{golden}/README.md/run"], "README.md is a file; choose another"),
         (["--data_dir", "{scans}", "--push_to_hub", "a/b/c"], "expected owner/name as repository, found 'a/b/c'"),
         (["--data_dir", "{scans}", "--rank", "0"], "rank must be at least 1"),
         (["--data_dir", "{golden}"], "expected raw BTCV"),
