@@ -18,6 +18,7 @@ from datasets import Dataset
 
 from samed_peft import SamedConfig, TrainingConfig, load_adapter, push_to_hub
 from samed_peft.adapters import write_card
+from samed_peft.bases import recorded_base
 from samed_peft.config import TINY_SAM, add_options, from_options
 from samed_peft.datasets import CaseVolumes, msd, splits
 from samed_peft.errors import exit_on_error
@@ -93,7 +94,7 @@ def load_rows(
 ) -> tuple[Dataset, SamedConfig]:
     """Training slices, and what the adapter is to be; one process prepares the cache, the others find it."""
     config = SamedConfig(
-        args.base,
+        recorded_base(args.base),
         msd.class_names_for(folder, args.class_names),
         window=tuple(args.window) if args.window else msd.choose_window(folder),
         orientation=msd.choose_orientation(folder, plane=args.plane),

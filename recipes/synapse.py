@@ -17,6 +17,7 @@ from datasets import Dataset
 
 from samed_peft import SamedConfig, TrainingConfig, load_adapter, push_to_hub
 from samed_peft.adapters import write_card
+from samed_peft.bases import recorded_base
 from samed_peft.config import SYNAPSE_CLASSES, TINY_SAM, add_options, from_options
 from samed_peft.datasets import CaseVolumes, common_orientation, load_synapse, write_phantom
 from samed_peft.datasets.synapse_files import require_disjoint, split_cases
@@ -86,7 +87,7 @@ def main() -> None:
     out = args.output_dir
     train_rows, test_rows, validation_rows = splits = load_data(args, accelerator)
     shape = {name: vars(args)[name] for name in (*SHAPE, "preset")}
-    config = SamedConfig(args.base, SYNAPSE_CLASSES, orientation=common_orientation(train_rows), **shape)
+    config = SamedConfig(recorded_base(args.base), SYNAPSE_CLASSES, orientation=common_orientation(train_rows), **shape)
     # The fingerprints of all files are in the names of the prepared splits.
     data = tuple(rows.config_name for rows in splits if rows is not None)
     validation = None if validation_rows is None else CaseVolumes.pairs(validation_rows)

@@ -420,6 +420,28 @@ def test_a_folder_that_is_not_a_sam_alone_is_not_replaced(samed_adapter, tmp_pat
         assert SamModel.from_pretrained(project).config.vision_config.image_size == 128
 
 
+def test_a_fused_adapter_is_called_what_it_is(samed_adapter, tmp_path):
+    export_peft_fused(samed_adapter, tmp_path / "fused")
+    with pytest.raises(InputError, match=r"fused .*peft-fused.* PeftModel\.from_pretrained.* it was exported from"):
+        load_adapter(tmp_path / "fused")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_relative_base_is_recorded_so_that_it_is_found_from_anywhere(tmp_path, monkeypatch, folder):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copy(BASE, "sam.pth")
+    if folder:
+        convert_sam("sam.pth", "sam")
+    convert_samed(GOLDEN / FILES["samed"], "sam" if folder else "sam.pth", "adapter", **SIZES)
+    monkeypatch.chdir(tmp_path / "there")
+    base = load_adapter(tmp_path / "here" / "adapter").samed_config.base
+    assert base == str(tmp_path / "here" / ("sam" if folder else "sam.pth"))
+    recorded = json.loads((tmp_path / "here" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert recorded["base_model_name_or_path"] == base
+
+
 def test_a_fused_adapter_replaces_only_another(samed_adapter, tmp_path):
     other, stranger = tmp_path / "other", tmp_path / "stranger"
     shutil.copytree(samed_adapter, other)

@@ -582,7 +582,7 @@ def test_a_folder_that_takes_no_files_is_refused():
 
 def test_a_file_is_no_folder_to_replace(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="expected a folder or a free name at .*file, found a file"):
+    with pytest.raises(InputError, match=r"expected a folder or a free name at .*file, found a file"):
         io.require_replaceable(tmp_path / "file", marker="mark")
 
 

@@ -21,6 +21,7 @@ class RowsBuilder(datasets.GeneratorBasedBuilder):
             super().__init__(cache_dir=cache_dir, **options)
 
     def download_and_prepare(self, *args: Any, **options: Any) -> None:
+        """As Datasets', where a cache that cannot be written is an `InputError`."""
         with _cache_errors(self._cache_dir_root):
             super().download_and_prepare(*args, **options)
 

@@ -11,6 +11,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from samed_peft.adapters import add_lora, save_adapter
+from samed_peft.bases import without_connection
 from samed_peft.batches import TrainingSlices
 from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.errors import RunInterruptedError
@@ -66,7 +67,8 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     out, training = run.output_dir, run.training
     # The seed decides the fresh weights; order and augmentation depend on (seed, epoch, slice).
     set_seed(training.seed)
-    sam = load_sam(run.config.base, class_names=run.config.class_names, image_size=run.config.image_size)
+    with without_connection(run.config.base):
+        sam = load_sam(run.config.base, class_names=run.config.class_names, image_size=run.config.image_size)
     if training.gradient_checkpointing:
         sam.activation_checkpointing_enable()
     model = add_lora(sam, run.config)
