@@ -19,7 +19,7 @@ from datasets import Dataset
 from samed_peft import SamedConfig, TrainingConfig, load_adapter, push_to_hub
 from samed_peft.adapters import write_card
 from samed_peft.bases import recorded_base
-from samed_peft.config import TINY_SAM, add_options, from_options
+from samed_peft.config import TINY_SAM, add_options, from_options, lower_stop_epoch
 from samed_peft.datasets import CaseVolumes, msd, splits
 from samed_peft.errors import exit_on_error
 from samed_peft.evaluation import format_table
@@ -60,6 +60,7 @@ def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
     parser.add_argument("--resume", action="store_true", help="continue the run in --output_dir")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the adapter, as name/repository")
     args = parser.parse_args()
+    lower_stop_epoch(args, parser)
     if bool(args.validate_epochs) != bool(args.validation_cases):
         parser.error("--validate_epochs and --validation_cases go together")
     if args.push_to_hub:

@@ -18,7 +18,7 @@ from datasets import Dataset
 from samed_peft import SamedConfig, TrainingConfig, load_adapter, push_to_hub
 from samed_peft.adapters import write_card
 from samed_peft.bases import recorded_base
-from samed_peft.config import SYNAPSE_CLASSES, TINY_SAM, add_options, from_options
+from samed_peft.config import SYNAPSE_CLASSES, TINY_SAM, add_options, from_options, lower_stop_epoch
 from samed_peft.datasets import CaseVolumes, common_orientation, load_synapse, write_phantom
 from samed_peft.datasets.synapse_files import require_disjoint, split_cases
 from samed_peft.errors import exit_on_error
@@ -52,6 +52,7 @@ def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
     known = parser.parse_known_args()[0]
     parser.set_defaults(**PRESETS[known.preset].options | (DEMO if known.demo else {}))
     args = parser.parse_args()
+    lower_stop_epoch(args, parser)
     if args.demo == (args.data_dir is not None) or bool(args.validate_epochs) != bool(args.validation_cases):
         parser.error("give either --data_dir or --demo; --validate_epochs and --validation_cases go together")
     if args.push_to_hub:

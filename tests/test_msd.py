@@ -9,6 +9,7 @@ from PIL import Image
 
 from samed_peft.batches import TrainingSlices
 from samed_peft.datasets.msd import choose_orientation, choose_window, class_names_for, load_slices
+from samed_peft.datasets.rows import warn_of_absent_classes
 from samed_peft.errors import InputError
 from samed_peft.layouts import open_folder
 
@@ -177,6 +178,15 @@ def test_no_slice_left(tmp_path):
     folder = write_folder(tmp_path / "d", {"a": (image, label * 0, np.eye(4))})
     with pytest.raises(InputError, match="no slice is left"):
         slices(folder, empty_share=0)
+
+
+def test_classes_without_a_labelled_pixel_are_told(tmp_path):
+    image, label = blob()
+    label[4, 4, 3] = 3
+    rows = slices(write_folder(tmp_path / "d", {"a": (image, label, np.eye(4))}), num_classes=4)
+    with pytest.warns(UserWarning, match="no training slice has a labelled pixel of b, d: .*Dice 1"):
+        warn_of_absent_classes(rows, ("a", "b", "c", "d"))
+    warn_of_absent_classes(rows, ("a",))
 
 
 def test_pictures_have_no_plane(tmp_path):
