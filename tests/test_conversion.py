@@ -143,6 +143,22 @@ def test_stock_peft_attaches_the_fused_adapter_to_a_plain_sam(converted, tmp_pat
     assert not lora[48:96].any()
 
 
+def test_the_readmes_snippet_loads_both_exports(samed_adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convert_sam(BASE, "sam-512", image_size=128)
+    export_merged(samed_adapter, "merged")
+    export_peft_fused(samed_adapter, "fused")
+    readme = (GOLDEN.parents[1] / "README.md").read_text(encoding="utf-8")
+    (snippet,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "PeftModel" in block]
+    names = {"pixel_values": golden_pixels()}
+    exec(snippet, names)  # the project's own document
+    with torch.no_grad():
+        expected = load_adapter(samed_adapter)(golden_pixels()).logits
+    for sam in ("merged", "fused"):
+        torch.testing.assert_close(names["class_maps"](names[sam], golden_pixels()), expected, rtol=0, atol=1e-5)
+    assert names["mask"].equal(expected.argmax(1))
+
+
 @pytest.mark.slow
 def test_onnx_gives_the_same_logits_for_any_batch(samed_adapter, tmp_path, capsys):
     main(["export", "--adapter", str(samed_adapter), "--output", str(tmp_path / "model.onnx"), "--format", "onnx"])

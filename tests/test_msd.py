@@ -139,7 +139,7 @@ def test_bad_cases_are_named(tmp_path):
     moved = np.diag([1.0, 1, 1, 1])
     moved[0, 3] = 5
     bad = {
-        "labels": ((image, label * 2, affine), "labels of .*a.nii.gz hold 2, but only 0..1"),
+        "labels": ((image, label * 2, affine), r"labels of .*a.nii.gz hold 2, but only 0..1 .*class_names"),
         "constant": ((np.ones_like(image), label, affine), "a_0000.nii.gz is constant"),
         "shape": ((image, label[:-1], affine), r"label map of the scan's shape \(4, 5, 6\)"),
     }
@@ -178,6 +178,13 @@ def test_no_slice_left(tmp_path):
     folder = write_folder(tmp_path / "d", {"a": (image, label * 0, np.eye(4))})
     with pytest.raises(InputError, match="no slice is left"):
         slices(folder, empty_share=0)
+
+
+def test_class_names_are_as_many_as_the_folder_has(tmp_path):
+    folder = write_folder(tmp_path / "d", {"a": (*blob(), np.eye(4))})
+    assert class_names_for(folder, ["lesion"]) == ("lesion",)
+    with pytest.raises(InputError, match=r"expected 1 class name, as many as .*has \(blob\), found 2: a, b"):
+        class_names_for(folder, ["a", "b"])
 
 
 def test_classes_without_a_labelled_pixel_are_told(tmp_path):
