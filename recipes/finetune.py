@@ -18,13 +18,14 @@ from datasets import Dataset
 
 from samed_peft import SamedConfig, TrainingConfig, load_adapter, push_to_hub
 from samed_peft.adapters import write_card
-from samed_peft.config import TINY_SAM, add_options, from_options
+from samed_peft.bases import recorded_base
+from samed_peft.config import TINY_SAM, add_options, from_options, lower_stop_epoch
 from samed_peft.datasets import CaseVolumes, msd, splits
 from samed_peft.errors import exit_on_error
 from samed_peft.evaluation import format_table
 from samed_peft.evaluation.held_out import score_held_out
 from samed_peft.hub import check_repo_id
-from samed_peft.io import content_fingerprint, require_replaceable
+from samed_peft.io import content_fingerprint, require_replaceable, require_writable_folder
 from samed_peft.layouts import LabelledFolder, open_folder
 from samed_peft.training import state
 from samed_peft.training.fit import Run, fit
@@ -59,10 +60,12 @@ def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
     parser.add_argument("--resume", action="store_true", help="continue the run in --output_dir")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the adapter, as name/repository")
     args = parser.parse_args()
+    lower_stop_epoch(args, parser)
     if bool(args.validate_epochs) != bool(args.validation_cases):
         parser.error("--validate_epochs and --validation_cases go together")
     if args.push_to_hub:
         check_repo_id(args.push_to_hub)
+    require_writable_folder(args.output_dir)
     require_replaceable(args.output_dir, marker=state.RUN_FILE)
     return args, from_options(args, TrainingConfig)
 
@@ -92,7 +95,7 @@ def load_rows(
 ) -> tuple[Dataset, SamedConfig]:
     """Training slices, and what the adapter is to be; one process prepares the cache, the others find it."""
     config = SamedConfig(
-        args.base,
+        recorded_base(args.base),
         msd.class_names_for(folder, args.class_names),
         window=tuple(args.window) if args.window else msd.choose_window(folder),
         orientation=msd.choose_orientation(folder, plane=args.plane),

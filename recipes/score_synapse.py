@@ -10,6 +10,7 @@ checkpoint scores 81.88 DSC and 20.64 HD95 there, in the `samed` convention.
 import argparse
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -17,10 +18,11 @@ from accelerate import Accelerator
 from samed_peft import SamedConfig, evaluate_cases, load_adapter
 from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.datasets import CaseVolumes, load_synapse
+from samed_peft.datasets.synapse_files import TEST_CASES
 from samed_peft.errors import InputError, exit_on_error
 from samed_peft.evaluation import format_table, write_report
 from samed_peft.inference import segment_cases, settings_of
-from samed_peft.io import require_replaceable, require_writable, write_json
+from samed_peft.io import require_replaceable, require_writable_folder, write_json
 
 MARKER = "scores.json"
 """Says of a folder that this recipe fills it, from the first mask on: a killed run is simply started again."""
@@ -44,6 +46,18 @@ def claim(folder: Path, settings: dict[str, object]) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def coverage_note(cases: Iterable[str]) -> dict[str, str]:
+    """What a reader must know of scores on other cases than SAMed's twelve; stands above them in the report."""
+    of_samed, scored = [f"case{number:04d}" for number in TEST_CASES], set(cases)
+    missing, others = [case for case in of_samed if case not in scored], sorted(scored - {*of_samed})
+    if not missing and not others:
+        return {}
+    parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"besides {', '.join(others)}"] * bool(others)
+    found = len(of_samed) - len(missing)
+    note = f"scored {found} of SAMed's {len(of_samed)} test cases; {'; '.join(parts)}; published figures are of all"
+    return {"note": note}
+
+
 @exit_on_error
 def main() -> None:
     """Segment, score, report."""
@@ -54,8 +68,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder, or one of this recipe to replace")
     parser.add_argument("--test_cases", type=int, nargs="+", help="in place of SAMed's 12")
     args = parser.parse_args()
+    require_writable_folder(args.output_dir)
     require_replaceable(args.output_dir, marker=MARKER, allowed=OWN_FILES)
-    require_writable(args.output_dir)
     accelerator = Accelerator()
     model = load_adapter(args.adapter, base=args.base, device=accelerator.device)
     config = settings_of(model)
@@ -68,7 +82,7 @@ def main() -> None:
     images, references = CaseVolumes.pairs(rows)
     masks = segment_cases(model, images, args.output_dir / "predictions", accelerator=accelerator)
     if accelerator.is_main_process:
-        labels = {"class_names": config.class_names, "settings": config.to_dict()}
+        labels = {"class_names": config.class_names, "settings": config.to_dict() | coverage_note(references)}
         report = evaluate_cases(CaseVolumes.of_masks(masks), references, images=images, **labels)
         write_report(report, args.output_dir)
         print(format_table(report), f"masks, report and pictures are in {args.output_dir}", sep="\n")

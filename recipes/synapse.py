@@ -17,14 +17,15 @@ from datasets import Dataset
 
 from samed_peft import SamedConfig, TrainingConfig, load_adapter, push_to_hub
 from samed_peft.adapters import write_card
-from samed_peft.config import SYNAPSE_CLASSES, TINY_SAM, add_options, from_options
+from samed_peft.bases import recorded_base
+from samed_peft.config import SYNAPSE_CLASSES, TINY_SAM, add_options, from_options, lower_stop_epoch
 from samed_peft.datasets import CaseVolumes, common_orientation, load_synapse, write_phantom
 from samed_peft.datasets.synapse_files import require_disjoint, split_cases
 from samed_peft.errors import exit_on_error
 from samed_peft.evaluation import format_table
 from samed_peft.evaluation.held_out import score_held_out
 from samed_peft.hub import check_repo_id
-from samed_peft.io import require_replaceable
+from samed_peft.io import require_replaceable, require_writable_folder
 from samed_peft.presets import DEMO, PRESETS
 from samed_peft.training import state
 from samed_peft.training.fit import Run, fit
@@ -51,10 +52,12 @@ def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
     known = parser.parse_known_args()[0]
     parser.set_defaults(**PRESETS[known.preset].options | (DEMO if known.demo else {}))
     args = parser.parse_args()
+    lower_stop_epoch(args, parser)
     if args.demo == (args.data_dir is not None) or bool(args.validate_epochs) != bool(args.validation_cases):
         parser.error("give either --data_dir or --demo; --validate_epochs and --validation_cases go together")
     if args.push_to_hub:
         check_repo_id(args.push_to_hub)
+    require_writable_folder(args.output_dir)
     require_replaceable(args.output_dir, marker=state.RUN_FILE)
     return args, from_options(args, TrainingConfig)
 
@@ -85,7 +88,7 @@ def main() -> None:
     out = args.output_dir
     train_rows, test_rows, validation_rows = splits = load_data(args, accelerator)
     shape = {name: vars(args)[name] for name in (*SHAPE, "preset")}
-    config = SamedConfig(args.base, SYNAPSE_CLASSES, orientation=common_orientation(train_rows), **shape)
+    config = SamedConfig(recorded_base(args.base), SYNAPSE_CLASSES, orientation=common_orientation(train_rows), **shape)
     # The fingerprints of all files are in the names of the prepared splits.
     data = tuple(rows.config_name for rows in splits if rows is not None)
     validation = None if validation_rows is None else CaseVolumes.pairs(validation_rows)

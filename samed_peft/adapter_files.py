@@ -11,16 +11,46 @@ from torch import Tensor
 
 from samed_peft.config import SamedConfig, is_hub_id
 from samed_peft.errors import InputError
-from samed_peft.io import read_json, tensor_shapes
+from samed_peft.io import read_json, require_replaceable, tensor_shapes
+from samed_peft.modeling import require_base
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_FILE = "adapter_config.json"
 CONFIG_FILE = "samed_config.json"
 CARD_FILE = "README.md"
 
+_OWN_FILES = "|".join(re.escape(name) for name in (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE))
+_OWN_FILES += r"|report\.(json|csv|html|md)|pictures"
+_SYSTEM_FILES = r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs.*|\.ipynb_checkpoints"
+"""What file managers, NFS and Jupyter leave in folders that they show."""
+
 _PEFT_TYPES = [kind.value for kind in PeftType]
 PEFT_ERRORS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ImportError, re.error)
 """What PEFT raises for settings it was not written for."""
+
+
+def require_adapter_target(directory: Path) -> None:
+    """Refuse to replace a folder with anything but an adapter in it, or an adapter and its report.
+
+    Raises:
+        InputError: naming the other files.
+    """
+    require_replaceable(directory, marker=CONFIG_FILE, allowed=f"{_OWN_FILES}|{_SYSTEM_FILES}")
+
+
+def require_recorded_base(config: SamedConfig, folder: Path) -> None:
+    """Whether the base that an adapter records can name a SAM here.
+
+    Raises:
+        InputError: saying whose base it is, and that another place can be named.
+    """
+    try:
+        require_base(config.base)
+    except InputError as error:
+        raise InputError(
+            f"{error}; it is what {folder / CONFIG_FILE} records: where the SAM lies elsewhere now, name that place as "
+            "base, or --base on the command line"
+        ) from error
 
 
 def read_config(folder: Path) -> SamedConfig:
@@ -98,6 +128,11 @@ def read_peft_config(folder: Path, config: SamedConfig) -> PeftConfig:
         raise InputError(
             f"expected an adapter's settings with a peft_type, LORA for example, in {folder / PEFT_FILE}, "
             f"found {found!r}; save the adapter again"
+        )
+    if ".qkv" in str(values.get("target_modules")):
+        raise InputError(
+            f"{folder} is an export for stock PEFT (samed export --format peft-fused): it fits a plain SamModel, by "
+            "PeftModel.from_pretrained(sam, folder) as in the README; here, give the adapter it was exported from"
         )
     if values.get("megatron_config") is not None:  # PEFT imports whatever module `megatron_core` names
         raise InputError(f"{folder / PEFT_FILE} asks for Megatron, which no SAM is built of; save the adapter again")

@@ -20,14 +20,16 @@ from samed_peft.adapter_files import (
     check_tensors,
     read_config,
     read_peft_config,
+    require_adapter_target,
+    require_recorded_base,
     unusable,
 )
+from samed_peft.bases import without_connection
 from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.errors import InputError
 from samed_peft.io import (
     atomic_dir,
     load_tensors,
-    require_replaceable,
     save_tensors,
     write_json,
     write_text,
@@ -136,7 +138,7 @@ def save_adapter(
         InputError: the directory holds something else than an adapter, or a weight is too large for `dtype`.
     """
     config = dataclasses.replace(config, base_sha256=model.base_sha256)
-    require_replaceable(Path(directory), marker=CONFIG_FILE)
+    require_adapter_target(Path(directory))
     with atomic_dir(Path(directory)) as folder:
         model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         if dtype != "float32":
@@ -185,12 +187,15 @@ def load_adapter(
     folder = adapter_folder(source)
     config = read_config(folder)
     peft_config = read_peft_config(folder, config)
-    model = load_sam(
-        base or config.base,
-        class_names=config.class_names,
-        image_size=config.image_size,
-        revision=config.base_revision if base is None else None,
-    )
+    if base is None:
+        require_recorded_base(config, folder)
+    with without_connection(base or config.base):
+        model = load_sam(
+            base or config.base,
+            class_names=config.class_names,
+            image_size=config.image_size,
+            revision=config.base_revision if base is None else None,
+        )
     if config.base_sha256 is not None and model.base_sha256 != config.base_sha256:
         raise InputError(
             f"the adapter in {folder} was trained on {config.base} with weights {config.base_sha256[:12]}, but "

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,12 @@ class SamedConfig(_Json):
             self.input_size is None or self.input_size > 0,
             f"input_size must be positive or None; found {self.input_size}",
         )
+        if self.input_size is not None and self.input_size > self.image_size:
+            warnings.warn(
+                f"input_size ({self.input_size}) is larger than image_size ({self.image_size}), so that it is no "
+                "bottleneck: slices are resized twice for nothing; leave input_size out",
+                stacklevel=3,
+            )
         _require(
             self.window is None or (len(self.window) == 2 and self.window[0] < self.window[1]),
             f"window must be (low, high) with low < high, or None; found {self.window}",
@@ -254,7 +261,8 @@ class TrainingConfig(_Json):
         )
         _require(
             self.stop_epoch <= self.epochs,
-            f"stop_epoch ({self.stop_epoch}) must not exceed epochs ({self.epochs})",
+            f"stop_epoch ({self.stop_epoch}) must not exceed epochs ({self.epochs}); give stop_epoch, --stop_epoch on "
+            "the command line, too",
         )
         _require(0 <= self.dice_weight <= 1, f"dice_weight must be in [0, 1]; found {self.dice_weight}")
 
@@ -281,6 +289,12 @@ def add_options(parser: argparse.ArgumentParser, kind: type[ConfigT], names: Seq
         else:
             plain = next(t for t in (*get_args(types[field.name]), types[field.name]) if t is not type(None))
             parser.add_argument(flag, default=field.default, type=plain, help=shown)
+
+
+def lower_stop_epoch(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Let `--epochs` alone shorten a run: where `--stop_epoch` is left at its default, `epochs` is its limit."""
+    if args.stop_epoch == parser.get_default("stop_epoch"):
+        args.stop_epoch = min(args.stop_epoch, args.epochs)
 
 
 def from_options(args: argparse.Namespace, kind: type[ConfigT]) -> ConfigT:

@@ -15,6 +15,8 @@ from samed_peft.io import read_json, suffix_of
 
 DATASET_FILE = "dataset.json"
 
+_ADVICE = "give the dataset.json of the Decathlon or of nnU-Net"
+
 _CHANNEL_NAME = re.compile(r"(.+)_(\d{4})")
 _PICTURE_FOLDERS = ("images", "masks")
 
@@ -103,7 +105,7 @@ def _one_file_a_channel(content: Mapping[str, Any], root: Path) -> bool:
 
 def _mapping(value: Any, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"expected an object with labels in {path}, found {type(value).__name__}")
+        raise InputError(f"expected an object with labels in {path}, found {type(value).__name__}; {_ADVICE}")
     return value
 
 
@@ -115,7 +117,7 @@ def class_names_of(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     """
     labels = content.get("labels")
     if not isinstance(labels, dict) or not labels:
-        raise InputError(f'expected "labels" with numbers and names in {path}, found {labels!r}')
+        raise InputError(f'expected "labels" with numbers and names in {path}, found {labels!r}; {_ADVICE}')
     by_number: dict[int, str] = {}
     for key, value in labels.items():
         number, name = (value, key) if isinstance(value, int) else (key, value)
@@ -145,6 +147,8 @@ def names_of_dataset(path: Path) -> tuple[str, ...]:
     Raises:
         InputError: the file has no such labels, or they are not 0..K.
     """
+    if path.is_dir() or path.suffix.lower() != ".json":
+        raise InputError(f"expected the dataset.json of the Decathlon or of nnU-Net, found {path}; give that file")
     return class_names_of(_mapping(read_json(path), path), path)
 
 

@@ -122,6 +122,24 @@ def test_a_folder_of_other_files_is_not_replaced(golden_model, golden_config, tm
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("name", ["thesis.txt", ".git", "run.json", "config.json"])
+def test_an_adapter_with_other_files_beside_it_is_not_replaced(saved, golden_model, golden_config, name):
+    before = (saved / "README.md").read_bytes()
+    (saved / name).write_text("mine")
+    with pytest.raises(InputError, match=f"found other files {name}, which must not be lost"):
+        save_adapter(golden_model, saved, config=golden_config)
+    assert (saved / name).read_text() == "mine"
+    assert (saved / "README.md").read_bytes() == before
+
+
+def test_reports_and_what_systems_leave_are_no_other_files(saved, golden_model, golden_config):
+    for name in ("report.json", "report.html", ".DS_Store", ".nfs00001", ".ipynb_checkpoints"):
+        (saved / name).touch()
+    (saved / "pictures").mkdir()
+    save_adapter(golden_model, saved, config=golden_config)
+    assert len(list(saved.iterdir())) == 4
+
+
 def test_another_base_is_refused(saved, tmp_path):
     sam = load_meta_checkpoint(GOLDEN / "sam_base.pth")
     with torch.no_grad():
@@ -189,8 +207,11 @@ def test_a_model_for_other_classes_is_refused(golden_config):
 def test_the_adapter_is_found_where_the_base_has_moved(saved, tmp_path):
     shutil.copy(GOLDEN / "sam_base.pth", tmp_path / "moved.pth")
     edit_config(saved, base="gone/elsewhere/sam.pth")
-    with pytest.raises(InputError, match="gone/elsewhere"):
+    recorded = r"gone/elsewhere/sam\.pth is neither .*; it is what .*samed_config\.json records: .* base, or --base"
+    with pytest.raises(InputError, match=recorded):
         load_adapter(saved)
+    with pytest.raises(InputError, match=r"base moved\.pth is neither .*sam-vit-base$"):
+        load_adapter(saved, base="moved.pth")
     assert load_adapter(saved, base=str(tmp_path / "moved.pth")) is not None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,7 +89,11 @@ def test_images_make_pictures(folders):
     code, report = _evaluate(folders, "--images", folders / "images")
     assert code == 1
     assert len(report["cases"]) == 2
-    assert report["settings"]["failed_cases"]["b"].startswith("scored, but has no picture: ")
+    reason = report["settings"]["failed_cases"]["b"]
+    assert re.match(r"scored, but has no picture: [^/]*\(image .*b\.nii\.gz\)$", reason)
+    (folders / "images" / "b.nii.gz").write_bytes(b"no gzip")
+    _, report = _evaluate(folders, "--images", folders / "images")
+    assert report["settings"]["failed_cases"]["b"].count("b.nii.gz") == 1
 
 
 def test_bad_cases_are_left_out_and_told(folders, capsys):
@@ -102,7 +107,7 @@ def test_bad_cases_are_left_out_and_told(folders, capsys):
         "lonely": "expected one file of this name",
         "moved": "3 mm apart",
         "short": r"(5, 8, 8) and (6, 8, 8)",
-        "unnamed": "prediction hold 7, but only 0..2",
+        "unnamed": "labels of the prediction hold 7, but only 0..2",
         "unpredicted": "found none",
     }
     for case in bad:
@@ -126,6 +131,8 @@ def test_bad_cases_are_left_out_and_told(folders, capsys):
         assert f"failed: {case}: " in errors
         assert f"<li>{case}: " in page
     assert "error: 7 of 9 cases failed" in errors
+    assert "failed: unnamed: labels of the prediction hold 7, but " in errors
+    assert re.search(r"more classes \(prediction .*unnamed\.nii\.gz, reference .*unnamed\.nii\.gz\)", errors)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, file names are Unicode")
@@ -142,12 +149,16 @@ def test_file_names_need_not_be_utf_8(folders):
 
 def test_wrong_input_ends_with_code_2_and_no_report(folders, capsys):
     (folders / "empty").mkdir()
+    (folders / "list.json").write_text("[]")
+    (folders / "none.json").write_text("{}")
     (folders / "unfit").mkdir()
     (folders / "unfit" / "other.nii.gz").write_bytes(b"no gzip")
     for options, message in (
         ({"predictions": "nowhere"}, "expected a folder at"),
         ({"references": "empty"}, "expected files ending in .nii.gz"),
-        ({"predictions": "unfit"}, "none of the 3 cases"),
+        ({"predictions": "unfit"}, "found other.nii.gz in "),
+        ({"output": "preds/a.nrrd"}, "found a file; choose another name"),
+        ({"output": "preds/a.nrrd/report"}, "a.nrrd is a file; choose another name"),
     ):
         assert _evaluate(folders, **options) == (2, None)
         assert message in capsys.readouterr().err
@@ -156,10 +167,26 @@ def test_wrong_input_ends_with_code_2_and_no_report(folders, capsys):
         (("--class_names", "liver,liver"), "class_names must be different names"),
         (("--images", folders / "unfit"), "images named as the references"),
         (("--dataset_json", folders / "nowhere.json"), "does not exist"),
+        (("--dataset_json", folders / "refs"), "expected the dataset.json of the Decathlon or of nnU-Net, found"),
+        (("--dataset_json", folders / "refs" / "a.nii.gz"), "expected the dataset.json of the Decathlon or of nnU-Net"),
+        (("--dataset_json", folders / "list.json"), "found list; give the dataset.json of the Decathlon or of nnU-Net"),
+        (("--dataset_json", folders / "none.json"), "found None; give the dataset.json of the Decathlon or of nnU-Net"),
         (("--class_names", "a,b", "--dataset_json", "x"), "not allowed with"),
     ):
         assert _evaluate(folders, *options) == (2, None)
         assert message in capsys.readouterr().err
+
+
+def test_names_of_raw_btcv_are_to_be_made_equal(folders, capsys):
+    for folder, name in (("preds", "img"), ("refs", "label")):
+        for path in (folders / folder).iterdir():
+            path.rename(path.with_name(f"{name}000{'ab'.index(path.name[0])}{path.name[1:]}"))
+    assert _evaluate(folders) == (2, None)
+    error = capsys.readouterr().err
+    assert "found img0000.nrrd in" in error
+    assert "label0000.nii.gz in" in error
+    assert "rename one folder's files" in error
+    assert "failed" not in error
 
 
 def test_background_alone_cannot_be_scored(folders, capsys):

@@ -1,10 +1,11 @@
 """Configurations refuse what cannot work and survive JSON."""
 
+import argparse
 import json
 
 import pytest
 
-from samed_peft.config import SYNAPSE_CLASSES, SamedConfig, TrainingConfig
+from samed_peft.config import SYNAPSE_CLASSES, SamedConfig, TrainingConfig, add_options, from_options, lower_stop_epoch
 from samed_peft.errors import InputError, NonFiniteLossError, RunInterruptedError, exit_on_error
 
 
@@ -70,6 +71,33 @@ def test_bad_adapters_are_refused(values):
 def test_bad_training_is_refused(values):
     with pytest.raises(InputError, match=next(iter(values))):
         TrainingConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("options", "stop_epoch"),
+    [([], 160), (["--epochs", "1"], 1), (["--epochs", "180"], 160), (["--epochs", "9", "--stop_epoch", "3"], 3)],
+)
+def test_epochs_alone_shorten_a_run(options, stop_epoch):
+    parser = argparse.ArgumentParser()
+    add_options(parser, TrainingConfig)
+    args = parser.parse_args(options)
+    lower_stop_epoch(args, parser)
+    assert from_options(args, TrainingConfig).stop_epoch == stop_epoch
+
+
+def test_more_epochs_to_stop_at_than_there_are_is_refused():
+    parser = argparse.ArgumentParser()
+    add_options(parser, TrainingConfig)
+    args = parser.parse_args(["--epochs", "9", "--stop_epoch", "12"])
+    lower_stop_epoch(args, parser)
+    with pytest.raises(InputError, match=r"stop_epoch \(12\) must not exceed epochs \(9\); give stop_epoch, .*too"):
+        from_options(args, TrainingConfig)
+
+
+def test_a_bottleneck_wider_than_the_model_is_told():
+    with pytest.warns(UserWarning, match=r"input_size \(224\) is larger than image_size \(128\)"):
+        SamedConfig("x", ("a",), image_size=128, input_size=224)
+    SamedConfig("x", ("a",), image_size=224, input_size=224)
 
 
 def test_unknown_and_missing_fields_are_named():

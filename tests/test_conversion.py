@@ -143,6 +143,22 @@ def test_stock_peft_attaches_the_fused_adapter_to_a_plain_sam(converted, tmp_pat
     assert not lora[48:96].any()
 
 
+def test_the_readmes_snippet_loads_both_exports(samed_adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convert_sam(BASE, "sam-512", image_size=128)
+    export_merged(samed_adapter, "merged")
+    export_peft_fused(samed_adapter, "fused")
+    readme = (GOLDEN.parents[1] / "README.md").read_text(encoding="utf-8")
+    (snippet,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "PeftModel" in block]
+    names = {"pixel_values": golden_pixels()}
+    exec(snippet, names)  # the project's own document
+    with torch.no_grad():
+        expected = load_adapter(samed_adapter)(golden_pixels()).logits
+    for sam in ("merged", "fused"):
+        torch.testing.assert_close(names["class_maps"](names[sam], golden_pixels()), expected, rtol=0, atol=1e-5)
+    assert names["mask"].equal(expected.argmax(1))
+
+
 @pytest.mark.slow
 def test_onnx_gives_the_same_logits_for_any_batch(samed_adapter, tmp_path, capsys):
     main(["export", "--adapter", str(samed_adapter), "--output", str(tmp_path / "model.onnx"), "--format", "onnx"])
@@ -418,6 +434,28 @@ def test_a_folder_that_is_not_a_sam_alone_is_not_replaced(samed_adapter, tmp_pat
         convert_sam(BASE, project)
         convert_sam(BASE, project, image_size=128)
         assert SamModel.from_pretrained(project).config.vision_config.image_size == 128
+
+
+def test_a_fused_adapter_is_called_what_it_is(samed_adapter, tmp_path):
+    export_peft_fused(samed_adapter, tmp_path / "fused")
+    with pytest.raises(InputError, match=r"fused .*peft-fused.* PeftModel\.from_pretrained.* it was exported from"):
+        load_adapter(tmp_path / "fused")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_relative_base_is_recorded_so_that_it_is_found_from_anywhere(tmp_path, monkeypatch, folder):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copy(BASE, "sam.pth")
+    if folder:
+        convert_sam("sam.pth", "sam")
+    convert_samed(GOLDEN / FILES["samed"], "sam" if folder else "sam.pth", "adapter", **SIZES)
+    monkeypatch.chdir(tmp_path / "there")
+    base = load_adapter(tmp_path / "here" / "adapter").samed_config.base
+    assert base == str(tmp_path / "here" / ("sam" if folder else "sam.pth"))
+    recorded = json.loads((tmp_path / "here" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert recorded["base_model_name_or_path"] == base
 
 
 def test_a_fused_adapter_replaces_only_another(samed_adapter, tmp_path):

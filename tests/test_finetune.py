@@ -16,7 +16,7 @@ from samed_peft.io import read_labels
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "finetune.py"
 SMALL = [
-    *("--base", "tiny-sam", "--image_size", "64", "--batch_size", "4", "--epochs", "2", "--stop_epoch", "2"),
+    *("--base", "tiny-sam", "--image_size", "64", "--batch_size", "4", "--epochs", "2"),
     *("--warmup_steps", "2", "--learning_rate", "0.003", "--num_workers", "0"),
 ]
 
@@ -59,8 +59,9 @@ def scans(tmp_path_factory):
 def test_from_scans_to_a_report(run, scans, tmp_path):
     options = ("--data_dir", scans, "--output_dir", tmp_path / "out", *SMALL)
     patients = ("--patient_pattern", "(p.)_.", "--folds", 3, "--validation_cases", "p2_a", "--validate_epochs", 1)
-    code, stdout, stderr = run(*options, *patients, "--fold", 1)
+    code, stdout, stderr = run(*options, *patients, "--fold", 1, "--resume")
     assert code == 0, stderr
+    assert f"UserWarning: nothing to resume in {tmp_path / 'out'}: " in stderr
     assert "ball" in stdout
     config = json.loads((tmp_path / "out" / "adapter" / "samed_config.json").read_text())
     assert (config["class_names"], config["orientation"], config["window"]) == (["ball"], "LPS", None)
@@ -87,10 +88,11 @@ def test_from_colour_pictures_to_a_report(run, tmp_path):
         picture[mask > 0, 0] += 120
         Image.fromarray(picture).save(tmp_path / "data" / "images" / f"{number}.png")
         Image.fromarray(mask).save(tmp_path / "data" / "masks" / f"{number}.png")
-    options = ("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", "--class_names", "polyp")
+    options = ("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", "--class_names", "polyp,tool")
     code, stdout, stderr = run(*options, *SMALL, "--test_cases", 3, 4)
     assert code == 0, stderr
     assert "polyp" in stdout
+    assert "UserWarning: no training slice has a labelled pixel of tool: " in stderr
     config = json.loads((tmp_path / "out" / "adapter" / "samed_config.json").read_text())
     assert (config["window"], config["orientation"]) == ([0.0, 255.0], None)
 
@@ -98,15 +100,17 @@ def test_from_colour_pictures_to_a_report(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--fold", "9"), "a fold from 0 on"),
-        (("--test_cases", "p9"), "hold out, found p9"),
+        (("--fold", "9"), "expected fold 0 to 2 of 3 folds, found 9"),
+        (("--test_cases", "p9"), "hold out, found p9; there are p1_a, p1_b, p2_a, p3_a"),
+        (("--class_names", "a,b"), r"expected 1 class name, as many as dataset.json has \(ball\), found 2: a, b"),
         (("--channel", "FLAIR"), r"channels 0 \(T1\)"),
-        (("--class_names", "a,a", "--test_cases", "p3_a"), "different names"),
         (("--test_cases", "p1_a", "--patient_pattern", "(p.)_."), "patients p1 are both"),
+        (("--output_dir", RECIPE / "run", "--data_dir", "nowhere"), "finetune.py is a file; choose another name"),
+        (("--output_dir", RECIPE, "--data_dir", "nowhere"), "found a file; choose another name"),
     ],
 )
 def test_bad_input_ends_with_one_message(run, scans, tmp_path, options, message):
-    code, _, stderr = run("--data_dir", scans, "--output_dir", tmp_path / "out", *SMALL, *options)
+    code, _, stderr = run("--data_dir", scans, "--output_dir", tmp_path / "out", *SMALL, "--folds", 3, *options)
     assert code == 2, stderr
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert re.search(message, line)

@@ -559,6 +559,33 @@ def test_a_place_that_may_not_be_written_is_refused_and_left_alone(tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_to_write_into_is_tried_before_it_is_needed(tmp_path):
+    (tmp_path / "file").touch()
+    for name, message in (
+        ("file", "expected a folder or a free name at .*file, found a file"),
+        ("file/deeper", "expected a folder above .*deeper, but .*file is a file"),
+        ("a" * 300, "cannot be written: File name too long"),
+    ):
+        with pytest.raises(InputError, match=message):
+            io.require_writable_folder(tmp_path / name)
+    io.require_writable_folder(tmp_path)
+    io.require_writable_folder(tmp_path / "new" / "deeper")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a folder that not even root may write")
+def test_a_folder_that_takes_no_files_is_refused():
+    for name in ("/proc", "/proc/new"):
+        with pytest.raises(InputError, match=f"{name} cannot be written: .* in /proc; choose another place"):
+            io.require_writable_folder(name)
+
+
+def test_a_file_is_no_folder_to_replace(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"expected a folder or a free name at .*file, found a file"):
+        io.require_replaceable(tmp_path / "file", marker="mark")
+
+
 def test_an_error_while_writing_stays_what_it_is(tmp_path):
     with pytest.raises(OSError, match="No space left"), io.atomic_file(tmp_path / "a"):
         raise OSError(28, "No space left on device")

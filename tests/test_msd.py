@@ -9,6 +9,7 @@ from PIL import Image
 
 from samed_peft.batches import TrainingSlices
 from samed_peft.datasets.msd import choose_orientation, choose_window, class_names_for, load_slices
+from samed_peft.datasets.rows import warn_of_absent_classes
 from samed_peft.errors import InputError
 from samed_peft.layouts import open_folder
 
@@ -138,7 +139,7 @@ def test_bad_cases_are_named(tmp_path):
     moved = np.diag([1.0, 1, 1, 1])
     moved[0, 3] = 5
     bad = {
-        "labels": ((image, label * 2, affine), "labels of .*a.nii.gz hold 2, but only 0..1"),
+        "labels": ((image, label * 2, affine), r"labels of .*a.nii.gz hold 2, but only 0..1 .*class_names"),
         "constant": ((np.ones_like(image), label, affine), "a_0000.nii.gz is constant"),
         "shape": ((image, label[:-1], affine), r"label map of the scan's shape \(4, 5, 6\)"),
     }
@@ -163,11 +164,36 @@ def test_an_edited_file_is_prepared_anew(tmp_path):
     assert slices(folder)[1]["label"].sum() == 0
 
 
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, below):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file" / below)
+    folder = write_folder(tmp_path / "d", {"a": (*blob(), np.eye(4))})
+    with pytest.raises(InputError, match=r"Datasets keeps prepared scans .*file.*; .*HF_HOME.*HF_DATASETS_CACHE"):
+        slices(folder)
+
+
 def test_no_slice_left(tmp_path):
     image, label = blob()
     folder = write_folder(tmp_path / "d", {"a": (image, label * 0, np.eye(4))})
     with pytest.raises(InputError, match="no slice is left"):
         slices(folder, empty_share=0)
+
+
+def test_class_names_are_as_many_as_the_folder_has(tmp_path):
+    folder = write_folder(tmp_path / "d", {"a": (*blob(), np.eye(4))})
+    assert class_names_for(folder, ["lesion"]) == ("lesion",)
+    with pytest.raises(InputError, match=r"expected 1 class name, as many as .*has \(blob\), found 2: a, b"):
+        class_names_for(folder, ["a", "b"])
+
+
+def test_classes_without_a_labelled_pixel_are_told(tmp_path):
+    image, label = blob()
+    label[4, 4, 3] = 3
+    rows = slices(write_folder(tmp_path / "d", {"a": (image, label, np.eye(4))}), num_classes=4)
+    with pytest.warns(UserWarning, match="no training slice has a labelled pixel of b, d: .*Dice 1"):
+        warn_of_absent_classes(rows, ("a", "b", "c", "d"))
+    warn_of_absent_classes(rows, ("a",))
 
 
 def test_pictures_have_no_plane(tmp_path):

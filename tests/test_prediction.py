@@ -24,6 +24,7 @@ from samed_peft.errors import InputError
 from samed_peft.inference import predict_volume
 from samed_peft.modeling import load_sam
 from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, predict_files
+from samed_peft.prediction.intensities import warn_of_window
 
 ROOT = Path(__file__).parents[1]
 NAMES = {1: "liver", 2: 'left <kidney> & "co"'}
@@ -151,6 +152,32 @@ def test_finished_scans_are_skipped(predict, tmp_path, capsys):
     assert (tmp_path / "masks" / "a.nii.gz").read_bytes() == finished
 
 
+def test_what_is_said_where_scans_fail_is_true(predict, tmp_path, capsys):
+    for case in "ab":
+        (tmp_path / "scans").mkdir(exist_ok=True)
+        (tmp_path / "scans" / f"{case}.nii.gz").write_bytes(b"no gzip")
+    assert predict("scans", "masks") == 1
+    assert "error: all 2 scans failed; no mask was written" in capsys.readouterr().err
+    write_scan(tmp_path / "scans" / "c.nii.gz")
+    assert predict("scans", "masks") == 1
+    assert "error: 2 of 3 scans failed; the other masks are written" in capsys.readouterr().err
+    assert predict("scans", "masks") == 1
+    assert "error: 2 of 3 scans failed; the other masks were written earlier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["notes.txt/masks", "notes.txt/masks/a.nii.gz", "masks"])
+def test_an_output_folder_that_cannot_be_written_is_noticed_first(predict, tmp_path, capsys, output):
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "overlays").touch()
+    write_scan(tmp_path / "scans" / "a.nii.gz")
+    assert predict("scans", output, "--overlay", "--adapter", "nowhere") == 2
+    error = capsys.readouterr().err
+    assert "a file" in error
+    assert "choose another name" in error
+    assert error.count("\n") == 1
+
+
 def test_channels_of_4d_files(predict, model, tmp_path, capsys):
     channels = np.stack([scan_array(1), scan_array(2)])
     image = nibabel.Nifti1Image(channels.T, AFFINE)
@@ -158,9 +185,11 @@ def test_channels_of_4d_files(predict, model, tmp_path, capsys):
     image.set_qform(AFFINE, code=4)
     nibabel.save(image, tmp_path / "four.nii.gz")
     assert predict("four.nii.gz", "none.nii.gz") == 2
-    assert "choose one by its number, 0 to 1" in capsys.readouterr().err
+    assert "choose one of 0 to 1 as channel, --channel on the command line" in capsys.readouterr().err
     assert predict("four.nii.gz", "none.nii.gz", "--channel", 2) == 2
-    assert "choose one by its number, 0 to 1" in capsys.readouterr().err
+    assert "expected a channel from 0 to 1, found 2 for " in capsys.readouterr().err
+    with pytest.raises(InputError, match="expected a channel from 0 to 1, found -1 for "):
+        io.read_volume(tmp_path / "four.nii.gz", channel=-1)
     assert predict("four.nii.gz", "none.nii.gz", "--channel", -1) == 2
     assert not (tmp_path / "none.nii.gz").exists()
     assert predict("four.nii.gz", "mask.nii.gz", "--channel", 1) == 0
@@ -430,3 +459,26 @@ def test_dicom_seg(predict, model, tmp_path, capsys):
     (tmp_path / "link").symlink_to(tmp_path / "studies" / "one")
     assert plan_masks([tmp_path / "link"], tmp_path / "masks")[0].case == "link"
     assert len(list((tmp_path / "studies" / "one").iterdir())) == 5
+
+
+def test_scans_of_another_kind_are_told_with_figures(predict, tmp_path):
+    write_scan(tmp_path / "unit.nii.gz", scan_array() / 100)  # the window is 0 to 100
+    write_scan(tmp_path / "bright.nii.gz", scan_array() + 100)
+    write_scan(tmp_path / "dark.nii.gz", scan_array() - 2000)
+    for name, message in (
+        ("unit", r"unit\.nii\.gz holds 0\.\d+ to 0\.9\d+ .* window, 0 to 100: 0 % lie below, 0 % above, .* 1 % of it"),
+        ("bright", r"bright\.nii\.gz holds 10\d.* window, 0 to 100: 0 % lie below, 100 % above"),
+        ("dark", r"dark\.nii\.gz holds -19.* window, 0 to 100: 100 % lie below, 0 % above"),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            assert predict(f"{name}.nii.gz", f"{name}-mask.nii.gz") == 0
+
+
+def test_scans_that_fit_the_window_are_not_told(real_scans):
+    for path in sorted((real_scans / "btcv_like" / "Training" / "img").iterdir()):
+        warn_of_window(io.read_volume(path), (-125.0, 275.0))
+    mr = io.read_volume(real_scans / "Task04_Hippocampus" / "imagesTr" / "hippocampus_003.nii.gz")
+    warn_of_window(mr, None)
+    with pytest.warns(UserWarning, match=r"hippocampus_003.*8\d % above"):
+        warn_of_window(mr, (-125.0, 275.0))
+    warn_of_window(io.Volume(mr.array / mr.array.max(), normalized=True), (-125.0, 275.0))

@@ -211,6 +211,7 @@ def test_the_small_preset_trains_and_its_adapter_is_scored(run, scans, tmp_path)
         (["--data_dir", "no/such/folder"], r"expected a data folder at .*no/such/folder, found nothing"),
         (["--data_dir", "{scans}", "--base", "{scans}"], "cannot be opened as a SAM"),
         (["--data_dir", "{scans}", "--train_cases", "7"], r"\[7\]"),
+        (["--data_dir", "nowhere", "--output_dir", "{golden}/README.md/run"], "README.md is a file; choose another"),
         (["--data_dir", "{scans}", "--push_to_hub", "a/b/c"], "expected owner/name as repository, found 'a/b/c'"),
         (["--data_dir", "{scans}", "--rank", "0"], "rank must be at least 1"),
         (["--data_dir", "{golden}"], "expected raw BTCV"),
@@ -278,9 +279,12 @@ def test_scores_are_those_of_the_adapters_own_window_and_can_be_repeated(run, sc
     (out / "predictions" / "stale.nii.gz").touch()
     (out / "scores.json").write_text("{}")
     options = ("--adapter", converted, "--data_dir", scans, "--test_cases", 1, "--output_dir", out)
-    code, _, stderr = run(*options, recipe="score_synapse.py")
+    code, stdout, stderr = run(*options, recipe="score_synapse.py")
     assert code == 0, stderr
     assert [path.name for path in (out / "predictions").iterdir()] == ["case0001.nii.gz"]
+    note = "scored 1 of SAMed's 12 test cases; missing case0002, case0003, "
+    assert note in " ".join(stdout.split())
+    assert json.loads((out / "report.json").read_text(encoding="utf-8"))["settings"]["note"].startswith(note)
     scan = read_volume(scans / "Training" / "img" / "img0001.nii.gz")
     expected = predict_volume(load_adapter(converted), scan)
     assert (read_labels(out / "predictions" / "case0001.nii.gz").array == expected).all()

@@ -55,9 +55,14 @@ def test_listed_splits_that_cannot_be_used(tmp_path, content, message):
 
 def test_what_else_is_refused():
     patients = patients_of(CASES, PATTERN)
-    for folds, fold in ((1, 0), (11, 0), (5, 5), (5, -1)):
-        with pytest.raises(InputError, match="expected 2 to 10 folds"):
-            fold_split(patients, folds=folds, fold=fold)
+    for folds in (1, 11):
+        with pytest.raises(InputError, match=f"expected 2 to 10 folds, .* as there are patients, found {folds}"):
+            fold_split(patients, folds=folds, fold=0)
+    for fold in (5, -1):
+        with pytest.raises(InputError, match=f"expected fold 0 to 4 of 5 folds, found {fold}"):
+            fold_split(patients, folds=5, fold=fold)
+    with pytest.raises(InputError, match=r"hold out, found p99_v1; there are p00_v1, p00_v2, .* \(20 in all\)"):
+        named_split(patients, ["p99_v1", CASES[0]])
     for pattern, message in (("(", "regular expression"), ("p.+", "a group"), (r"(p\d)", "does not match")):
         with pytest.raises(InputError, match=message):
             patients_of(CASES, pattern)

@@ -202,6 +202,8 @@ def test_a_run_folder_is_claimed_once(tmp_path):
     with pytest.raises(InputError, match="found other files, which must not be lost"):
         claim_run_folder(tmp_path / "other", settings, resume=True, accelerator=accelerator)
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+    with pytest.raises(InputError, match=r"expected a folder above .*, but .*thesis\.txt is a file"):
+        claim_run_folder(tmp_path / "other" / "thesis.txt" / "run", settings, resume=False, accelerator=accelerator)
 
 
 def test_a_model_split_over_processes_is_refused():

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
 
     from samed_peft.adapters import load_adapter
     from samed_peft.inference import settings_of
-    from samed_peft.io import require_highdicom
+    from samed_peft.io import require_highdicom, require_writable_folder
     from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, predict_files
 
     names = ("batch_size", "dtype", "flips", "keep_largest", "overlay", "overwrite")
@@ -78,7 +78,10 @@ def run(args: argparse.Namespace) -> None:
     if args.dicom_seg:
         require_highdicom()
     # What can be wrong is looked for before a large base is loaded.
-    plan_masks(sources, args.output, channel=args.channel, dicom_seg=args.dicom_seg)
+    first = plan_masks(sources, args.output, channel=args.channel, dicom_seg=args.dicom_seg)[0]
+    require_writable_folder(first.mask.parent)
+    if args.overlay:
+        require_writable_folder(first.overlay.parent)
     accelerator = Accelerator(cpu=args.device == "cpu")
     model = load_adapter(args.adapter, base=args.base, device=_device(args.device, accelerator))
     channel = settings_of(model).channel if args.channel is None else args.channel
@@ -126,5 +129,8 @@ def _report(outcome: "Outcome", output: Path) -> None:
     if outcome.skipped:
         line += f"; {len(outcome.skipped)} finished earlier and skipped, --overwrite segments them again"
     print(line)
+    if len(outcome.failed) == total:
+        raise SomeCasesFailedError(f"all {total} scans failed; no mask was written")
     if outcome.failed:
-        raise SomeCasesFailedError(f"{len(outcome.failed)} of {total} scans failed; the other masks are written")
+        others = "are written" if outcome.written else "were written earlier"
+        raise SomeCasesFailedError(f"{len(outcome.failed)} of {total} scans failed; the other masks {others}")

@@ -17,6 +17,7 @@ from transformers import SamModel
 
 from samed_peft.adapter_files import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
 from samed_peft.adapters import load_adapter
+from samed_peft.bases import without_connection
 from samed_peft.checkpoints import resize_positions, semantic_config
 from samed_peft.conversion.samed_format import write_tensors
 from samed_peft.errors import InputError
@@ -77,7 +78,8 @@ def convert_sam(source: str | Path, directory: str | Path, *, image_size: int | 
             the patch.
     """
     _require_sam_target(Path(directory))
-    sam = open_sam(str(source))
+    with without_connection(str(source)):
+        sam = open_sam(str(source))
     if image_size is not None:
         config = semantic_config(sam.config, num_labels=None, image_size=image_size)
         state = resize_positions(sam.state_dict(), config)

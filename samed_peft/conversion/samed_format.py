@@ -18,12 +18,13 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransfor
 from torch import Tensor
 from transformers import SamConfig
 
-from samed_peft.adapter_files import CONFIG_FILE, check_tensors
+from samed_peft.adapter_files import check_tensors, require_adapter_target
 from samed_peft.adapters import UNUSED_PROMPTS, add_lora, load_adapter, save_adapter
+from samed_peft.bases import recorded_base, without_connection
 from samed_peft.checkpoints import MOST_OUTPUTS, POSITIONS, rename_meta_keys
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
 from samed_peft.errors import InputError
-from samed_peft.io import load_torch_weights, require_replaceable, require_writable
+from samed_peft.io import load_torch_weights, require_writable
 from samed_peft.modeling import SamForSemanticSegmentation, load_sam
 
 _PEFT_PREFIX = "base_model.model."
@@ -115,7 +116,7 @@ def read_samed(
     _check_samed(state, path)
     decoder = "lora" if "fati_qa" in state else "full"
     config = SamedConfig(
-        base,
+        recorded_base(base),
         _named(class_names, len(state[_TOKENS]) - 1, path),
         image_size=image_size,
         input_size=input_size,
@@ -124,7 +125,8 @@ def read_samed(
         rank=state[_FIRST_A].shape[0],
         decoder=decoder,
     )
-    sam = load_sam(base, class_names=config.class_names, image_size=image_size)
+    with without_connection(base):
+        sam = load_sam(base, class_names=config.class_names, image_size=image_size)
     _check_base(state, sam, path)
     tensors = _adapter_tensors(state, sam.config, decoder)
     own_prompts = _own_prompts(tensors, sam)
@@ -153,7 +155,7 @@ def convert_samed(
     Raises:
         InputError: as `read_samed` and `save_adapter`.
     """
-    require_replaceable(Path(directory), marker=CONFIG_FILE)
+    require_adapter_target(Path(directory))
     require_writable(directory)
     adapted, config = read_samed(path, base, **options)
     save_adapter(adapted, directory, config=config, dtype=dtype)

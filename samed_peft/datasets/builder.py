@@ -1,7 +1,9 @@
 """What the builders of this package share: errors that reach the user, and preparation in several processes."""
 
+import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,6 +16,15 @@ from samed_peft.errors import InputError
 class RowsBuilder(datasets.GeneratorBasedBuilder):
     """A builder of packed rows whose `InputError`s are not wrapped in errors of Datasets."""
 
+    def __init__(self, cache_dir: str | None = None, **options: Any) -> None:
+        with _cache_errors(cache_dir):
+            super().__init__(cache_dir=cache_dir, **options)
+
+    def download_and_prepare(self, *args: Any, **options: Any) -> None:
+        """As Datasets', where a cache that cannot be written is an `InputError`."""
+        with _cache_errors(self._cache_dir_root):
+            super().download_and_prepare(*args, **options)
+
     def _prepare_split_single(self, **kwargs: Any) -> Iterator[Any]:
         try:
             yield from super()._prepare_split_single(**kwargs)
@@ -22,6 +33,23 @@ class RowsBuilder(datasets.GeneratorBasedBuilder):
             if isinstance(error.__cause__, InputError):
                 raise error.__cause__ from None
             raise
+
+
+@contextlib.contextmanager
+def _cache_errors(cache_dir: str | Path | None = None) -> Iterator[None]:
+    """Say of a cache that cannot be written how to have another; what is wrong with scans are no `OSError`s here.
+
+    Raises:
+        InputError: the folder is read-only, below a file, or full.
+    """
+    try:
+        yield
+    except OSError as error:
+        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).absolute()
+        raise InputError(
+            f"Datasets keeps prepared scans in {folder}, which cannot be written: {error.strerror or error}; set the "
+            "variable HF_HOME, or HF_DATASETS_CACHE for prepared scans alone, to a folder with room that may be written"
+        ) from error
 
 
 def prepared(builder: RowsBuilder, split: str, *, num_cases: int, num_proc: int | None = None) -> datasets.Dataset:

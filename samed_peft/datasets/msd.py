@@ -15,7 +15,7 @@ from samed_peft.datasets.pairs import require_labels, require_one_grid
 from samed_peft.datasets.rows import SLICE_FEATURES, slice_row
 from samed_peft.errors import InputError
 from samed_peft.io import Volume, content_fingerprint, read_affine, read_labels, read_volume
-from samed_peft.layouts import LabelledFolder
+from samed_peft.layouts import DATASET_FILE, LabelledFolder
 from samed_peft.preprocessing import normalized_array, reorientation, reoriented
 
 ORIENTATIONS = {"axial": "LPS", "coronal": "LIP", "sagittal": "PIL"}
@@ -102,7 +102,8 @@ def read_pair(image: Path, label: Path, *, channel: int | None, num_classes: int
     # nnU-Net's scans have a file for each channel, which is no matter of the file's content.
     scan, labels = read_volume(image, channel=channel), read_labels(label)
     require_one_grid(scan, labels)
-    require_labels(labels.array, num_classes, label)
+    advice = "name all of them in dataset.json or with class_names, or is it the scan itself?"
+    require_labels(labels.array, num_classes, label, advice=advice)
     return scan, labels
 
 
@@ -234,8 +235,15 @@ def class_names_for(folder: LabelledFolder, given: Sequence[str] | None) -> tupl
     """Names of labels 1..K: those given, those of the folder, or numbers up to the largest label.
 
     Raises:
-        InputError: a name is given for fewer labels than the folder names, or no label map has a label.
+        InputError: more or fewer names are given than the folder has, or no label map has a label.
     """
+    number = len(folder.class_names)
+    if given is not None and number and len(given) != number:
+        raise InputError(
+            f"expected {number} class name{'s' * (number != 1)}, as many as {DATASET_FILE} has "
+            f"({', '.join(folder.class_names)}), found {len(given)}: {', '.join(given)}; leave class_names out, or "
+            "rename them all"
+        )
     if given is not None:
         return tuple(given)
     if folder.class_names:

@@ -27,8 +27,16 @@ def require_one_grid(scan: Volume, labels: Volume) -> None:
         )
 
 
-def require_labels(label: np.ndarray, highest: int, path: Path) -> None:
+def require_labels(
+    label: np.ndarray, highest: int, path: Path, *, advice: str = "is it from another dataset, or the scan itself?"
+) -> None:
     """Refuse labels outside 0..highest.
+
+    Args:
+        label: (D, H, W).
+        highest: K.
+        path: its file.
+        advice: ends the message.
 
     Raises:
         InputError: naming up to eight of them.
@@ -37,5 +45,5 @@ def require_labels(label: np.ndarray, highest: int, path: Path) -> None:
         found = sorted({int(value) for value in np.unique(label)} - set(range(highest + 1)))
         raise InputError(
             f"labels of {path} hold {', '.join(map(str, found[:8]))}, but only 0..{highest} are "
-            "expected there; is it from another dataset, or the scan itself?"
+            f"expected there; {advice}"
         )

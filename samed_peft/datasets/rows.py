@@ -1,5 +1,7 @@
 """Arrays as dataset columns: stored as raw bytes with their shape, decoded by a transform."""
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -87,3 +89,22 @@ def common_orientation(rows: Dataset) -> str | None:
             "as_closest_canonical for instance, or leave some out"
         )
     return next(iter(examples))
+
+
+def warn_of_absent_classes(rows: Dataset, class_names: Sequence[str]) -> None:
+    """Warn of classes that no slice of a training split has a labelled pixel of.
+
+    Args:
+        rows: from `load_synapse` or `load_slices`.
+        class_names: names of labels 1..K.
+    """
+    counts = np.zeros(256, np.int64)
+    for packed in rows.with_format(None).select_columns("label"):
+        counts += np.bincount(np.frombuffer(packed["label"]["bytes"], np.uint8), minlength=256)
+    absent = [name for label, name in enumerate(class_names, start=1) if not counts[label]]
+    if absent:
+        warnings.warn(
+            f"no training slice has a labelled pixel of {', '.join(absent)}: the adapter cannot learn them, and where "
+            "references lack them too, whatever it predicts has Dice 1 in the samed convention; check labels and names",
+            stacklevel=2,
+        )

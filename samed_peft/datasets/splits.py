@@ -54,11 +54,10 @@ def fold_split(patients: Mapping[str, str], *, folds: int, fold: int, seed: int 
         InputError: there are fewer patients than folds, or `fold` is out of range.
     """
     distinct = sorted(set(patients.values()))
-    if not 2 <= folds <= len(distinct) or not 0 <= fold < folds:
-        raise InputError(
-            f"expected 2 to {len(distinct)} folds, as many as there are patients, and a fold from 0 on; "
-            f"found folds {folds}, fold {fold}"
-        )
+    if not 2 <= folds <= len(distinct):
+        raise InputError(f"expected 2 to {len(distinct)} folds, at most as many as there are patients, found {folds}")
+    if not 0 <= fold < folds:
+        raise InputError(f"expected fold 0 to {folds - 1} of {folds} folds, found {fold}; they are counted from 0")
     order = np.random.default_rng(seed).permutation(len(distinct))
     held_out = {distinct[index] for index in order[fold::folds]}
     return _sides(patients, held_out)
@@ -93,7 +92,10 @@ def named_split(patients: Mapping[str, str], held_out: Sequence[str]) -> Split:
     """
     unknown = sorted(set(held_out) - patients.keys())
     if unknown or not held_out:
-        raise InputError(f"expected cases of the folder to hold out, found {', '.join(unknown[:5]) or 'none'}")
+        raise InputError(
+            f"expected cases of the folder to hold out, found {', '.join(unknown[:5]) or 'none'}; there are "
+            f"{', '.join(sorted(patients)[:20])} ({len(patients)} in all)"
+        )
     train = [case for case in patients if case not in held_out]
     if not train:
         raise InputError("no case is left to train on when all are held out")

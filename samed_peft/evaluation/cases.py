@@ -102,7 +102,7 @@ def score_pair(prediction: Volume, reference: Volume, *, num_classes: int, toler
     """`metrics.score_case` of two label maps on one grid, in the reference's millimetres.
 
     Raises:
-        InputError: the grids differ or a label has no name; the message begins with the files.
+        InputError: the grids differ or a label has no name; the message ends with the files.
     """
     try:
         scores = score_case(
@@ -114,8 +114,9 @@ def score_pair(prediction: Volume, reference: Volume, *, num_classes: int, toler
         )
         _check_grids(prediction, reference)
     except InputError as error:
-        files = [str(volume.path) for volume in (prediction, reference) if volume.path is not None]
-        raise InputError(": ".join([*files, str(error)])) from error
+        roles = {"prediction": prediction, "reference": reference}
+        files = [f"{role} {volume.path}" for role, volume in roles.items() if volume.path is not None]
+        raise InputError(f"{error} ({', '.join(files)})" if files else str(error)) from error
     return scores
 
 

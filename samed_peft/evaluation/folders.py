@@ -11,7 +11,7 @@ from samed_peft.evaluation.artefacts import REPORT_FILES
 from samed_peft.evaluation.cases import checked_names, score_pair
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.evaluation.report import Report
-from samed_peft.io import Volume, read_labels, read_volume, require_replaceable
+from samed_peft.io import Volume, read_labels, read_volume, require_replaceable, require_writable
 from samed_peft.io.readers import SUFFIXES, suffix_of
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance
 
@@ -46,10 +46,12 @@ def evaluate_folders(
         on_failure: is told case and reason as soon as a case fails.
 
     Raises:
-        InputError: a folder is missing or has no label maps, no case is left, or none has an image.
+        InputError: a folder is missing or has no label maps, no name is in both, no case is left, or none has an
+            image.
     """
     tolerance_mm = checked_tolerance(tolerance_mm)
     predicted, referenced = list_files(predictions), list_files(references)
+    _require_shared_name(predicted, referenced)
     scans = {} if images is None else _scans_of(sorted(referenced), images)
     names = _numbered_names(referenced) if class_names is None else checked_names(class_names)
     scores: dict[str, CaseScores] = {}
@@ -108,6 +110,7 @@ def require_report_folder(directory: Path) -> None:
     Raises:
         InputError: `directory` is a file, or holds other files, such as those of a training run.
     """
+    require_writable(directory)
     require_replaceable(directory, marker="report.json")
     others = [] if not directory.is_dir() else [path.name for path in directory.iterdir()]
     foreign = sorted(name for name in others if name not in REPORT_FILES and not name.startswith(".tmp-"))
@@ -121,6 +124,16 @@ def require_report_folder(directory: Path) -> None:
 def _writable(text: str) -> str:
     """`text` with a question mark for each byte of a file name that is not UTF-8, which no report could hold."""
     return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _require_shared_name(predicted: Files, referenced: Files) -> None:
+    """Refuse folders without a single pair, such as those of raw BTCV with img0001 and label0001."""
+    if not predicted.keys() & referenced.keys():
+        one, other = (next(iter(files.values()))[0] for files in (predicted, referenced))
+        raise InputError(
+            f"expected masks named as their references, found {_writable(one.name)} in {one.parent} and "
+            f"{_writable(other.name)} in {other.parent}; rename one folder's files so that names without suffix agree"
+        )
 
 
 def _only(files: Files, case: str, folder: Path | None) -> Path:
@@ -153,7 +166,8 @@ def _scans_of(cases: Sequence[str], images: Path) -> dict[str, list[Path]]:
 
 
 def _picture(path: Path, reference: Volume, prediction: Volume, *, class_names: Sequence[str]) -> bytes:
+    image = read_volume(path)
     try:
-        return case_picture(read_volume(path), reference, prediction, class_names=class_names)
+        return case_picture(image, reference, prediction, class_names=class_names)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{error} (image {path})") from error

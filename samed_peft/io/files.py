@@ -8,7 +8,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,31 @@ def require_writable(path: str | Path) -> None:
         InputError: something above `path` is a file, or the folder it belongs in may not be written.
     """
     path = Path(path).resolve()
+    _try_to_write(path, path.parents)
+
+
+def require_writable_folder(path: str | Path) -> None:
+    """`require_writable` for a folder that files go into, which may be there already.
+
+    Raises:
+        InputError: as there, or `path` is a file, or a folder that may not be written.
+    """
+    path = Path(path).resolve()
+    with contextlib.suppress(OSError):  # a name that cannot be asked about is refused below
+        if path.is_file():
+            raise InputError(_found_file(path))
+    _try_to_write(path, (path, *path.parents))
+
+
+def _found_file(path: Path) -> str:
+    return f"expected a folder or a free name at {path}, found a file; choose another name or move it"
+
+
+def _try_to_write(path: Path, folders: Sequence[Path]) -> None:
+    """Make and remove a file in the first of these folders that is there."""
     folder = path.parent
     try:
-        folder = next(parent for parent in path.parents if parent.exists())
+        folder = next(parent for parent in folders if parent.exists())
         if folder.is_dir():
             probe = _temporary_sibling(folder / (path.name or "probe"))
             probe.touch()
@@ -181,11 +203,12 @@ def require_replaceable(directory: Path, *, marker: str, allowed: str | None = N
     """
     if not directory.exists():
         return
+    if not directory.is_dir():
+        raise InputError(_found_file(directory))
     # What a killed write left behind is nobody's file.
-    names = [p.name for p in directory.iterdir() if not p.name.startswith(".tmp-")] if directory.is_dir() else None
-    own = names is not None and (not names or marker in names)
-    foreign = [name for name in names or () if allowed is not None and not re.fullmatch(allowed, name)]
-    if not own or foreign:
+    names = [p.name for p in directory.iterdir() if not p.name.startswith(".tmp-")]
+    foreign = [name for name in names if allowed is not None and not re.fullmatch(allowed, name)]
+    if foreign or (names and marker not in names):
         raise InputError(
             f"expected an empty folder or an earlier one with {marker} at {directory}, found other files "
             f"{', '.join(sorted(foreign)[:3])}, which must not be lost; choose an empty or new folder".replace(
@@ -207,7 +230,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path).resolve()  # a link is followed: its target is replaced, not the link
     if path.exists() and not path.is_dir():
-        raise InputError(f"expected a folder or a free name at {path}, found a file; choose another name or move it")
+        raise InputError(_found_file(path))
     require_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_dir(path)

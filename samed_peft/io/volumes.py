@@ -97,14 +97,19 @@ def _load(path: str | Path, *, key: str, channel: int | None = None) -> Volume:
 
 def _one_channel(array: np.ndarray, channel: int | None, path: Path | None) -> np.ndarray:
     """(D, H, W) of what may have channels in front, as Decathlon's NIfTI files do."""
-    if array.ndim == 4 and channel is not None and channel < len(array):
-        return array[channel]
-    if array.ndim == 4 and len(array) > 1:
+    if array.ndim != 4 or len(array) < 2:
+        return array[0] if array.ndim == 4 and len(array) else array
+    if channel is None:
         raise InputError(
-            f"expected a 3-D scan, found 4-D with {len(array)} channels or time points in {path}; choose one by its "
-            f"number, 0 to {len(array) - 1}, or split it into single volumes"
+            f"expected a 3-D scan, found 4-D with {len(array)} channels or time points in {path}; choose one of 0 to "
+            f"{len(array) - 1} as channel, --channel on the command line, or split it into single volumes"
         )
-    return array[0] if array.ndim == 4 else array
+    if not 0 <= channel < len(array):
+        raise InputError(
+            f"expected a channel from 0 to {len(array) - 1}, found {channel} for {path}, which has {len(array)} "
+            "channels or time points; choose another one"
+        )
+    return array[channel]
 
 
 def _checked(volume: Volume, channel: int | None) -> Volume:
@@ -140,7 +145,8 @@ def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
 
     Args:
         path: file or folder.
-        channel: which volume of a 4-D NIfTI file, counted from 0; others are taken whole.
+        channel: which volume of a 4-D NIfTI file, counted from 0; a file with a single one and other files are
+            taken whole.
 
     Returns:
         Volume with a float32 array (D, H, W); a 2-D `.npz` or picture has D = 1, a colour picture (1, H, W, 3).

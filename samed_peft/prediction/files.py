@@ -14,6 +14,7 @@ from samed_peft.errors import InputError
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.inference import Segmenter, predict_volume, settings_of
 from samed_peft.io import DICOM_SEG_SUFFIX, Volume, read_volume, write_bytes, write_dicom_seg, write_mask
+from samed_peft.prediction.intensities import warn_of_window
 from samed_peft.prediction.scans import Scan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -112,6 +113,7 @@ def _is_finished(scan: Scan, options: PredictionOptions) -> bool:
 
 def _predict_file(model: Segmenter, scan: Scan, *, options: PredictionOptions, accelerator: Accelerator) -> None:
     image = read_volume(scan.source, channel=scan.channel)
+    warn_of_window(image, settings_of(model).window)
     with _precision(model, options.dtype, accelerator):
         mask = predict_volume(
             model, image, batch_size=options.batch_size, flips=options.flips, keep_largest=options.keep_largest

@@ -1,5 +1,6 @@
 """A whole training run, from a configuration and slices to an adapter on disk; resumable at any step."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from samed_peft.adapters import add_lora, save_adapter
+from samed_peft.bases import without_connection
 from samed_peft.batches import TrainingSlices
 from samed_peft.config import SamedConfig, TrainingConfig
+from samed_peft.datasets.rows import warn_of_absent_classes
 from samed_peft.errors import RunInterruptedError
 from samed_peft.evaluation.validation import mean_dice
 from samed_peft.io import Volume
@@ -66,7 +69,8 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     out, training = run.output_dir, run.training
     # The seed decides the fresh weights; order and augmentation depend on (seed, epoch, slice).
     set_seed(training.seed)
-    sam = load_sam(run.config.base, class_names=run.config.class_names, image_size=run.config.image_size)
+    with without_connection(run.config.base):
+        sam = load_sam(run.config.base, class_names=run.config.class_names, image_size=run.config.image_size)
     if training.gradient_checkpointing:
         sam.activation_checkpointing_enable()
     model = add_lora(sam, run.config)
@@ -79,6 +83,10 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     settings = state.run_settings(config, training, data=run.data, accelerator=accelerator)
     state.claim_run_folder(out, settings, resume=resume, accelerator=accelerator)
     progress = state.load_checkpoint(out / "checkpoints", *trained, accelerator=accelerator)
+    if accelerator.is_main_process:
+        warn_of_absent_classes(run.rows, config.class_names)
+        if resume and not progress.step:
+            warnings.warn(f"nothing to resume in {out}: it has no checkpoint, so the run begins anew", stacklevel=2)
     steps = training_steps(prepared, optimizer, slices, training=training, accelerator=accelerator, start=progress.step)
     bar = tqdm(steps, desc="training", initial=progress.step, unit="step", disable=not accelerator.is_main_process)
     with state.tracked(accelerator, start=progress.step), state.StopSignal() as stop_signal:

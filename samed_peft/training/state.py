@@ -226,7 +226,6 @@ def _claim(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
             raise InputError(f"{directory} holds a run with these settings; pass --resume to continue it")
     else:
         require_replaceable(directory, marker=RUN_FILE)
-        directory.mkdir(parents=True, exist_ok=True)
         write_json(record, settings)
 
 
