@@ -18,7 +18,7 @@ from samed_peft.evaluation.charts import box_plots
 from samed_peft.evaluation.pictures import telling_slices
 from samed_peft.io import Volume
 from samed_peft.layouts import names_of_dataset
-from samed_peft.metrics import score_masks
+from samed_peft.metrics import score_case, score_masks
 
 NAMES = ("liver", "spleen")
 RAS = np.diag([1.0, 1.0, 5.0, 1.0])
@@ -461,3 +461,18 @@ def test_dataset_json_names_classes(tmp_path):
         path.write_text(json.dumps(content))
         with pytest.raises(InputError, match=message):
             names_of_dataset(path)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_one_slice_is_scored_by_its_outline(axis):
+    # In 3-D each voxel of a single slice is on the border, and what overlaps would count as surfaces 0 mm apart.
+    one, other = np.zeros((2, 40, 40), np.uint8)
+    one[5:25, 5:25] = other[15:35, 5:25] = 1
+    spacing = [2.0, 0.5]
+    expected = score_case(one, other, num_classes=1, spacing_zyx_mm=spacing)
+    spacing.insert(axis, 9.0)
+    affine = np.diag([*reversed(spacing), 1.0])
+    thin = [Volume(np.expand_dims(mask, axis), affine) for mask in (one, other)]
+    report = evaluate_cases({"a": thin[0]}, {"a": thin[1]}, class_names=("square",))
+    assert report.cases["a"] == expected
+    assert expected["standard"][0]["hd95"] == 20.0
