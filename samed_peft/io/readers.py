@@ -236,8 +236,12 @@ def read_npz(path: Path, key: str) -> np.ndarray:
         raise damaged(path, error) from error
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """Array (1, H, W) or, in colour, (1, H, W, 3) of a PNG, TIFF or JPEG; palettes come as their indices.
+def read_picture(path: Path, *, indexed: bool) -> np.ndarray:
+    """Array (1, H, W) or, in colour, (1, H, W, 3) of a PNG, TIFF or JPEG.
+
+    Args:
+        path: the file.
+        indexed: whether a palette's indices are meant, as in label maps, and not its colours.
 
     Raises:
         InputError: the file is damaged, has several pages or transparency, or is of an unusual colour model.
@@ -248,14 +252,24 @@ def read_picture(path: Path) -> np.ndarray:
         with Image.open(path) as picture:
             if _has_second_page(picture):
                 raise InputError(f"expected one picture, found several pages in {path}; split it")
-            opaque = picture.convert("RGB") if picture.mode == "RGBA" else picture
-            if picture.mode == "RGBA" and np.array(picture.getchannel("A")).min() < 255:
-                raise InputError(f"expected an opaque picture, found transparency in {path}; flatten it")
-            if opaque.mode not in ("1", "L", "P", "I", "F", "RGB") and not opaque.mode.startswith("I;16"):
-                raise InputError(f"expected a grey or RGB picture, found mode {picture.mode} in {path}; convert it")
-            return np.array(opaque)[None]
+            return _pixels(picture, path, indexed=indexed)[None]
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise damaged(path, error) from error
+
+
+def _pixels(picture: Any, path: Path, *, indexed: bool) -> np.ndarray:
+    """(H, W), or (H, W, 3) in colour; a palette of greys alone is no colour."""
+    has_palette = picture.mode == "P" and not indexed
+    shown = picture.convert("RGBA") if has_palette else picture
+    if shown.mode == "RGBA":
+        array = np.array(shown)
+        if array[..., 3].min() < 255:
+            raise InputError(f"expected an opaque picture, found transparency in {path}; flatten it")
+        is_grey = has_palette and bool((array[..., :3] == array[..., :1]).all())
+        return array[..., 0] if is_grey else array[..., :3]
+    if shown.mode not in ("1", "L", "P", "I", "F", "RGB") and not shown.mode.startswith("I;16"):
+        raise InputError(f"expected a grey or RGB picture, found mode {picture.mode} in {path}; convert it")
+    return np.array(shown)
 
 
 def _has_second_page(picture: Any) -> bool:

@@ -88,7 +88,7 @@ def _load(path: str | Path, *, key: str, channel: int | None = None) -> Volume:
     if suffix in ITK_SUFFIXES:
         return _checked(Volume(*read_itk(path), path), None)
     if suffix in PICTURE_SUFFIXES:
-        return _checked(Volume(read_picture(path), None, path), None)
+        return _checked(Volume(read_picture(path, indexed=key == "label"), None, path), None)
     if suffix in ARRAY_SUFFIXES:
         array = read_hdf5(path, key) if suffix == ".npy.h5" else read_npz(path, key)
         return _checked(Volume(array[None] if array.ndim == 2 else array, None, path, True), None)
@@ -135,8 +135,8 @@ def _checked(volume: Volume, channel: int | None) -> Volume:
 def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
     """Read a scan: `.nii`, `.nii.gz`, `.nrrd`, `.mha`, a DICOM folder, a picture, or SAMed's `.npy.h5` and `.npz`.
 
-    Pictures are `.png`, `.tif` and `.jpg`, grey or in colour. SAMed's own files hold intensities in [0, 1] under the
-    name `image` and come back with `normalized=True`.
+    Pictures are `.png`, `.tif` and `.jpg`, grey or in colour; a palette's colours count. SAMed's own files hold
+    intensities in [0, 1] under the name `image` and come back with `normalized=True`.
 
     Args:
         path: file or folder.
@@ -167,7 +167,7 @@ def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
 def read_labels(path: str | Path) -> Volume:
     """Read a label map from any file that `read_volume` reads; `.npy.h5` and `.npz` hold it as `label`.
 
-    In a picture whose only values are 0 and 255, 255 is label 1.
+    In a picture whose only values are 0 and 255, 255 is label 1; of a palette the indices are the labels.
 
     Returns:
         Volume with an array (D, H, W) of uint8, or of int16 where a label is negative or above 255.
