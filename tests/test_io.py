@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
@@ -101,6 +102,26 @@ def test_dicom_folder(tmp_path):
     assert volume.orientation == "LPS"
 
 
+def test_a_tilted_gantry_shears_the_grid(tmp_path):
+    folder = write_dicom(tmp_path / "tilted")
+    across, along = np.cos(np.deg2rad(20)), np.sin(np.deg2rad(20))
+    for path in folder.iterdir():
+        header = pydicom.dcmread(path)
+        header.ImageOrientationPatient = [1, 0, 0, 0, float(f"{across:.10f}"), float(f"{-along:.10f}")]
+        header.save_as(path)
+    volume = io.read_volume(folder)
+    for path in folder.iterdir():
+        header = pydicom.dcmread(path)
+        z = round((float(header.ImagePositionPatient[2]) + 368) / 3)
+        np.testing.assert_array_equal(volume.array[z], header.pixel_array)
+        right, anterior, superior = (volume.affine @ (0, 0, z, 1))[:3]
+        np.testing.assert_allclose([-right, -anterior, superior], header.ImagePositionPatient, atol=1e-6)
+    expected = [[-1.5, 0, 0], [0, -1.5 * across, 0], [0, -1.5 * along, 3]]
+    np.testing.assert_allclose(volume.affine[:3, :3], expected, atol=1e-6)
+    io.write_mask(np.zeros(volume.array.shape, np.uint8), volume, tmp_path / "mask.nii.gz")
+    np.testing.assert_allclose(nibabel.load(tmp_path / "mask.nii.gz").affine, volume.affine, atol=1e-5)
+
+
 def test_dicom_folder_with_several_series(tmp_path):
     write_dicom(tmp_path / "both")
     write_dicom(tmp_path / "both", series="1.2.3.5", first=10)
@@ -108,8 +129,9 @@ def test_dicom_folder_with_several_series(tmp_path):
         io.read_volume(tmp_path / "both")
 
 
-def test_dicom_folder_that_lacks_a_slice(tmp_path):
-    write_dicom(tmp_path / "gap", positions=(-368.0, -365.0, -362.0, -356.0))
+@pytest.mark.parametrize("positions", [(-368.0, -365.0, -362.0, -356.0), (-368.0, -368.0)])
+def test_dicom_folder_with_missing_or_doubled_slices(tmp_path, positions):
+    write_dicom(tmp_path / "gap", positions=positions)
     with pytest.raises(InputError, match="evenly spaced"):
         io.read_volume(tmp_path / "gap")
 

@@ -130,15 +130,19 @@ def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return _from_itk(image, path)
 
 
-def _require_even_slices(reader: Any, count: int, path: Path) -> None:
-    """A missing slice shows as a gap between positions; ITK would only squeeze the rest together."""
+def _slice_positions(reader: Any, count: int) -> np.ndarray | None:
+    """(D, 3) LPS positions of the slices; None where there is a single file or one says nothing."""
     tag = "0020|0032"
-    if count < 3 or not all(reader.HasMetaDataKey(k, tag) for k in range(count)):
-        return
-    positions = [[float(x) for x in reader.GetMetaData(k, tag).split("\\")] for k in range(count)]
-    gaps = np.linalg.norm(np.diff(np.array(positions), axis=0), axis=1)
+    if count < 2 or not all(reader.HasMetaDataKey(k, tag) for k in range(count)):
+        return None
+    return np.array([[float(x) for x in reader.GetMetaData(k, tag).split("\\")] for k in range(count)])
+
+
+def _require_even_slices(positions: np.ndarray, path: Path) -> None:
+    """A missing slice shows as a gap between positions; ITK would only squeeze the rest together."""
+    gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
     typical = float(np.median(gaps))
-    if np.abs(gaps - typical).max() > 0.1 * typical + 1e-3:
+    if typical < 1e-3 or np.abs(gaps - typical).max() > 0.1 * typical + 1e-3:
         raise InputError(
             f"expected evenly spaced DICOM slices, found gaps of {gaps.min():.3f} to {gaps.max():.3f} mm in "
             f"{path}; a file is missing or doubled, export the series again"
@@ -195,8 +199,13 @@ def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
         image = reader.Execute()
     except RuntimeError as error:
         raise damaged(path, str(error).strip().splitlines()[-1]) from error
-    _require_even_slices(reader, len(names), path)
-    return _from_itk(image, path)
+    array, affine = _from_itk(image, path)
+    positions = _slice_positions(reader, len(names))
+    if positions is not None:
+        _require_even_slices(positions, path)
+        # ITK stacks slices along their normal, which a tilted gantry does not.
+        affine[:3, 2] = LPS_TO_RAS[:3, :3] @ (positions[-1] - positions[0]) / (len(positions) - 1)
+    return array, affine
 
 
 def read_hdf5(path: Path, key: str) -> np.ndarray:
