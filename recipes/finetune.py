@@ -114,7 +114,7 @@ def main() -> None:
     logs = {"log_with": "tensorboard", "project_dir": args.output_dir}
     accelerator = Accelerator(mixed_precision=args.mixed_precision, **logs)
     state.require_replicas(accelerator)
-    out, folder = args.output_dir, open_folder(args.data_dir, channel=args.channel)
+    out, folder = args.output_dir, open_folder(args.data_dir, channel=args.channel, class_names=args.class_names)
     train_cases, test_cases = split(args, folder)
     rows, config = load_rows(args, folder, train_cases, test_cases + args.validation_cases, accelerator)
     # Apart, since the validation chooses the adapter that the test is of.

@@ -58,7 +58,12 @@ def test_what_else_is_refused():
     for folds, fold in ((1, 0), (11, 0), (5, 5), (5, -1)):
         with pytest.raises(InputError, match="expected 2 to 10 folds"):
             fold_split(patients, folds=folds, fold=fold)
-    for pattern, message in (("(", "regular expression"), ("p.+", "a group"), (r"(p\d)", "does not match")):
+    for pattern, message in (
+        ("(", "regular expression"),
+        ("p.+", "a group"),
+        (r"(x)?p\d+_v\d", "has no patient"),
+        (r"(p\d)", "does not match"),
+    ):
         with pytest.raises(InputError, match=message):
             patients_of(CASES, pattern)
     with pytest.raises(InputError, match="no case is left"):

@@ -259,14 +259,14 @@ def require_file(path: str | Path) -> Path:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file.
+    """The text of a UTF-8 file, without the byte order mark that some Windows programs put in front.
 
     Raises:
         InputError: the file is missing, empty or not UTF-8.
     """
     path = require_file(path)
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"expected UTF-8 text in {path}, found other bytes ({error}); was it damaged?") from error
 
