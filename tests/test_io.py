@@ -594,3 +594,46 @@ def test_a_folder_with_more_than_its_own_files_is_not_replaced(tmp_path):
     io.require_replaceable(tmp_path, marker="mark")
     with pytest.raises(InputError, match=r"other files thesis\.txt, which must not be lost"):
         io.require_replaceable(tmp_path, marker="mark", allowed="mark|own")
+
+
+def _headers(tmp_path):
+    """Damaged NIfTI files, by what is wrong with them."""
+    nibabel.save(nibabel.Nifti1Image(np.zeros((6, 5, 4), np.int16), np.eye(4)), tmp_path / "whole.nii")
+    data = (tmp_path / "whole.nii").read_bytes()
+    packed = bytearray(gzip.compress(np.random.default_rng(0).bytes(4000)))
+    packed[15:60] = b"\xff" * 45
+    (tmp_path / "packed.nii.gz").write_bytes(packed)
+    yield tmp_path / "packed.nii.gz"
+    fields = {"type": {"datatype": 77}, "offset": {"vox_offset": -5}, "dimensions": {"dim": [9, 6, 5, 4, 1, 1, 1, 1]}}
+    for name, values in fields.items():
+        header = nibabel.Nifti1Header(data[:348], check=False)
+        for key, value in values.items():
+            header.structarr[key] = value
+        (tmp_path / f"{name}.nii").write_bytes(header.structarr.tobytes() + data[348:])
+        yield tmp_path / f"{name}.nii"
+
+
+def test_damaged_headers_are_named_by_every_reader(tmp_path):
+    for path in _headers(tmp_path):
+        for read in (io.read_volume, io.read_affine, io.read_label_names):
+            with pytest.raises(InputError, match=f"{path.name} cannot be read"):
+                read(path)
+
+
+@pytest.mark.parametrize("field", ["srow_x", "srow_z"])
+@pytest.mark.parametrize("value", [np.nan, 0.0])
+def test_an_affine_without_inverse_is_refused_in_the_header(tmp_path, field, value):
+    image = nibabel.Nifti1Image(np.zeros((6, 5, 4), np.int16), np.eye(4))
+    image.header.structarr[field] = value
+    (tmp_path / "a.nii").write_bytes(image.header.structarr.tobytes() + bytes(4 + 240))
+    for read in (io.read_volume, io.read_affine):
+        with pytest.raises(InputError, match=r"invertible affine.*a\.nii"):
+            read(tmp_path / "a.nii")
+
+
+def test_a_header_that_claims_more_voxels_than_the_file_has(tmp_path):
+    header = nibabel.Nifti1Image(np.zeros((6, 5, 4), np.int16), np.eye(4)).header
+    header["dim"] = [3, 32767, 32767, 32767, 1, 1, 1, 1]
+    (tmp_path / "huge.nii").write_bytes(header.structarr.tobytes() + bytes(4 + 240))
+    with pytest.raises(InputError, match=r"huge\.nii cannot be read: .*claims"):
+        io.read_volume(tmp_path / "huge.nii")

@@ -1,15 +1,19 @@
 """One reader for each file format: arrays as they are stored, and affines."""
 
+import contextlib
 import gzip
+import math
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from samed_peft.errors import InputError
+from samed_peft.io.files import require_file
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """ITK's world axes point left, posterior, superior; nibabel's right, anterior, superior. Its own inverse."""
@@ -32,14 +36,36 @@ def damaged(path: Path, reason: object) -> InputError:
     return InputError(f"{path} cannot be read: {reason}; it is damaged, cut off or of another format, fetch it again")
 
 
-def _nifti_bytes(path: Path) -> bytes:
-    data = path.read_bytes()
-    if not path.name.lower().endswith(".gz"):
-        return data
+@contextlib.contextmanager
+def nifti_errors(path: Path) -> Iterator[None]:
+    """Everything nibabel raises on a damaged file, as the one error for it."""
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
+
+    theirs = (ImageFileError, HeaderDataError, WrapStructError)
     try:
-        return gzip.decompress(data)  # to the end, where the checksum is
-    except (OSError, EOFError, zlib.error) as error:
+        yield
+    except InputError:
+        raise
+    except (*theirs, OSError, EOFError, OverflowError, ValueError, zlib.error) as error:
         raise damaged(path, error) from error
+
+
+def checked_affine(affine: np.ndarray, path: Path | None) -> np.ndarray:
+    """An affine that has an inverse.
+
+    Raises:
+        InputError: it has none, or holds NaN or infinity.
+    """
+    # Relative to the axes' lengths, so that micrometre voxels are not mistaken for flat ones.
+    scale = float(np.prod(np.linalg.norm(affine[:3, :3], axis=0)))
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * scale:
+        raise InputError(
+            f"expected an invertible affine, found {affine.tolist()} in {path}; its header is broken, "
+            "export the scan again"
+        )
+    return affine
 
 
 def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -49,50 +75,48 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         InputError: the file is damaged or holds more than one number a voxel.
     """
     import nibabel
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-    from nibabel.wrapstruct import WrapStructError
 
-    data = _nifti_bytes(path)
-    is_nifti2 = data[:4] in (struct.pack("<i", 540), struct.pack(">i", 540))
-    try:
+    with nifti_errors(path):
+        data = path.read_bytes()
+        if path.name.lower().endswith(".gz"):
+            data = gzip.decompress(data)  # to the end, where the checksum is
+        is_nifti2 = data[:4] in (struct.pack("<i", 540), struct.pack(">i", 540))
         image: Any = (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image).from_bytes(data)
         proxy = image.dataobj
         if proxy.dtype.kind not in "iuf":
             raise InputError(f"expected one number a voxel, found {proxy.dtype} in {path}; export it as greyscale")
+        # Before memory is asked for, of which a damaged header may claim any amount.
+        claimed = int(proxy.offset) + math.prod(map(int, proxy.shape)) * proxy.dtype.itemsize
+        if claimed > len(data):
+            raise damaged(path, f"its header claims {claimed} bytes and the file has {len(data)}")
         # Unscaled values need no detour through float64, which would double the memory.
         array = proxy.get_unscaled() if (proxy.slope, proxy.inter) == (1, 0) else image.get_fdata(caching="unchanged")
         return np.asarray(array), np.asarray(image.affine, dtype=np.float64)
-    except (ImageFileError, HeaderDataError, WrapStructError, OSError, OverflowError) as error:
-        raise damaged(path, error) from error
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise damaged(path, error) from error
 
 
 def read_affine(path: Path) -> np.ndarray | None:
     """The affine of a NIfTI or ITK file from its header alone, voxels unread; None for formats without one.
 
     Raises:
-        InputError: the header is damaged.
+        InputError: the file is missing, its header is damaged, or the affine has no inverse.
     """
     import nibabel
     import SimpleITK as sitk  # noqa: N813
 
-    suffix = suffix_of(path)
-    try:
-        if suffix in NIFTI_SUFFIXES:
+    suffix = suffix_of(require_file(path))
+    if suffix in NIFTI_SUFFIXES:
+        with nifti_errors(path):
             image: Any = nibabel.load(path)
-            return np.asarray(image.affine, dtype=np.float64)
-        if suffix in ITK_SUFFIXES:
-            reader = sitk.ImageFileReader()
-            reader.SetFileName(str(path))
-            reader.ReadImageInformation()
-            return _itk_affine(reader) if reader.GetDimension() == 3 else None
-    except (OSError, EOFError, RuntimeError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
+            return checked_affine(np.asarray(image.affine, dtype=np.float64), path)
+    if suffix not in ITK_SUFFIXES:
+        return None
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
         raise damaged(path, str(error).strip().splitlines()[-1]) from error
-    return None
+    return checked_affine(_itk_affine(reader), path) if reader.GetDimension() == 3 else None
 
 
 def _itk_affine(image: Any) -> np.ndarray:

@@ -13,6 +13,7 @@ from samed_peft.io.readers import (
     NIFTI_SUFFIXES,
     PICTURE_SUFFIXES,
     SUFFIXES,
+    checked_affine,
     read_dicom,
     read_hdf5,
     read_itk,
@@ -122,13 +123,7 @@ def _checked(volume: Volume, channel: int | None) -> Volume:
             "replace them, with the intensity of air for instance"
         )
     if affine is not None:
-        # Relative to the axes' lengths, so that micrometre voxels are not mistaken for flat ones.
-        scale = float(np.prod(np.linalg.norm(affine[:3, :3], axis=0)))
-        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * scale:
-            raise InputError(
-                f"expected an invertible affine, found {affine.tolist()} in {path}; its header is broken, "
-                "export the scan again"
-            )
+        checked_affine(affine, path)
     return Volume(array, affine, path, volume.normalized)
 
 
