@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from samed_peft.errors import InputError
-from samed_peft.io import read_json, suffix_of
+from samed_peft.io import list_folder, read_json, suffix_of
 
 DATASET_FILE = "dataset.json"
 
@@ -58,9 +58,8 @@ def open_folder(
         InputError: the folder has no such layout, a file is missing or doubled, or the channel is not listed.
     """
     root = Path(data_dir).expanduser().resolve()
-    if not root.is_dir():
-        raise InputError(f"expected a data folder at {root}, found {'a file' if root.exists() else 'nothing'}")
-    if (root / DATASET_FILE).is_file():
+    names = [path.name for path in list_folder(root)]
+    if _is_file(root / DATASET_FILE):
         return _open_listed(root, channel, class_names)
     if all((root / name).is_dir() for name in _PICTURE_FOLDERS):
         if channel is not None:
@@ -69,7 +68,7 @@ def open_folder(
             )
         images, masks = (_by_case(root / name) for name in _PICTURE_FOLDERS)
         return LabelledFolder(root, tuple(class_names or ()), None, images, _partners(images, masks, root), None)
-    found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+    found = ", ".join(names[:8]) or "nothing"
     raise InputError(
         f"expected {DATASET_FILE} with imagesTr and labelsTr (Decathlon, nnU-Net), or images and masks (pictures) in "
         f"{root}, found {found}; point at the folder that holds them"
@@ -174,10 +173,8 @@ def _channel_number(channels: list[str], wanted: str | None, path: Path) -> int:
 
 def _by_case(folder: Path) -> dict[str, Path]:
     """Case -> its one file in a folder; a case is the name without suffix."""
-    if not folder.is_dir():
-        raise InputError(f"expected a folder at {folder}, found {'a file' if folder.exists() else 'nothing'}")
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in list_folder(folder):
         suffix = suffix_of(path)
         if suffix is None or path.name.startswith("."):
             continue

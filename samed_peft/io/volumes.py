@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from samed_peft.errors import InputError
-from samed_peft.io.files import require_file
+from samed_peft.io.files import naming_unreadable, require_file
 from samed_peft.io.readers import (
     ARRAY_SUFFIXES,
     ITK_SUFFIXES,
@@ -80,7 +80,9 @@ def grids_apart_mm(one: Volume, other: Volume) -> float:
 def _load(path: str | Path, *, key: str, channel: int | None = None) -> Volume:
     """Any supported file as stored, axes in (D, H, W) order."""
     path = Path(path)
-    if path.is_dir():
+    with naming_unreadable(path):
+        is_folder = path.is_dir()
+    if is_folder:
         return _checked(Volume(*read_dicom(path), path), None)
     suffix = suffix_of(require_file(path))
     if suffix in NIFTI_SUFFIXES:
