@@ -637,3 +637,18 @@ def test_a_header_that_claims_more_voxels_than_the_file_has(tmp_path):
     (tmp_path / "huge.nii").write_bytes(header.structarr.tobytes() + bytes(4 + 240))
     with pytest.raises(InputError, match=r"huge\.nii cannot be read: .*claims"):
         io.read_volume(tmp_path / "huge.nii")
+
+
+def test_labels_off_by_rounding(tmp_path):
+    # nibabel scales float labels to the whole range of the type they are to be stored in.
+    labels = np.arange(14, dtype=np.float64).reshape(1, 1, 14)
+    image = nibabel.Nifti1Image(labels, np.eye(4))
+    image.set_data_dtype(np.uint8)
+    nibabel.save(image, tmp_path / "scaled.nii.gz")
+    assert not np.array_equal(nibabel.load(tmp_path / "scaled.nii.gz").get_fdata(), labels)
+    for name, array in (("near", [[[0, 0.9999, 2.0001]]]), ("far", [[[0, 0.9, 1]]])):
+        nibabel.save(nibabel.Nifti1Image(np.array(array, np.float32), np.eye(4)), tmp_path / f"{name}.nii.gz")
+    np.testing.assert_array_equal(io.read_labels(tmp_path / "scaled.nii.gz").array, labels.T)
+    np.testing.assert_array_equal(io.read_labels(tmp_path / "near.nii.gz").array.ravel(), [0, 1, 2])
+    with pytest.raises(InputError, match=r"found 0\.9 in"):
+        io.read_labels(tmp_path / "far.nii.gz")

@@ -63,6 +63,10 @@ _GRID_TOLERANCE = 0.1
 """Share of a voxel by which two grids may differ: files that store affines in float32 differ by less."""
 
 
+_LABEL_ROUNDING = 0.05
+"""How far a label may be from a whole number: writers that scale labels to bytes miss by less, resampling by more."""
+
+
 def grids_apart_mm(one: Volume, other: Volume) -> float:
     """How far two grids of one shape lie apart, at the corner where they differ most.
 
@@ -170,23 +174,30 @@ def read_labels(path: str | Path) -> Volume:
         Volume with an array (D, H, W) of uint8, or of int16 where a label is negative or above 255.
 
     Raises:
-        InputError: as `read_volume`, or a label is not a whole number or does not fit int16.
+        InputError: as `read_volume`, or a label is not a whole number, but for rounding, or does not fit int16.
     """
     volume = _load(path, key="label")
     array = volume.array
     if volume.path is not None and suffix_of(volume.path) in PICTURE_SUFFIXES:
         array = _picture_labels(array, volume.path)
-    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
-        odd = float(array[array != np.rint(array)][0])
-        raise InputError(
-            f"expected whole numbers as labels, found {odd:g} in {path}; "
-            "resample labels by nearest neighbour, and check that this is not the scan itself"
-        )
+    if array.dtype.kind == "f":
+        array = _whole_numbers(array, path)
     low, high = array.min(), array.max()
     if low < -(2**15) or high >= 2**15:
         raise InputError(f"expected labels of 16 bits, found {low:g} to {high:g} in {path}; is this the scan itself?")
     dtype = np.uint8 if low >= 0 and high <= 255 else np.int16
     return Volume(np.ascontiguousarray(array, dtype=dtype), volume.affine, volume.path, volume.normalized)
+
+
+def _whole_numbers(array: np.ndarray, path: str | Path) -> np.ndarray:
+    whole = np.rint(array)
+    odd = np.abs(array - whole) > _LABEL_ROUNDING
+    if odd.any():
+        raise InputError(
+            f"expected whole numbers as labels, found {float(array[odd][0]):g} in {path}; "
+            "resample labels by nearest neighbour, and check that this is not the scan itself"
+        )
+    return whole
 
 
 def _picture_labels(array: np.ndarray, path: Path) -> np.ndarray:
