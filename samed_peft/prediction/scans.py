@@ -171,6 +171,8 @@ def _require_elsewhere(scan: Scan, is_one_of_many: bool, dicom_seg: bool) -> Non
     """Masks must neither replace scans nor be taken for scans the next time."""
     if scan.mask.resolve() == scan.source.resolve():
         raise InputError(f"the mask of {scan.source} would replace the scan; choose another output")
+    if scan.overlay.resolve() == scan.source.resolve():
+        raise InputError(f"the overlay of {scan.source} would replace the scan; choose another output")
     folder = scan.mask.parent.resolve()
     scans = scan.source.parent.resolve()
     if is_one_of_many and (folder == scans or (dicom_seg and folder.parent == scans)):
