@@ -16,6 +16,7 @@ from samed_peft.evaluation import Report, case_picture, evaluate_cases, format_t
 from samed_peft.evaluation.artefacts import csv_text
 from samed_peft.evaluation.charts import box_plots
 from samed_peft.evaluation.pictures import telling_slices
+from samed_peft.evaluation.report import interval_rows
 from samed_peft.io import Volume
 from samed_peft.layouts import names_of_dataset
 from samed_peft.metrics import score_case, score_masks
@@ -355,6 +356,43 @@ def test_the_page_keeps_names_from_being_markup(tmp_path):
     assert page.text.count(HOSTILE) >= 10
     assert all(image["src"].startswith("data:image/png;base64,") for image in page.of("img"))
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+
+
+def test_markdown_keeps_names_from_being_markup(tmp_path):
+    name = "a\\|[b](c)\n# <img src=x>`"
+    labels = _labels(LIVER)
+    report = evaluate_cases({name: labels}, {name: labels}, class_names=NAMES, settings={"note": name, "of": {name: 1}})
+    failed = Report(report.class_names, report.cases, {**report.settings, "failed_cases": {name: name}})
+    write_report(failed, tmp_path, pictures={name: b"png"})
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    inert = "a\\\\\\|\\[b\\](c) # \\<img src=x>\\`"
+    assert text.count(inert) >= 6  # note, failure twice, case row twice, picture
+    assert not re.search(r"(?<!\\)<img", text)
+    assert not re.search(r"^# <", text, flags=re.MULTILINE)
+
+
+def test_a_class_called_mean_keeps_its_interval():
+    labels = _labels(LIVER, SPLEEN)
+    worse = {"a": _labels(LIVER), "b": labels}
+    report = evaluate_cases(worse, dict.fromkeys("ab", labels), class_names=("mean", "spleen"))
+    rows = interval_rows(report)
+    assert [row[0] for row in rows] == ["mean", "spleen", "mean"]
+    assert (rows[0][1], rows[2][1]) == ("1.0000 to 1.0000", "0.5000 to 1.0000")
+
+
+def test_an_image_on_another_grid_is_not_drawn():
+    labels = Volume(_labels(LIVER), RAS)
+    moved = RAS.copy()
+    moved[0, 0] = -1
+    with pytest.raises(InputError, match=r"on the grid of its label maps.* 14 mm apart"):
+        case_picture(Volume(np.zeros((6, 8, 8)), moved), labels, labels, class_names=NAMES)
+
+
+def test_pictures_of_cases_with_long_names(tmp_path):
+    cases = {f"{'a' * 240}{end}": _labels(LIVER) for end in "xy"}
+    report = evaluate_cases(cases, cases, class_names=NAMES)
+    write_report(report, tmp_path, pictures=dict.fromkeys(cases, b"png"))
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
 
 
 def test_the_page_asks_for_nothing_and_names_the_hashes_of_what_it_runs(tmp_path):
