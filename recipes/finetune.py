@@ -91,9 +91,9 @@ def pairs(folder: LabelledFolder, cases: list[str]) -> tuple[CaseVolumes, CaseVo
 
 
 def load_rows(
-    args: argparse.Namespace, folder: LabelledFolder, cases: list[str], accelerator: Accelerator
+    args: argparse.Namespace, folder: LabelledFolder, train: list[str], held_out: list[str], accelerator: Accelerator
 ) -> tuple[Dataset, SamedConfig]:
-    """Training slices, and what the adapter is to be; one process prepares the cache, the others find it."""
+    """Training slices, and what the adapter is to be; one process reads the scans, the others find the cache."""
     config = SamedConfig(
         recorded_base(args.base),
         msd.class_names_for(folder, args.class_names),
@@ -102,9 +102,12 @@ def load_rows(
         channel=folder.channel,
         **{name: vars(args)[name] for name in SHAPE},
     )
-    options = {"num_classes": len(config.class_names), "orientation": config.orientation, "window": config.window}
+    options = {"num_classes": len(config.class_names), "window": config.window}
+    slices = {"orientation": config.orientation, "empty_share": args.empty_share}
     with accelerator.main_process_first():
-        return msd.load_slices(folder, cases, empty_share=args.empty_share, **options), config
+        if accelerator.is_main_process:
+            msd.check_cases(folder, held_out, **options)
+        return msd.load_slices(folder, train, **options, **slices), config
 
 
 @exit_on_error
@@ -114,12 +117,17 @@ def main() -> None:
     logs = {"log_with": "tensorboard", "project_dir": args.output_dir}
     accelerator = Accelerator(mixed_precision=args.mixed_precision, **logs)
     state.require_replicas(accelerator)
-    out, folder = args.output_dir, open_folder(args.data_dir, channel=args.channel)
+    out, folder = args.output_dir, open_folder(args.data_dir, channel=args.channel, class_names=args.class_names)
     train_cases, test_cases = split(args, folder)
-    rows, config = load_rows(args, folder, train_cases, accelerator)
-    held_out = [folder.labels[case] for case in test_cases + args.validation_cases]
+    rows, config = load_rows(args, folder, train_cases, test_cases + args.validation_cases, accelerator)
+    # Apart, since the validation chooses the adapter that the test is of.
+    held_out = {
+        name: content_fingerprint(files[case] for case in cases for files in (folder.images, folder.labels))[:16]
+        for name, cases in (("test", test_cases), ("validation", args.validation_cases))
+    }
+    data = (rows.config_name, *(f"{name}-{digest}" for name, digest in held_out.items()))
     validation = pairs(folder, args.validation_cases) if args.validation_cases else None
-    run = Run(config, training, rows, out, (rows.config_name, content_fingerprint(held_out)[:16]), validation)
+    run = Run(config, training, rows, out, data, validation)
     adapter, settings = fit(run, accelerator=accelerator, resume=args.resume)
 
     # What is tested is what was saved, read back from disk.

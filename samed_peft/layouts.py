@@ -4,14 +4,15 @@
 first version shares, and that of nnU-Net's second version (doi 10.1038/s41592-020-01008-z).
 """
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from samed_peft.errors import InputError
-from samed_peft.io import read_json, suffix_of
+from samed_peft.io import list_folder, read_json, suffix_of
 
 DATASET_FILE = "dataset.json"
 
@@ -43,7 +44,9 @@ class LabelledFolder:
     channel: int | None = None
 
 
-def open_folder(data_dir: str | Path, *, channel: str | None = None) -> LabelledFolder:
+def open_folder(
+    data_dir: str | Path, *, channel: str | None = None, class_names: Sequence[str] | None = None
+) -> LabelledFolder:
     """Find the cases of a Decathlon, nnU-Net or picture folder.
 
     Pictures lie in `images/` and `masks/` under equal names; there need be no `dataset.json`.
@@ -51,33 +54,33 @@ def open_folder(data_dir: str | Path, *, channel: str | None = None) -> Labelled
     Args:
         data_dir: the folder.
         channel: name or number of the channel to use, where `dataset.json` lists several.
+        class_names: names of labels 1..K, in place of those in `dataset.json`, which may then be of any kind.
 
     Raises:
         InputError: the folder has no such layout, a file is missing or doubled, or the channel is not listed.
     """
     root = Path(data_dir).expanduser().resolve()
-    if not root.is_dir():
-        raise InputError(f"expected a data folder at {root}, found {'a file' if root.exists() else 'nothing'}")
-    if (root / DATASET_FILE).is_file():
-        return _open_listed(root, channel)
+    names = [path.name for path in list_folder(root)]
+    if _is_file(root / DATASET_FILE):
+        return _open_listed(root, channel, class_names)
     if all((root / name).is_dir() for name in _PICTURE_FOLDERS):
         if channel is not None:
             raise InputError(
                 f"expected no channel for the pictures in {root}, which have none by name; found {channel}"
             )
         images, masks = (_by_case(root / name) for name in _PICTURE_FOLDERS)
-        return LabelledFolder(root, (), None, images, _partners(images, masks, root), None)
-    found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+        return LabelledFolder(root, tuple(class_names or ()), None, images, _partners(images, masks, root), None)
+    found = ", ".join(names[:8]) or "nothing"
     raise InputError(
         f"expected {DATASET_FILE} with imagesTr and labelsTr (Decathlon, nnU-Net), or images and masks (pictures) in "
         f"{root}, found {found}; point at the folder that holds them"
     )
 
 
-def _open_listed(root: Path, channel: str | None) -> LabelledFolder:
+def _open_listed(root: Path, channel: str | None, class_names: Sequence[str] | None) -> LabelledFolder:
     path = root / DATASET_FILE
     content = _mapping(read_json(path), path)
-    names = class_names_of(content, path)
+    names = class_names_of(content, path) if class_names is None else tuple(class_names)
     channels = _channels(content, path)
     number = _channel_number(channels, channel, path)
     if _one_file_a_channel(content, root):
@@ -100,7 +103,7 @@ def _one_file_a_channel(content: Mapping[str, Any], root: Path) -> bool:
         return False
     listed = root / str(first["image"])
     suffix = suffix_of(listed) or ""
-    return not listed.is_file() and listed.with_name(f"{listed.name.removesuffix(suffix)}_0000{suffix}").is_file()
+    return not _is_file(listed) and _is_file(listed.with_name(f"{listed.name.removesuffix(suffix)}_0000{suffix}"))
 
 
 def _mapping(value: Any, path: Path) -> dict[str, Any]:
@@ -174,20 +177,29 @@ def _channel_number(channels: list[str], wanted: str | None, path: Path) -> int:
 
 def _by_case(folder: Path) -> dict[str, Path]:
     """Case -> its one file in a folder; a case is the name without suffix."""
-    if not folder.is_dir():
-        raise InputError(f"expected a folder at {folder}, found {'a file' if folder.exists() else 'nothing'}")
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in list_folder(folder):
         suffix = suffix_of(path)
         if suffix is None or path.name.startswith("."):
             continue
-        case = path.name[: -len(suffix)]
+        case = _case_of(path)
         if case in found:
             raise InputError(f"expected one file a case, found {found[case]} and {path}; remove one of them")
         found[case] = path
     if not found:
         raise InputError(f"expected scans or pictures in {folder}, found none; check the folder")
     return found
+
+
+def _case_of(path: Path) -> str:
+    """The name without suffix.
+
+    Raises:
+        InputError: it is not UTF-8, which reports and prepared slices are.
+    """
+    if (readable := path.name.encode("utf-8", errors="replace").decode()) != path.name:
+        raise InputError(f"expected file names in UTF-8, found {readable} in {path.parent}; rename it")
+    return path.name[: -len(suffix_of(path) or "")]
 
 
 def _nnunet_images(root: Path, number: int, *, channel_names: list[str]) -> dict[str, Path]:
@@ -215,22 +227,44 @@ def _listed_files(training: list[Any], root: Path) -> tuple[dict[str, Path], dic
     """Scans and label maps that Decathlon's `training` lists."""
     images: dict[str, Path] = {}
     labels: dict[str, Path] = {}
+    case_of_scan: dict[Path, str] = {}
     for entry in training:
         if not isinstance(entry, dict) or not {"image", "label"} <= entry.keys():
             raise InputError(f'expected "image" and "label" of each training case in {root / DATASET_FILE}: {entry!r}')
-        image, label = (root / str(entry[kind]) for kind in ("image", "label"))
-        for path in (image, label):
-            if not path.resolve().is_relative_to(root):
-                raise InputError(f"expected files below {root} in its {DATASET_FILE}, found {path}")
-            if suffix_of(path) is None or not path.is_file():
-                raise InputError(f"{root / DATASET_FILE} lists {path}, which is missing or no scan; mend the list")
-        case = label.name[: -len(suffix_of(label) or "")]
+        image, label = (_listed_file(root, str(entry[kind])) for kind in ("image", "label"))
+        case = _case_of(label)
         if case in images:
-            raise InputError(f"{root / DATASET_FILE} lists {case} twice; mend the list")
+            if label == labels[case]:
+                raise InputError(f"{root / DATASET_FILE} lists {case} twice; mend the list")
+            raise InputError(
+                f"expected different names, since cases are named after their label maps, found {labels[case]} and "
+                f"{label} in {root / DATASET_FILE}; rename them"
+            )
+        # As one scan, a link to it included, it could be trained on and held out.
+        other = case_of_scan.setdefault(image.resolve(), case)
+        if other != case:
+            raise InputError(f"{root / DATASET_FILE} lists {image} with {other} and with {case}; mend the list")
         images[case], labels[case] = image, label
     if not images:
         raise InputError(f"expected training cases in {root / DATASET_FILE}, found none; is it a test set?")
     return images, labels
+
+
+def _listed_file(root: Path, listed: str) -> Path:
+    """A file that `dataset.json` names; by its name it lies below `root`, though it may be a link."""
+    path = Path(os.path.normpath(root / listed))
+    if not path.is_relative_to(root):
+        raise InputError(f"expected files below {root} in its {DATASET_FILE}, found {path}")
+    if suffix_of(path) is None or not _is_file(path):
+        raise InputError(f"{root / DATASET_FILE} lists {path}, which is missing or no scan; mend the list")
+    return path
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no file can have such a name, or none may be looked for there
+        return False
 
 
 def _partners(images: Mapping[str, Path], labels: Mapping[str, Path], root: Path) -> dict[str, Path]:

@@ -16,9 +16,10 @@ from samed_peft.evaluation import Report, case_picture, evaluate_cases, format_t
 from samed_peft.evaluation.artefacts import csv_text
 from samed_peft.evaluation.charts import box_plots
 from samed_peft.evaluation.pictures import telling_slices
+from samed_peft.evaluation.report import interval_rows
 from samed_peft.io import Volume
 from samed_peft.layouts import names_of_dataset
-from samed_peft.metrics import score_masks
+from samed_peft.metrics import score_case, score_masks
 
 NAMES = ("liver", "spleen")
 RAS = np.diag([1.0, 1.0, 5.0, 1.0])
@@ -357,6 +358,43 @@ def test_the_page_keeps_names_from_being_markup(tmp_path):
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
 
 
+def test_markdown_keeps_names_from_being_markup(tmp_path):
+    name = "a\\|[b](c)\n# <img src=x>`"
+    labels = _labels(LIVER)
+    report = evaluate_cases({name: labels}, {name: labels}, class_names=NAMES, settings={"note": name, "of": {name: 1}})
+    failed = Report(report.class_names, report.cases, {**report.settings, "failed_cases": {name: name}})
+    write_report(failed, tmp_path, pictures={name: b"png"})
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    inert = "a\\\\\\|\\[b\\](c) # \\<img src=x>\\`"
+    assert text.count(inert) >= 6  # note, failure twice, case row twice, picture
+    assert not re.search(r"(?<!\\)<img", text)
+    assert not re.search(r"^# <", text, flags=re.MULTILINE)
+
+
+def test_a_class_called_mean_keeps_its_interval():
+    labels = _labels(LIVER, SPLEEN)
+    worse = {"a": _labels(LIVER), "b": labels}
+    report = evaluate_cases(worse, dict.fromkeys("ab", labels), class_names=("mean", "spleen"))
+    rows = interval_rows(report)
+    assert [row[0] for row in rows] == ["mean", "spleen", "mean"]
+    assert (rows[0][1], rows[2][1]) == ("1.0000 to 1.0000", "0.5000 to 1.0000")
+
+
+def test_an_image_on_another_grid_is_not_drawn():
+    labels = Volume(_labels(LIVER), RAS)
+    moved = RAS.copy()
+    moved[0, 0] = -1
+    with pytest.raises(InputError, match=r"on the grid of its label maps.* 14 mm apart"):
+        case_picture(Volume(np.zeros((6, 8, 8)), moved), labels, labels, class_names=NAMES)
+
+
+def test_pictures_of_cases_with_long_names(tmp_path):
+    cases = {f"{'a' * 240}{end}": _labels(LIVER) for end in "xy"}
+    report = evaluate_cases(cases, cases, class_names=NAMES)
+    write_report(report, tmp_path, pictures=dict.fromkeys(cases, b"png"))
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
+
+
 def test_the_page_asks_for_nothing_and_names_the_hashes_of_what_it_runs(tmp_path):
     write_report(_report(images={"b": Volume(np.zeros((6, 8, 8)), RAS)}), tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -461,3 +499,18 @@ def test_dataset_json_names_classes(tmp_path):
         path.write_text(json.dumps(content))
         with pytest.raises(InputError, match=message):
             names_of_dataset(path)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_one_slice_is_scored_by_its_outline(axis):
+    # In 3-D each voxel of a single slice is on the border, and what overlaps would count as surfaces 0 mm apart.
+    one, other = np.zeros((2, 40, 40), np.uint8)
+    one[5:25, 5:25] = other[15:35, 5:25] = 1
+    spacing = [2.0, 0.5]
+    expected = score_case(one, other, num_classes=1, spacing_zyx_mm=spacing)
+    spacing.insert(axis, 9.0)
+    affine = np.diag([*reversed(spacing), 1.0])
+    thin = [Volume(np.expand_dims(mask, axis), affine) for mask in (one, other)]
+    report = evaluate_cases({"a": thin[0]}, {"a": thin[1]}, class_names=("square",))
+    assert report.cases["a"] == expected
+    assert expected["standard"][0]["hd95"] == 20.0

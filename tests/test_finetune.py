@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,11 @@ def test_from_scans_to_a_report(run, scans, tmp_path):
         np.testing.assert_allclose(mask.affine, nibabel.load(scans / "labelsTr" / f"{case}.nii.gz").affine)
     code, _, stderr = run(*options, *patients, "--fold", 1)
     assert (code, "pass --resume" in stderr) == (2, True)
+    # The validation chose the adapter: its case must not become the one that is reported.
+    swapped = ("--test_cases", "p2_a", "--validation_cases", *held_out, "--validate_epochs", 1)
+    for changed in ((*patients, "--fold", 1, "--empty_share", 0.5), swapped):
+        code, _, stderr = run(*options, *changed, "--resume")
+        assert (code, "with other settings (data" in stderr) == (2, True), stderr
 
 
 @pytest.mark.slow
@@ -115,3 +121,16 @@ def test_bad_input_ends_with_one_message(run, scans, tmp_path, options, message)
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert re.search(message, line)
     assert not (tmp_path / "out").exists()
+
+
+def test_held_out_cases_are_read_before_the_training(run, scans, tmp_path):
+    shutil.copytree(scans, tmp_path / "data")
+    path = tmp_path / "data" / "labelsTr" / "p3_a.nii.gz"
+    label = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(label.dataobj) * 2, label.affine), path)
+    options = ("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", *SMALL)
+    for held_out in (("--test_cases", "p3_a"), ("--test_cases", "p2_a", "--validation_cases", "p3_a")):
+        epochs = ("--validate_epochs", "1") if len(held_out) > 2 else ()
+        code, _, stderr = run(*options, *held_out, *epochs)
+        assert (code, "p3_a.nii.gz hold 2, but only 0..1" in stderr) == (2, True), stderr
+        assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
@@ -101,6 +102,26 @@ def test_dicom_folder(tmp_path):
     assert volume.orientation == "LPS"
 
 
+def test_a_tilted_gantry_shears_the_grid(tmp_path):
+    folder = write_dicom(tmp_path / "tilted")
+    across, along = np.cos(np.deg2rad(20)), np.sin(np.deg2rad(20))
+    for path in folder.iterdir():
+        header = pydicom.dcmread(path)
+        header.ImageOrientationPatient = [1, 0, 0, 0, float(f"{across:.10f}"), float(f"{-along:.10f}")]
+        header.save_as(path)
+    volume = io.read_volume(folder)
+    for path in folder.iterdir():
+        header = pydicom.dcmread(path)
+        z = round((float(header.ImagePositionPatient[2]) + 368) / 3)
+        np.testing.assert_array_equal(volume.array[z], header.pixel_array)
+        right, anterior, superior = (volume.affine @ (0, 0, z, 1))[:3]
+        np.testing.assert_allclose([-right, -anterior, superior], header.ImagePositionPatient, atol=1e-6)
+    expected = [[-1.5, 0, 0], [0, -1.5 * across, 0], [0, -1.5 * along, 3]]
+    np.testing.assert_allclose(volume.affine[:3, :3], expected, atol=1e-6)
+    io.write_mask(np.zeros(volume.array.shape, np.uint8), volume, tmp_path / "mask.nii.gz")
+    np.testing.assert_allclose(nibabel.load(tmp_path / "mask.nii.gz").affine, volume.affine, atol=1e-5)
+
+
 def test_dicom_folder_with_several_series(tmp_path):
     write_dicom(tmp_path / "both")
     write_dicom(tmp_path / "both", series="1.2.3.5", first=10)
@@ -108,8 +129,9 @@ def test_dicom_folder_with_several_series(tmp_path):
         io.read_volume(tmp_path / "both")
 
 
-def test_dicom_folder_that_lacks_a_slice(tmp_path):
-    write_dicom(tmp_path / "gap", positions=(-368.0, -365.0, -362.0, -356.0))
+@pytest.mark.parametrize("positions", [(-368.0, -365.0, -362.0, -356.0), (-368.0, -368.0)])
+def test_dicom_folder_with_missing_or_doubled_slices(tmp_path, positions):
+    write_dicom(tmp_path / "gap", positions=positions)
     with pytest.raises(InputError, match="evenly spaced"):
         io.read_volume(tmp_path / "gap")
 
@@ -599,3 +621,61 @@ def test_a_folder_with_more_than_its_own_files_is_not_replaced(tmp_path):
     io.require_replaceable(tmp_path, marker="mark")
     with pytest.raises(InputError, match=r"other files thesis\.txt, which must not be lost"):
         io.require_replaceable(tmp_path, marker="mark", allowed="mark|own")
+
+
+def _headers(tmp_path):
+    """Damaged NIfTI files, by what is wrong with them."""
+    nibabel.save(nibabel.Nifti1Image(np.zeros((6, 5, 4), np.int16), np.eye(4)), tmp_path / "whole.nii")
+    data = (tmp_path / "whole.nii").read_bytes()
+    packed = bytearray(gzip.compress(np.random.default_rng(0).bytes(4000)))
+    packed[15:60] = b"\xff" * 45
+    (tmp_path / "packed.nii.gz").write_bytes(packed)
+    yield tmp_path / "packed.nii.gz"
+    fields = {"type": {"datatype": 77}, "offset": {"vox_offset": -5}, "dimensions": {"dim": [9, 6, 5, 4, 1, 1, 1, 1]}}
+    for name, values in fields.items():
+        header = nibabel.Nifti1Header(data[:348], check=False)
+        for key, value in values.items():
+            header.structarr[key] = value
+        (tmp_path / f"{name}.nii").write_bytes(header.structarr.tobytes() + data[348:])
+        yield tmp_path / f"{name}.nii"
+
+
+def test_damaged_headers_are_named_by_every_reader(tmp_path):
+    for path in _headers(tmp_path):
+        for read in (io.read_volume, io.read_affine, io.read_label_names):
+            with pytest.raises(InputError, match=f"{path.name} cannot be read"):
+                read(path)
+
+
+@pytest.mark.parametrize("field", ["srow_x", "srow_z"])
+@pytest.mark.parametrize("value", [np.nan, 0.0])
+def test_an_affine_without_inverse_is_refused_in_the_header(tmp_path, field, value):
+    image = nibabel.Nifti1Image(np.zeros((6, 5, 4), np.int16), np.eye(4))
+    image.header.structarr[field] = value
+    (tmp_path / "a.nii").write_bytes(image.header.structarr.tobytes() + bytes(4 + 240))
+    for read in (io.read_volume, io.read_affine):
+        with pytest.raises(InputError, match=r"invertible affine.*a\.nii"):
+            read(tmp_path / "a.nii")
+
+
+def test_a_header_that_claims_more_voxels_than_the_file_has(tmp_path):
+    header = nibabel.Nifti1Image(np.zeros((6, 5, 4), np.int16), np.eye(4)).header
+    header["dim"] = [3, 32767, 32767, 32767, 1, 1, 1, 1]
+    (tmp_path / "huge.nii").write_bytes(header.structarr.tobytes() + bytes(4 + 240))
+    with pytest.raises(InputError, match=r"huge\.nii cannot be read: .*claims"):
+        io.read_volume(tmp_path / "huge.nii")
+
+
+def test_labels_off_by_rounding(tmp_path):
+    # nibabel scales float labels to the whole range of the type they are to be stored in.
+    labels = np.arange(14, dtype=np.float64).reshape(1, 1, 14)
+    image = nibabel.Nifti1Image(labels, np.eye(4))
+    image.set_data_dtype(np.uint8)
+    nibabel.save(image, tmp_path / "scaled.nii.gz")
+    assert not np.array_equal(nibabel.load(tmp_path / "scaled.nii.gz").get_fdata(), labels)
+    for name, array in (("near", [[[0, 0.9999, 2.0001]]]), ("far", [[[0, 0.9, 1]]])):
+        nibabel.save(nibabel.Nifti1Image(np.array(array, np.float32), np.eye(4)), tmp_path / f"{name}.nii.gz")
+    np.testing.assert_array_equal(io.read_labels(tmp_path / "scaled.nii.gz").array, labels.T)
+    np.testing.assert_array_equal(io.read_labels(tmp_path / "near.nii.gz").array.ravel(), [0, 1, 2])
+    with pytest.raises(InputError, match=r"found 0\.9 in"):
+        io.read_labels(tmp_path / "far.nii.gz")

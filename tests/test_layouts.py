@@ -1,6 +1,8 @@
 """Folders of one's own: both dialects of dataset.json, nnU-Net's channels, pictures, and what is refused."""
 
 import json
+import os
+import sys
 
 import nibabel
 import numpy as np
@@ -105,6 +107,61 @@ def test_folders_that_cannot_be_used(tmp_path, content, images, labels, channel,
     root = write(tmp_path / "d", content, images, labels)
     with pytest.raises(InputError, match=message):
         open_folder(root, channel=channel)
+
+
+@pytest.mark.parametrize("linked", ["imagesTr", "imagesTr/c1.nii.gz"])
+def test_linked_files_may_lie_elsewhere(tmp_path, linked):
+    root = write(tmp_path / "d", DECATHLON, ("c1", "c2"), ("c1", "c2"))
+    (root / linked).rename(tmp_path / "stored")
+    (root / linked).symlink_to(tmp_path / "stored")
+    assert open_folder(root).images["c1"] == root / "imagesTr" / "c1.nii.gz"
+
+
+def test_a_scan_must_not_be_two_cases(tmp_path):
+    training = [{"image": "imagesTr/c1.nii.gz", "label": f"labelsTr/c{n}.nii.gz"} for n in (1, 2)]
+    root = write(tmp_path / "d", DECATHLON | {"training": training}, ("c1",), ("c1", "c2"))
+    with pytest.raises(InputError, match=r"lists .*c1.nii.gz with c1 and with c2"):
+        open_folder(root)
+
+
+def test_label_maps_of_one_name_in_several_folders(tmp_path):
+    training = [{"image": f"imagesTr/c{n}.nii.gz", "label": f"labelsTr/p{n}/seg.nii.gz"} for n in (1, 2)]
+    root = write(tmp_path / "d", DECATHLON | {"training": training}, ("c1", "c2"), ("p1/seg", "p2/seg"))
+    with pytest.raises(InputError, match=r"named after their label maps.*p1/seg.nii.gz and .*p2/seg.nii.gz"):
+        open_folder(root)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 300])
+def test_names_no_file_can_have(tmp_path, name):
+    training = [{"image": f"imagesTr/{name}.nii.gz", "label": "labelsTr/c1.nii.gz"}]
+    root = write(tmp_path / "d", DECATHLON | {"training": training}, ("c1",), ("c1",))
+    with pytest.raises(InputError, match="missing or no scan"):
+        open_folder(root)
+
+
+@pytest.mark.parametrize(
+    "labels", [{"background": 0, "whole": [1, 2], "core": 2}, {"0": "background", "2": "b"}, {"a": 0, "ignore": 1}]
+)
+def test_given_names_stand_in_for_labels_of_other_kinds(tmp_path, labels):
+    root = write(tmp_path / "d", DECATHLON | {"labels": labels}, ("c1", "c2"), ("c1", "c2"))
+    assert open_folder(root, class_names=("edema", "core")).class_names == ("edema", "core")
+    with pytest.raises(InputError, match="class_names"):
+        open_folder(root)
+
+
+def test_a_byte_order_mark(tmp_path):
+    root = write(tmp_path / "d", DECATHLON, ("c1", "c2"), ("c1", "c2"))
+    (root / "dataset.json").write_bytes(b"\xef\xbb\xbf" + (root / "dataset.json").read_bytes())
+    assert open_folder(root).class_names == ("liver", "tumour")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of other bytes are Linux's")
+def test_names_that_are_not_utf8(tmp_path):
+    root = write(tmp_path / "d", NNUNET | {"channel_names": {"0": "T1"}}, ("c1_0000",), ("c1",))
+    odd = os.fsdecode(b"c\xff_0000.nii.gz")
+    (root / "imagesTr" / "c1_0000.nii.gz").rename(root / "imagesTr" / odd)
+    with pytest.raises(InputError, match=r"UTF-8.*c\?_0000.nii.gz"):
+        open_folder(root)
 
 
 def test_a_folder_that_is_not_there(tmp_path):

@@ -30,6 +30,25 @@ def test_colour_pictures(tmp_path):
     np.testing.assert_array_equal(io.read_volume(picture(tmp_path / "q.png", opaque)).array, array[None])
 
 
+@pytest.mark.parametrize("grey", [True, False])
+def test_pictures_with_a_palette_are_what_they_show(tmp_path, grey):
+    shown = np.array([[(10, 20, 30), (200, 100, 50)], [(0, 0, 0), (255, 255, 255)]], np.uint8)
+    if grey:
+        shown[:] = shown[..., :1]
+    indexed = Image.fromarray(shown).quantize(4)
+    indexed.save(tmp_path / "p.png")
+    expected = shown[..., 0] if grey else shown
+    np.testing.assert_array_equal(io.read_volume(tmp_path / "p.png").array, expected[None])
+
+
+def test_palettes_with_transparency_are_refused_as_scans(tmp_path):
+    indexed = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8)).convert("P")
+    indexed.save(tmp_path / "p.png", transparency=0)
+    with pytest.raises(InputError, match="transparency"):
+        io.read_volume(tmp_path / "p.png")
+    np.testing.assert_array_equal(io.read_labels(tmp_path / "p.png").array, [[[0, 1], [1, 0]]])
+
+
 def test_picture_masks(tmp_path):
     label = np.array([[0, 1], [2, 1]], np.uint8)
     np.testing.assert_array_equal(io.read_labels(picture(tmp_path / "l.png", label)).array, label[None])

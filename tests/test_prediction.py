@@ -368,6 +368,13 @@ def test_wrong_places_and_options(predict, tmp_path, capsys):
         PredictionOptions(dtype="int8")
 
 
+def test_overlays_may_not_replace_scans(tmp_path):
+    (tmp_path / "overlays").mkdir()
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "overlays" / "a.png")
+    with pytest.raises(InputError, match=r"the overlay of .*a\.png would replace the scan"):
+        plan_masks(list_scans(tmp_path / "overlays"), tmp_path)
+
+
 def test_masks_may_not_lie_among_several_scans(predict, tmp_path, capsys):
     for name in ("a", "b"):
         np.savez((tmp_path / f"{name}.npz"), image=scan_array() / 100)

@@ -63,7 +63,12 @@ def test_what_else_is_refused():
             fold_split(patients, folds=5, fold=fold)
     with pytest.raises(InputError, match=r"hold out, found p99_v1; there are p00_v1, p00_v2, .* \(20 in all\)"):
         named_split(patients, ["p99_v1", CASES[0]])
-    for pattern, message in (("(", "regular expression"), ("p.+", "a group"), (r"(p\d)", "does not match")):
+    for pattern, message in (
+        ("(", "regular expression"),
+        ("p.+", "a group"),
+        (r"(x)?p\d+_v\d", "has no patient"),
+        (r"(p\d)", "does not match"),
+    ):
         with pytest.raises(InputError, match=message):
             patients_of(CASES, pattern)
     with pytest.raises(InputError, match="no case is left"):

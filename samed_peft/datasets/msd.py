@@ -107,6 +107,25 @@ def read_pair(image: Path, label: Path, *, channel: int | None, num_classes: int
     return scan, labels
 
 
+def check_cases(
+    folder: LabelledFolder, cases: Sequence[str], *, num_classes: int, window: tuple[float, float] | None
+) -> None:
+    """Read cases that are to be segmented and scored after a training, which one bad file would leave without a report.
+
+    Args:
+        folder: from `open_folder`.
+        cases: which of its cases.
+        num_classes: K, background left out.
+        window: see `normalized_array`.
+
+    Raises:
+        InputError: as `read_pair`, or a scan cannot be scaled.
+    """
+    for case in cases:
+        scan, _ = read_pair(folder.images[case], folder.labels[case], channel=folder.channel, num_classes=num_classes)
+        normalized_array(scan, window)
+
+
 def case_rows(
     pair: tuple[Volume, Volume],
     *,
@@ -164,7 +183,8 @@ class ScansConfig(datasets.BuilderConfig):
 class ScansBuilder(RowsBuilder):
     """Prepares training slices; made by `load_slices`."""
 
-    VERSION = datasets.Version("1.0.0")
+    # Part of the cache's name: raised when equal files come to give other rows.
+    VERSION = datasets.Version("1.1.0")
     BUILDER_CONFIG_CLASS = ScansConfig
 
     def _info(self) -> datasets.DatasetInfo:
@@ -217,7 +237,7 @@ def load_slices(
     fingerprint = content_fingerprint(path for pair in files.values() for path in pair)
     low, high = (None, None) if window is None else (float(window[0]), float(window[1]))
     builder = ScansBuilder(
-        config_name=f"slices-{fingerprint[:16]}",
+        config_name=f"slices-{fingerprint[:16]}-empty-{float(empty_share)}",
         files=json.dumps(files),
         channel=folder.channel,
         num_classes=num_classes,

@@ -22,7 +22,7 @@ def patients_of(cases: Sequence[str], pattern: str | None = None) -> dict[str, s
             `(.+)_visit[0-9]+`; None where each case is a patient of its own.
 
     Raises:
-        InputError: the expression is broken, has no group, or does not match a case.
+        InputError: the expression is broken, has no group, or does not match a case or its patient.
     """
     if pattern is None:
         return {case: case for case in cases}
@@ -37,6 +37,8 @@ def patients_of(cases: Sequence[str], pattern: str | None = None) -> dict[str, s
         match = compiled.fullmatch(case)
         if match is None:
             raise InputError(f"the patient of case {case} cannot be told: {pattern!r} does not match its whole name")
+        if not match[1]:
+            raise InputError(f"case {case} has no patient by {pattern!r}: the group matches nothing; mend it")
         patients[case] = match[1]
     return patients
 

@@ -94,10 +94,10 @@ def markdown_text(report: Report, links: Mapping[str, str]) -> str:
     ]
     intervals = ["Class", "Dice", "HD95 (mm)", "Dice (samed)", "HD95 (samed, voxels)"]
     notes = [f"- `{convention}`: {CONVENTION_NOTES[convention]}" for convention in CONVENTIONS]
-    failed = [f"- {line}" for line in failures(report)]
+    failed = [f"- {markdown_cell(line)}" for line in failures(report)]
     parts = [
         "# Evaluation",
-        *remarks(report),
+        *(markdown_cell(remark) for remark in remarks(report)),
         *(["\n".join(failed)] if failed else []),
         f"{len(report.cases)} cases, {len(report.class_names)} classes. Scores come in two conventions:",
         "\n".join(notes),
@@ -135,7 +135,8 @@ def picture_links(pictures: Iterable[str]) -> dict[str, str]:
     links: dict[str, str] = {}
     taken: set[str] = set()
     for case in pictures:
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", case)
+        # Cut, since what is written goes by a longer name until it is complete.
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", case)[:100]
         name, number = stem, 1
         while name.lower() in taken:
             number += 1

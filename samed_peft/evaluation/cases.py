@@ -101,17 +101,20 @@ def _listed(cases: Sequence[str], *, most: int = 5) -> str:
 def score_pair(prediction: Volume, reference: Volume, *, num_classes: int, tolerance_mm: float) -> CaseScores:
     """`metrics.score_case` of two label maps on one grid, in the reference's millimetres.
 
+    Pictures and other volumes of a single slice are scored as (H, W): in 3-D each of their voxels is on the border, so
+    that what overlaps would count as surfaces that agree.
+
     Raises:
         InputError: the grids differ or a label has no name; the message ends with the files.
     """
+    arrays, shape = (prediction.array, reference.array), reference.array.shape
+    spacing: tuple[float, ...] = reference.spacing_zyx_mm
+    if len(shape) == 3 and 1 in shape and prediction.array.shape == shape:
+        thin = shape.index(1)
+        arrays = prediction.array.take(0, axis=thin), reference.array.take(0, axis=thin)
+        spacing = tuple(size for axis, size in enumerate(spacing) if axis != thin)
     try:
-        scores = score_case(
-            prediction.array,
-            reference.array,
-            num_classes=num_classes,
-            spacing_zyx_mm=reference.spacing_zyx_mm,
-            tolerance_mm=tolerance_mm,
-        )
+        scores = score_case(*arrays, num_classes=num_classes, spacing_zyx_mm=spacing, tolerance_mm=tolerance_mm)
         _check_grids(prediction, reference)
     except InputError as error:
         roles = {"prediction": prediction, "reference": reference}

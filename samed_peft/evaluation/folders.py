@@ -11,7 +11,7 @@ from samed_peft.evaluation.artefacts import REPORT_FILES
 from samed_peft.evaluation.cases import checked_names, score_pair
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.evaluation.report import Report
-from samed_peft.io import Volume, read_labels, read_volume, require_replaceable, require_writable
+from samed_peft.io import Volume, list_folder, read_labels, read_volume, require_replaceable, require_writable
 from samed_peft.io.readers import SUFFIXES, suffix_of
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance
 
@@ -92,10 +92,8 @@ def list_files(folder: Path, *, folders_too: bool = False) -> dict[str, list[Pat
     Raises:
         InputError: the folder is missing, is a file, or holds none.
     """
-    if not folder.is_dir():
-        raise InputError(f"expected a folder at {folder}, found {'a file' if folder.exists() else 'nothing'}")
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
+    for path in list_folder(folder):
         suffix = "" if folders_too and path.is_dir() else suffix_of(path)
         if suffix is not None and not path.name.startswith("."):
             found.setdefault(_writable(path.name[: len(path.name) - len(suffix)]), []).append(path)

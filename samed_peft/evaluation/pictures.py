@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed_peft.errors import InputError
-from samed_peft.io import Volume, label_colour
+from samed_peft.io import Volume, grids_apart_mm, label_colour
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +62,7 @@ def case_picture(
         The bytes of a PNG.
 
     Raises:
-        InputError: the shapes differ or are not those above.
+        InputError: the shapes differ or are not those above, or the grids lie elsewhere in space.
     """
     scan, labels = _checked(image, {"reference": reference, "prediction": prediction})
     rows = telling_slices(labels.get("reference"), labels["prediction"])
@@ -96,6 +96,12 @@ def _checked(
             "expected an image of shape (D, H, W) or (D, H, W, 3) and label maps of its (D, H, W); "
             f"found an image of {shape}, {found}"
         )
+    for volume in given.values():
+        if isinstance(volume, Volume) and (apart_mm := grids_apart_mm(scan, volume)):
+            raise InputError(
+                f"expected an image on the grid of its label maps, found corners {apart_mm:.3g} mm apart; "
+                "resample the image to that grid"
+            )
     return scan, labels
 
 

@@ -3,6 +3,7 @@
 import functools
 import io
 import math
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,8 +150,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """`text` such that it stays inside its cell."""
-    return text.replace("|", "\\|").replace("\n", " ")
+    """`text` in one line that no reader of Markdown takes for the end of a cell, a link, code or HTML."""
+    return re.sub(r"[\\|<\[\]`]", r"\\\g<0>", " ".join(text.split()))
 
 
 def format_score(score: Score) -> tuple[str, str]:
@@ -197,14 +198,12 @@ def further_rows(report: Report) -> list[tuple[str, ...]]:
 
 def interval_rows(report: Report) -> list[tuple[str, ...]]:
     """Name, and the intervals of Dice and HD95 in both conventions; the mean last."""
-    by_name = {
-        **{name: [report.intervals[c]["classes"][name] for c in CONVENTIONS] for name in report.class_names},
-        "mean": [report.intervals[c]["mean"] for c in CONVENTIONS],
-    }
+    named = [(name, [report.intervals[c]["classes"][name] for c in CONVENTIONS]) for name in report.class_names]
+    named.append(("mean", [report.intervals[c]["mean"] for c in CONVENTIONS]))
     keys: tuple[Metric, ...] = ("dice", "hd95")
     return [
         (name, *(format_interval(key, interval[key]) for interval in intervals for key in keys))
-        for name, intervals in by_name.items()
+        for name, intervals in named
     ]
 
 

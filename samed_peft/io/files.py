@@ -265,31 +265,54 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+@contextlib.contextmanager
+def naming_unreadable(path: Path) -> Iterator[None]:
+    """Any refusal of the system to read `path`, or to say what it is, as the error for it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; check its name and permissions") from error
+
+
 def require_file(path: str | Path) -> Path:
     """`path` as a Path.
 
     Raises:
-        InputError: it does not exist, is not a file, or is empty.
+        InputError: it does not exist, is not a file, may not be read, or is empty.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path} does not exist; check the path")
-    if not path.is_file():
-        raise InputError(f"expected a file, found a folder: {path}")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} has zero bytes; it was probably cut off while being copied, fetch it again")
+    with naming_unreadable(path):
+        if not path.exists():
+            raise InputError(f"{path} does not exist; check the path")
+        if not path.is_file():
+            raise InputError(f"expected a file, found a folder: {path}")
+        with path.open("rb") as stream:
+            if not stream.read(1):
+                raise InputError(f"{path} has zero bytes; it was probably cut off while being copied, fetch it again")
     return path
 
 
+def list_folder(path: Path) -> list[Path]:
+    """What lies directly in a folder, sorted.
+
+    Raises:
+        InputError: it is missing, is a file, or may not be read.
+    """
+    with naming_unreadable(path):
+        if not path.is_dir():
+            raise InputError(f"expected a folder at {path}, found {'a file' if path.exists() else 'nothing'}")
+        return sorted(path.iterdir())
+
+
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file.
+    """The text of a UTF-8 file, without the byte order mark that some Windows programs put in front.
 
     Raises:
         InputError: the file is missing, empty or not UTF-8.
     """
     path = require_file(path)
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"expected UTF-8 text in {path}, found other bytes ({error}); was it damaged?") from error
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from samed_peft.errors import InputError
 from samed_peft.io.files import require_file
-from samed_peft.io.readers import ITK_SUFFIXES, NIFTI_SUFFIXES, damaged, suffix_of
+from samed_peft.io.readers import ITK_SUFFIXES, NIFTI_SUFFIXES, damaged, nifti_errors, suffix_of
 
 WORKBENCH_ECODE = 30
 """NIfTI's registered code for the XML of Caret and Connectome Workbench."""
@@ -134,10 +134,8 @@ def read_label_names(path: str | Path) -> dict[int, str] | None:
 def _nifti_names(path: Path) -> dict[int, str] | None:
     import nibabel
 
-    try:
+    with nifti_errors(path):
         header: Any = nibabel.load(path).header
-    except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
-        raise damaged(path, error) from error
     # TotalSegmentator leaves the code at 0.
     tables = [_parsed_table(e.content) for e in header.extensions if e.get_code() in (0, WORKBENCH_ECODE)]
     return next((names for names in tables if names), None)

@@ -1,15 +1,19 @@
 """One reader for each file format: arrays as they are stored, and affines."""
 
+import contextlib
 import gzip
+import math
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from samed_peft.errors import InputError
+from samed_peft.io.files import require_file
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """ITK's world axes point left, posterior, superior; nibabel's right, anterior, superior. Its own inverse."""
@@ -32,14 +36,36 @@ def damaged(path: Path, reason: object) -> InputError:
     return InputError(f"{path} cannot be read: {reason}; it is damaged, cut off or of another format, fetch it again")
 
 
-def _nifti_bytes(path: Path) -> bytes:
-    data = path.read_bytes()
-    if not path.name.lower().endswith(".gz"):
-        return data
+@contextlib.contextmanager
+def nifti_errors(path: Path) -> Iterator[None]:
+    """Everything nibabel raises on a damaged file, as the one error for it."""
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
+
+    theirs = (ImageFileError, HeaderDataError, WrapStructError)
     try:
-        return gzip.decompress(data)  # to the end, where the checksum is
-    except (OSError, EOFError, zlib.error) as error:
+        yield
+    except InputError:
+        raise
+    except (*theirs, OSError, EOFError, OverflowError, ValueError, zlib.error) as error:
         raise damaged(path, error) from error
+
+
+def checked_affine(affine: np.ndarray, path: Path | None) -> np.ndarray:
+    """An affine that has an inverse.
+
+    Raises:
+        InputError: it has none, or holds NaN or infinity.
+    """
+    # Relative to the axes' lengths, so that micrometre voxels are not mistaken for flat ones.
+    scale = float(np.prod(np.linalg.norm(affine[:3, :3], axis=0)))
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * scale:
+        raise InputError(
+            f"expected an invertible affine, found {affine.tolist()} in {path}; its header is broken, "
+            "export the scan again"
+        )
+    return affine
 
 
 def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -49,50 +75,48 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         InputError: the file is damaged or holds more than one number a voxel.
     """
     import nibabel
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-    from nibabel.wrapstruct import WrapStructError
 
-    data = _nifti_bytes(path)
-    is_nifti2 = data[:4] in (struct.pack("<i", 540), struct.pack(">i", 540))
-    try:
+    with nifti_errors(path):
+        data = path.read_bytes()
+        if path.name.lower().endswith(".gz"):
+            data = gzip.decompress(data)  # to the end, where the checksum is
+        is_nifti2 = data[:4] in (struct.pack("<i", 540), struct.pack(">i", 540))
         image: Any = (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image).from_bytes(data)
         proxy = image.dataobj
         if proxy.dtype.kind not in "iuf":
             raise InputError(f"expected one number a voxel, found {proxy.dtype} in {path}; export it as greyscale")
+        # Before memory is asked for, of which a damaged header may claim any amount.
+        claimed = int(proxy.offset) + math.prod(map(int, proxy.shape)) * proxy.dtype.itemsize
+        if claimed > len(data):
+            raise damaged(path, f"its header claims {claimed} bytes and the file has {len(data)}")
         # Unscaled values need no detour through float64, which would double the memory.
         array = proxy.get_unscaled() if (proxy.slope, proxy.inter) == (1, 0) else image.get_fdata(caching="unchanged")
         return np.asarray(array), np.asarray(image.affine, dtype=np.float64)
-    except (ImageFileError, HeaderDataError, WrapStructError, OSError, OverflowError) as error:
-        raise damaged(path, error) from error
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise damaged(path, error) from error
 
 
 def read_affine(path: Path) -> np.ndarray | None:
     """The affine of a NIfTI or ITK file from its header alone, voxels unread; None for formats without one.
 
     Raises:
-        InputError: the header is damaged.
+        InputError: the file is missing, its header is damaged, or the affine has no inverse.
     """
     import nibabel
     import SimpleITK as sitk  # noqa: N813
 
-    suffix = suffix_of(path)
-    try:
-        if suffix in NIFTI_SUFFIXES:
+    suffix = suffix_of(require_file(path))
+    if suffix in NIFTI_SUFFIXES:
+        with nifti_errors(path):
             image: Any = nibabel.load(path)
-            return np.asarray(image.affine, dtype=np.float64)
-        if suffix in ITK_SUFFIXES:
-            reader = sitk.ImageFileReader()
-            reader.SetFileName(str(path))
-            reader.ReadImageInformation()
-            return _itk_affine(reader) if reader.GetDimension() == 3 else None
-    except (OSError, EOFError, RuntimeError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
+            return checked_affine(np.asarray(image.affine, dtype=np.float64), path)
+    if suffix not in ITK_SUFFIXES:
+        return None
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
         raise damaged(path, str(error).strip().splitlines()[-1]) from error
-    return None
+    return checked_affine(_itk_affine(reader), path) if reader.GetDimension() == 3 else None
 
 
 def _itk_affine(image: Any) -> np.ndarray:
@@ -130,15 +154,19 @@ def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return _from_itk(image, path)
 
 
-def _require_even_slices(reader: Any, count: int, path: Path) -> None:
-    """A missing slice shows as a gap between positions; ITK would only squeeze the rest together."""
+def _slice_positions(reader: Any, count: int) -> np.ndarray | None:
+    """(D, 3) LPS positions of the slices; None where there is a single file or one says nothing."""
     tag = "0020|0032"
-    if count < 3 or not all(reader.HasMetaDataKey(k, tag) for k in range(count)):
-        return
-    positions = [[float(x) for x in reader.GetMetaData(k, tag).split("\\")] for k in range(count)]
-    gaps = np.linalg.norm(np.diff(np.array(positions), axis=0), axis=1)
+    if count < 2 or not all(reader.HasMetaDataKey(k, tag) for k in range(count)):
+        return None
+    return np.array([[float(x) for x in reader.GetMetaData(k, tag).split("\\")] for k in range(count)])
+
+
+def _require_even_slices(positions: np.ndarray, path: Path) -> None:
+    """A missing slice shows as a gap between positions; ITK would only squeeze the rest together."""
+    gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
     typical = float(np.median(gaps))
-    if np.abs(gaps - typical).max() > 0.1 * typical + 1e-3:
+    if typical < 1e-3 or np.abs(gaps - typical).max() > 0.1 * typical + 1e-3:
         raise InputError(
             f"expected evenly spaced DICOM slices, found gaps of {gaps.min():.3f} to {gaps.max():.3f} mm in "
             f"{path}; a file is missing or doubled, export the series again"
@@ -195,8 +223,13 @@ def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
         image = reader.Execute()
     except RuntimeError as error:
         raise damaged(path, str(error).strip().splitlines()[-1]) from error
-    _require_even_slices(reader, len(names), path)
-    return _from_itk(image, path)
+    array, affine = _from_itk(image, path)
+    positions = _slice_positions(reader, len(names))
+    if positions is not None:
+        _require_even_slices(positions, path)
+        # ITK stacks slices along their normal, which a tilted gantry does not.
+        affine[:3, 2] = LPS_TO_RAS[:3, :3] @ (positions[-1] - positions[0]) / (len(positions) - 1)
+    return array, affine
 
 
 def read_hdf5(path: Path, key: str) -> np.ndarray:
@@ -236,8 +269,12 @@ def read_npz(path: Path, key: str) -> np.ndarray:
         raise damaged(path, error) from error
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """Array (1, H, W) or, in colour, (1, H, W, 3) of a PNG, TIFF or JPEG; palettes come as their indices.
+def read_picture(path: Path, *, indexed: bool) -> np.ndarray:
+    """Array (1, H, W) or, in colour, (1, H, W, 3) of a PNG, TIFF or JPEG.
+
+    Args:
+        path: the file.
+        indexed: whether a palette's indices are meant, as in label maps, and not its colours.
 
     Raises:
         InputError: the file is damaged, has several pages or transparency, or is of an unusual colour model.
@@ -248,14 +285,24 @@ def read_picture(path: Path) -> np.ndarray:
         with Image.open(path) as picture:
             if _has_second_page(picture):
                 raise InputError(f"expected one picture, found several pages in {path}; split it")
-            opaque = picture.convert("RGB") if picture.mode == "RGBA" else picture
-            if picture.mode == "RGBA" and np.array(picture.getchannel("A")).min() < 255:
-                raise InputError(f"expected an opaque picture, found transparency in {path}; flatten it")
-            if opaque.mode not in ("1", "L", "P", "I", "F", "RGB") and not opaque.mode.startswith("I;16"):
-                raise InputError(f"expected a grey or RGB picture, found mode {picture.mode} in {path}; convert it")
-            return np.array(opaque)[None]
+            return _pixels(picture, path, indexed=indexed)[None]
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise damaged(path, error) from error
+
+
+def _pixels(picture: Any, path: Path, *, indexed: bool) -> np.ndarray:
+    """(H, W), or (H, W, 3) in colour; a palette of greys alone is no colour."""
+    has_palette = picture.mode == "P" and not indexed
+    shown = picture.convert("RGBA") if has_palette else picture
+    if shown.mode == "RGBA":
+        array = np.array(shown)
+        if array[..., 3].min() < 255:
+            raise InputError(f"expected an opaque picture, found transparency in {path}; flatten it")
+        is_grey = has_palette and bool((array[..., :3] == array[..., :1]).all())
+        return array[..., 0] if is_grey else array[..., :3]
+    if shown.mode not in ("1", "L", "P", "I", "F", "RGB") and not shown.mode.startswith("I;16"):
+        raise InputError(f"expected a grey or RGB picture, found mode {picture.mode} in {path}; convert it")
+    return np.array(shown)
 
 
 def _has_second_page(picture: Any) -> bool:

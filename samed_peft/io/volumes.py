@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from samed_peft.errors import InputError
-from samed_peft.io.files import require_file
+from samed_peft.io.files import naming_unreadable, require_file
 from samed_peft.io.readers import (
     ARRAY_SUFFIXES,
     ITK_SUFFIXES,
     NIFTI_SUFFIXES,
     PICTURE_SUFFIXES,
     SUFFIXES,
+    checked_affine,
     read_dicom,
     read_hdf5,
     read_itk,
@@ -62,6 +63,10 @@ _GRID_TOLERANCE = 0.1
 """Share of a voxel by which two grids may differ: files that store affines in float32 differ by less."""
 
 
+_LABEL_ROUNDING = 0.05
+"""How far a label may be from a whole number: writers that scale labels to bytes miss by less, resampling by more."""
+
+
 def grids_apart_mm(one: Volume, other: Volume) -> float:
     """How far two grids of one shape lie apart, at the corner where they differ most.
 
@@ -79,7 +84,9 @@ def grids_apart_mm(one: Volume, other: Volume) -> float:
 def _load(path: str | Path, *, key: str, channel: int | None = None) -> Volume:
     """Any supported file as stored, axes in (D, H, W) order."""
     path = Path(path)
-    if path.is_dir():
+    with naming_unreadable(path):
+        is_folder = path.is_dir()
+    if is_folder:
         return _checked(Volume(*read_dicom(path), path), None)
     suffix = suffix_of(require_file(path))
     if suffix in NIFTI_SUFFIXES:
@@ -88,7 +95,7 @@ def _load(path: str | Path, *, key: str, channel: int | None = None) -> Volume:
     if suffix in ITK_SUFFIXES:
         return _checked(Volume(*read_itk(path), path), None)
     if suffix in PICTURE_SUFFIXES:
-        return _checked(Volume(read_picture(path), None, path), None)
+        return _checked(Volume(read_picture(path, indexed=key == "label"), None, path), None)
     if suffix in ARRAY_SUFFIXES:
         array = read_hdf5(path, key) if suffix == ".npy.h5" else read_npz(path, key)
         return _checked(Volume(array[None] if array.ndim == 2 else array, None, path, True), None)
@@ -127,21 +134,15 @@ def _checked(volume: Volume, channel: int | None) -> Volume:
             "replace them, with the intensity of air for instance"
         )
     if affine is not None:
-        # Relative to the axes' lengths, so that micrometre voxels are not mistaken for flat ones.
-        scale = float(np.prod(np.linalg.norm(affine[:3, :3], axis=0)))
-        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * scale:
-            raise InputError(
-                f"expected an invertible affine, found {affine.tolist()} in {path}; its header is broken, "
-                "export the scan again"
-            )
+        checked_affine(affine, path)
     return Volume(array, affine, path, volume.normalized)
 
 
 def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
     """Read a scan: `.nii`, `.nii.gz`, `.nrrd`, `.mha`, a DICOM folder, a picture, or SAMed's `.npy.h5` and `.npz`.
 
-    Pictures are `.png`, `.tif` and `.jpg`, grey or in colour. SAMed's own files hold intensities in [0, 1] under the
-    name `image` and come back with `normalized=True`.
+    Pictures are `.png`, `.tif` and `.jpg`, grey or in colour; a palette's colours count. SAMed's own files hold
+    intensities in [0, 1] under the name `image` and come back with `normalized=True`.
 
     Args:
         path: file or folder.
@@ -173,29 +174,36 @@ def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
 def read_labels(path: str | Path) -> Volume:
     """Read a label map from any file that `read_volume` reads; `.npy.h5` and `.npz` hold it as `label`.
 
-    In a picture whose only values are 0 and 255, 255 is label 1.
+    In a picture whose only values are 0 and 255, 255 is label 1; of a palette the indices are the labels.
 
     Returns:
         Volume with an array (D, H, W) of uint8, or of int16 where a label is negative or above 255.
 
     Raises:
-        InputError: as `read_volume`, or a label is not a whole number or does not fit int16.
+        InputError: as `read_volume`, or a label is not a whole number, but for rounding, or does not fit int16.
     """
     volume = _load(path, key="label")
     array = volume.array
     if volume.path is not None and suffix_of(volume.path) in PICTURE_SUFFIXES:
         array = _picture_labels(array, volume.path)
-    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
-        odd = float(array[array != np.rint(array)][0])
-        raise InputError(
-            f"expected whole numbers as labels, found {odd:g} in {path}; "
-            "resample labels by nearest neighbour, and check that this is not the scan itself"
-        )
+    if array.dtype.kind == "f":
+        array = _whole_numbers(array, path)
     low, high = array.min(), array.max()
     if low < -(2**15) or high >= 2**15:
         raise InputError(f"expected labels of 16 bits, found {low:g} to {high:g} in {path}; is this the scan itself?")
     dtype = np.uint8 if low >= 0 and high <= 255 else np.int16
     return Volume(np.ascontiguousarray(array, dtype=dtype), volume.affine, volume.path, volume.normalized)
+
+
+def _whole_numbers(array: np.ndarray, path: str | Path) -> np.ndarray:
+    whole = np.rint(array)
+    odd = np.abs(array - whole) > _LABEL_ROUNDING
+    if odd.any():
+        raise InputError(
+            f"expected whole numbers as labels, found {float(array[odd][0]):g} in {path}; "
+            "resample labels by nearest neighbour, and check that this is not the scan itself"
+        )
+    return whole
 
 
 def _picture_labels(array: np.ndarray, path: Path) -> np.ndarray:

@@ -22,8 +22,8 @@ from samed_peft.metrics import (
 
 _INPUTS = """
 Args:
-    prediction: (D, H, W) label map, 0 is background.
-    reference: (D, H, W) label map on the same grid.
+    prediction: (D, H, W) label map, 0 is background; of a picture (H, W).
+    reference: label map on the same grid.
     case: name of the case; one that is added twice, as padded samplers do, counts once.
     spacing_zyx_mm: voxel size in millimetres.
 """

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samed_peft.errors import InputError
-from samed_peft.io import DICOM_SEG_SUFFIX, MASK_SUFFIXES, SUFFIXES, holds_dicom, suffix_of
+from samed_peft.io import (
+    DICOM_SEG_SUFFIX,
+    MASK_SUFFIXES,
+    SUFFIXES,
+    holds_dicom,
+    list_folder,
+    naming_unreadable,
+    suffix_of,
+)
 
 _NNUNET_NAME = re.compile(r"(.+)_(\d{4})")
 _SUFFIX_OF_MASKS = dict.fromkeys((".nii", ".nii.gz", ".npy.h5", ".npz"), ".nii.gz")
@@ -42,15 +50,17 @@ def list_scans(source: Path) -> list[Path]:
     Raises:
         InputError: there is nothing, or no scan.
     """
-    if not source.exists():
-        raise InputError(f"expected a scan or a folder of scans at {source}, found nothing; check the path")
-    if source.is_file():
+    with naming_unreadable(source):
+        if not source.exists():
+            raise InputError(f"expected a scan or a folder of scans at {source}, found nothing; check the path")
+        is_file = source.is_file()
+    if is_file:
         if suffix_of(source) is None:
             raise InputError(f"expected {', '.join(SUFFIXES)} or a folder, found {source}; convert it to one of these")
         return [source]
     if holds_dicom(source):
         return [source]
-    items = sorted(item for item in source.iterdir() if not item.name.startswith("."))
+    items = [item for item in list_folder(source) if not item.name.startswith(".")]
     scans = [item for item in items if (holds_dicom(item) if item.is_dir() else suffix_of(item) is not None)]
     if not scans:
         raise InputError(
@@ -161,6 +171,8 @@ def _require_elsewhere(scan: Scan, is_one_of_many: bool, dicom_seg: bool) -> Non
     """Masks must neither replace scans nor be taken for scans the next time."""
     if scan.mask.resolve() == scan.source.resolve():
         raise InputError(f"the mask of {scan.source} would replace the scan; choose another output")
+    if scan.overlay.resolve() == scan.source.resolve():
+        raise InputError(f"the overlay of {scan.source} would replace the scan; choose another output")
     folder = scan.mask.parent.resolve()
     scans = scan.source.parent.resolve()
     if is_one_of_many and (folder == scans or (dicom_seg and folder.parent == scans)):
