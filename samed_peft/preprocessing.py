@@ -62,14 +62,14 @@ def resize_image(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     resized = np.empty(size_hw, image.dtype)
     for start in range(0, size_hw[0], _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        weighted = [coefficients.take(tap, axis=1) * weight for tap, weight in zip(taps[rows].T, weights[rows].T, strict=True)]
+        weighted = [
+            coefficients.take(tap, axis=1) * weight for tap, weight in zip(taps[rows].T, weights[rows].T, strict=True)
+        ]
         resized[rows] = (sums @ np.concatenate(weighted)).T
     return resized
 
 
-def resize_label(
-    label: np.ndarray, size_hw: tuple[int, int], *, via: tuple[int, int] | None = None
-) -> np.ndarray:
+def resize_label(label: np.ndarray, size_hw: tuple[int, int], *, via: tuple[int, int] | None = None) -> np.ndarray:
     """Resize labels by nearest neighbour, corner to corner, as SAMed does.
 
     Args:
