@@ -5,6 +5,7 @@ pair of sizes asks for is worked out once, and then applied to one axis after th
 """
 
 from functools import lru_cache
+from itertools import pairwise
 
 import nibabel as nib
 import numpy as np
@@ -107,7 +108,7 @@ def _places(old: int, new: int) -> np.ndarray:
 def _nearest_through(*sizes: int) -> np.ndarray:
     """Index of the first size's pixel that each pixel of the last size takes, or `_OUTSIDE`."""
     index = np.arange(sizes[0])
-    for old, new in zip(sizes, sizes[1:], strict=False):
+    for old, new in pairwise(sizes):
         places = _places(old, new)
         step = np.where(places > old - 1, _OUTSIDE, np.floor(places + 0.5).astype(int))
         index = np.where(step == _OUTSIDE, _OUTSIDE, index[step])
