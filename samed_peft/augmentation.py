@@ -1,5 +1,7 @@
 """SAMed's augmentation: quarter turns and flips, or small rotations, of a slice and its labels together."""
 
+from functools import lru_cache
+
 import numpy as np
 from scipy import ndimage
 
@@ -7,13 +9,27 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 def rot_flip(array: np.ndarray, *, quarter_turns: int, axis: int) -> np.ndarray:
-    """Turn (H, W) by `quarter_turns` times 90 degrees, then flip along `axis`."""
-    return np.flip(np.rot90(array, quarter_turns), axis=axis).copy()
+    """Turn (H, W) by `quarter_turns` times 90 degrees, then flip along `axis`; a view of `array`."""
+    return np.flip(np.rot90(array, quarter_turns), axis=axis)
 
 
 def rotate(array: np.ndarray, *, degrees: int) -> np.ndarray:
-    """Rotate (H, W) by nearest neighbour, size kept, zeros at the corners."""
-    return ndimage.rotate(array, degrees, order=0, reshape=False)
+    """Rotate (H, W) or (H, W, 3) by nearest neighbour, size kept, zeros at the corners."""
+    height, width = array.shape[:2]
+    pixels = np.zeros((height * width + 1, *array.shape[2:]), array.dtype)
+    pixels[1:] = array.reshape(height * width, *array.shape[2:])
+    return pixels.take(_sources(height, width, degrees), axis=0)
+
+
+# As many as SAMed has angles; a megabyte each at 512 x 512.
+@lru_cache(maxsize=40)
+def _sources(height: int, width: int, degrees: int) -> np.ndarray:
+    """Which pixel (1, 2, ... row by row) each pixel of a rotated slice comes from; 0 is none.
+
+    SciPy itself is asked, so that ties fall as they do in SAMed.
+    """
+    numbers = np.arange(1, height * width + 1, dtype=np.int32).reshape(height, width)
+    return ndimage.rotate(numbers, degrees, order=0, reshape=False)
 
 
 def augment(image: np.ndarray, label: np.ndarray, *, rng: np.random.Generator) -> Pair:
@@ -28,7 +44,7 @@ def augment(image: np.ndarray, label: np.ndarray, *, rng: np.random.Generator) -
         rng: the only source of randomness.
 
     Returns:
-        Image and label, (H, W) or (W, H).
+        Image and label, (H, W) or (W, H); views of what was given, or new arrays.
     """
     if rng.random() > 0.5:
         turns, axis = int(rng.integers(4)), int(rng.integers(2))

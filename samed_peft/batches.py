@@ -1,11 +1,13 @@
 """Rows of a dataset -> batches of tensors; order and augmentation depend on (seed, epoch, index) alone."""
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from samed_peft.augmentation import augment
 from samed_peft.losses import IGNORED_LABEL
@@ -47,9 +49,8 @@ class TrainingSlices(Dataset):
         if self.seed is not None and index != FILLER:
             image, label = augment(image, label, rng=np.random.default_rng((self.seed, epoch, index)))
         pixels = slice_to_pixels(image, image_size=self.image_size)
-        # By way of the full size, as SAMed does: nearest neighbour twice is not nearest neighbour once.
-        label = resize_label(label, (self.image_size, self.image_size))
-        label = resize_label(label, (self.label_size, self.label_size)).astype(np.int64)
+        full, low = (self.image_size, self.image_size), (self.label_size, self.label_size)
+        label = resize_label(label, low, via=full).astype(np.int64)  # by way of the full size, as SAMed does
         if index == FILLER:
             label = np.full_like(label, IGNORED_LABEL)
         tensor = torch.from_numpy(np.ascontiguousarray(pixels))
@@ -77,13 +78,48 @@ def epoch_batches(
     return batches
 
 
-def batch_loader(slices: TrainingSlices, batches: Sequence[list[Key]], *, num_workers: int) -> DataLoader:
-    """Load `batches` in order; each is `pixel_values` (B, 3, S, S) and `labels` (B, h, h)."""
-    return DataLoader(
+def batch_loader(
+    slices: TrainingSlices,
+    batches: Sequence[list[Key]],
+    *,
+    num_workers: int,
+    device: torch.device | None = None,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Load `batches` in order, ahead of their use.
+
+    A grey slice is loaded, copied and sent to the device as one channel, and becomes three there without a copy.
+
+    Args:
+        slices: training examples.
+        batches: from `epoch_batches`.
+        num_workers: processes that load; no more are started than the machine has cores for. 0 loads in this one.
+        device: where tensors are to be; None leaves them on the CPU.
+
+    Yields:
+        `pixel_values` (B, 3, S, S), which must not be written to, and `labels` (B, h, h).
+    """
+    loader = DataLoader(
         slices,
         batch_sampler=batches,
-        num_workers=num_workers,
+        num_workers=min(num_workers, available_cores()),
+        collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         # A generator of its own: without one, each epoch would draw from the global random state.
         generator=torch.Generator(),
     )
+    for batch in loader:
+        moved = {name: tensor.to(device or tensor.device, non_blocking=True) for name, tensor in batch.items()}
+        yield {**moved, "pixel_values": moved["pixel_values"].expand(-1, 3, -1, -1)}
+
+
+def _collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Stack examples; three equal channels are stacked as one."""
+    if all(example["pixel_values"].stride(0) == 0 for example in examples):
+        examples = [{**example, "pixel_values": example["pixel_values"][:1]} for example in examples]
+    batch: dict[str, torch.Tensor] = default_collate(examples)
+    return batch
+
+
+def available_cores() -> int:
+    """Cores that this process may use; PyTorch warns where there are more workers."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

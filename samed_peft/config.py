@@ -222,7 +222,7 @@ class TrainingConfig(_Json):
         dice_weight: share of the Dice loss; cross entropy has the rest.
         augment: whether slices are flipped and rotated.
         gradient_checkpointing: recompute encoder layers in the backward pass to save memory.
-        num_workers: processes that load slices.
+        num_workers: processes that load slices, at most one a core; 2 keep ahead of a GPU.
         checkpoint_steps: optimizer steps between two resumable checkpoints; one is written after each epoch too.
         validate_epochs: epochs between two validations; 0 for none.
         seed: seed of initialisation, order and augmentation.

@@ -174,7 +174,9 @@ class TiledAttention(torch.autograd.Function):
     def forward(ctx: Any, window: int, *tensors: Tensor | None) -> Tensor:
         """(B, H, W, heads, d)."""
         query, key, value, pad_key, pad_value, table = tensors
-        assert query is not None and key is not None and value is not None
+        assert query is not None
+        assert key is not None
+        assert value is not None
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         for block in _blocks(query, window):
             keys, values = block.keys(key, pad_key, positions=table is not None), block.values(value, pad_value)

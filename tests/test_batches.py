@@ -41,6 +41,26 @@ def test_any_number_of_workers_gives_the_same_batches(rows):
         assert one["labels"].equal(two["labels"])
 
 
+def test_a_grey_slice_is_one_channel_in_memory(rows):
+    for workers in (0, 1):
+        pixels = load(rows, workers=workers)[0]["pixel_values"]
+        assert pixels.stride(1) == 0
+        assert pixels[:, 0].equal(pixels[:, 2])
+
+
+def test_colours_stay_three(rows):
+    coloured = [{**row, "image": np.stack([row["image"], row["image"] / 2, row["image"] * 0], axis=-1)} for row in rows]
+    grey, colour = load(rows, workers=0)[0]["pixel_values"], load(coloured, workers=0)[0]["pixel_values"]
+    assert colour.shape == grey.shape
+    assert torch.allclose(colour[:, 0], grey[:, 0])
+    assert torch.allclose(colour[:, 1], grey[:, 0] / 2)
+
+
+def test_more_workers_than_cores_are_not_started(rows, monkeypatch):
+    monkeypatch.setattr("samed_peft.batches.available_cores", lambda: 1)
+    assert len(load(rows, workers=50)) == 4  # PyTorch would warn, and warnings are errors
+
+
 def test_epochs_differ(rows):
     assert not load(rows, workers=0)[0]["pixel_values"].equal(load(rows, workers=0, epoch=1)[0]["pixel_values"])
 

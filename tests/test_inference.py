@@ -8,9 +8,10 @@ from accelerate import Accelerator
 from conftest import npz
 
 from samed_peft.config import SYNAPSE_CLASSES
-from samed_peft.inference import predict_volume, segment_cases
+from samed_peft.inference import predict_volume, resized_slices, segment_cases, upsampled_argmax
 from samed_peft.io import Volume, read_label_names, read_labels
 from samed_peft.metrics import score_masks
+from samed_peft.preprocessing import slice_to_pixels
 
 
 @pytest.fixture
@@ -76,3 +77,22 @@ def test_no_gradient_is_kept(golden_model, golden_volume):
     predict_volume(golden_model, Volume(golden_volume["image"][:1], normalized=True))
     assert all(p.grad is None for p in golden_model.parameters())
     assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize(("old", "sizes"), [((60, 50), (64,)), ((60, 50), (28, 64)), ((64, 64), (64,))])
+def test_slices_are_resized_together_as_one_by_one(old, sizes):
+    slices = np.random.default_rng(0).random((3, *old), dtype=np.float32)
+    bottleneck = sizes[0] if len(sizes) > 1 else None
+    expected = np.stack([slice_to_pixels(one, image_size=64, input_size=bottleneck) for one in slices])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = resized_slices(torch.from_numpy(slices)[:, None], sizes)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got[:, 0], expected, rtol=0, atol=1e-6)
+
+
+def test_the_first_of_equal_classes_wins():
+    logits = torch.tensor([0.0, 2.0, 1.0, 2.0]).reshape(1, 4, 1, 1).expand(2, 4, 3, 3)
+    assert (upsampled_argmax(logits, 5) == 1).all()
+    random = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    resized = torch.nn.functional.interpolate(random, size=(32, 32), mode="bilinear", align_corners=False)
+    assert upsampled_argmax(random, 32).equal(resized.argmax(1).to(torch.uint8))

@@ -408,6 +408,56 @@ def test_a_scan_too_large_for_the_memory_fails_alone(model, tmp_path, monkeypatc
     assert "choose a smaller batch_size than 8" in outcome.failed["a"]
 
 
+def planned(tmp_path, count):
+    for number in range(count):
+        write_scan(tmp_path / "scans" / f"{number}.nii.gz", scan_array(number))
+    return plan_masks(list_scans(tmp_path / "scans"), tmp_path / "masks")
+
+
+def test_a_mask_that_cannot_be_written_fails_its_own_scan(model, tmp_path):
+    scans = planned(tmp_path, 4)
+    scans[1].mask.mkdir(parents=True)  # in the way
+    outcome = predict_files(model, scans, options=PredictionOptions(overwrite=True), accelerator=Accelerator(cpu=True))
+    assert outcome.failed.keys() == {"1"}
+    assert outcome.written == ("0", "2", "3")
+    for scan in (scans[0], scans[2], scans[3]):
+        np.testing.assert_array_equal(io.read_labels(scan.mask).array, expected_mask(model, scan.source))
+
+
+def test_one_scan_is_read_ahead_and_no_more(model, tmp_path, monkeypatch):
+    read, ahead = [], []
+
+    def reading(path, **options):
+        read.append(path)
+        return io.read_volume(path, **options)
+
+    def predicting(model, image, **options):
+        mask = predict_volume(model, image, **options)
+        ahead.append(len(read) - read.index(image.path) - 1)
+        return mask
+
+    monkeypatch.setattr("samed_peft.prediction.files.read_volume", reading)
+    monkeypatch.setattr("samed_peft.prediction.files.predict_volume", predicting)
+    scans = planned(tmp_path, 5)
+    predict_files(model, scans, options=PredictionOptions(), accelerator=Accelerator(cpu=True))
+    assert read == [scan.source for scan in scans]
+    assert max(ahead) <= 1
+
+
+def test_a_stop_leaves_whole_masks(model, tmp_path, monkeypatch):
+    def predicting(model, image, **options):
+        if image.path.name.startswith("2"):
+            raise KeyboardInterrupt
+        return predict_volume(model, image, **options)
+
+    monkeypatch.setattr("samed_peft.prediction.files.predict_volume", predicting)
+    scans = planned(tmp_path, 5)
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(model, scans, options=PredictionOptions(), accelerator=Accelerator(cpu=True))
+    assert files_of(tmp_path / "masks") == ["0.nii.gz", "1.nii.gz"]
+    np.testing.assert_array_equal(io.read_labels(scans[1].mask).array, expected_mask(model, scans[1].source))
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_folder(adapter, model, tmp_path):
     for case in "abc":

@@ -3,11 +3,19 @@
 import numpy as np
 import pytest
 from conftest import npz
+from scipy import ndimage
 
 from samed_peft.augmentation import augment, rot_flip, rotate
 from samed_peft.errors import InputError
 from samed_peft.io import Volume
-from samed_peft.preprocessing import apply_window, normalized_array, resize_label, slice_to_pixels
+from samed_peft.preprocessing import (
+    apply_window,
+    normalized_array,
+    resize_image,
+    resize_label,
+    slice_to_pixels,
+    spline_matrix,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +29,55 @@ def test_model_image_and_labels(golden_slice):
     label = resize_label(golden_slice["label"], (128, 128))
     np.testing.assert_array_equal(label, golden_slice["model_label"])
     np.testing.assert_array_equal(resize_label(label, (32, 32)), golden_slice["low_res_label"])
+
+    via = resize_label(golden_slice["label"], (32, 32), via=(128, 128))
+    np.testing.assert_array_equal(via, golden_slice["low_res_label"])
+
+
+def scipys_zoom(array, size_hw, order):
+    factors = [new / old for new, old in zip(size_hw, array.shape, strict=True)]
+    return array if array.shape == size_hw else ndimage.zoom(array, factors, order=order)
+
+
+SIZES = [(2, 3), (3, 8), (8, 2), (20, 24), (37, 99), (64, 64), (101, 122), (128, 57), (224, 224)]
+
+
+@pytest.mark.parametrize("old", [*SIZES, (512, 512), (1, 5), (5, 1)])
+@pytest.mark.parametrize("new", SIZES)
+def test_sizes_change_as_in_scipy_to_the_bit(old, new):
+    rng = np.random.default_rng(0)
+    image, label = rng.random(old, dtype=np.float32), rng.integers(1, 9, old, dtype=np.uint8)
+    image[: old[0] // 2] = 0  # next to nothing is left of it, all of it rounding
+    expected = scipys_zoom(image, new, 3)
+    np.testing.assert_array_equal(resize_image(image, new), expected)
+    matrices = [spline_matrix(*sizes) for sizes in zip(old, new, strict=True)]
+    if old != new:
+        np.testing.assert_allclose(matrices[0] @ image @ matrices[1].T, expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(resize_label(label, new), scipys_zoom(label, new, 0))
+    via = scipys_zoom(scipys_zoom(label, (56, 49), 0), new, 0)
+    np.testing.assert_array_equal(resize_label(label, new, via=(56, 49)), via)
+
+
+def test_places_past_the_last_pixel_are_zero_as_in_scipy():
+    # Rounding moves the last of them out.
+    sizes = [(old, new) for old in range(2, 40) for new in range(2, 60) if (old - 1) / (new - 1) * (new - 1) > old - 1]
+    assert sizes
+    for old, new in sizes:
+        label = np.ones((old, 3), np.uint8)
+        assert not resize_label(label, (new, 3))[-1].any()
+        np.testing.assert_array_equal(resize_label(label, (new, 3)), scipys_zoom(label, (new, 3), 0))
+        image = label.astype(np.float32)
+        np.testing.assert_array_equal(resize_image(image, (new, 3)), scipys_zoom(image, (new, 3), 3))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (20, 24), (113, 64), (224, 224)])
+def test_rotation_is_scipys_at_every_angle(shape):
+    label = np.random.default_rng(0).integers(1, 9, shape, dtype=np.uint8)
+    colours = np.stack([label, label + 1, label + 2], axis=-1)
+    for degrees in range(-20, 20):
+        expected = ndimage.rotate(label, degrees, order=0, reshape=False)
+        np.testing.assert_array_equal(rotate(label, degrees=degrees), expected)
+        np.testing.assert_array_equal(rotate(colours, degrees=degrees)[..., 0], expected)
 
 
 @pytest.mark.parametrize("turns", range(4))

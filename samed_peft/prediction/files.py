@@ -1,7 +1,9 @@
 """Many scans segmented, by one process or several."""
 
 import contextlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,18 +87,8 @@ def predict_files(
     # One process looks, before any writes: others might see the first masks already, and share out another list.
     pending = [scan for scan in scans if options.overwrite or not _is_finished(scan, options)]
     (pending,) = broadcast_object_list([pending])
-    failed: dict[str, str] = {}
     mine = pending[accelerator.process_index :: accelerator.num_processes]
-    hidden = None if accelerator.is_main_process else True  # None: shown in terminals only
-    for scan in tqdm(mine, desc="segmenting", unit="scan", disable=hidden):
-        try:
-            _predict_file(model, scan, options=options, accelerator=accelerator)
-        except (torch.OutOfMemoryError, MemoryError):
-            failed[scan.case] = (
-                f"{scan.source} does not fit into memory; choose a smaller batch_size than {options.batch_size}"
-            )
-        except (InputError, OSError) as error:
-            failed[scan.case] = str(error)
+    failed = _predict_all(model, mine, options=options, accelerator=accelerator)
     if accelerator.num_processes > 1:
         failed = dict(gather_object(list(failed.items())))
     pending_cases = [scan.case for scan in pending]
@@ -111,18 +103,89 @@ def _is_finished(scan: Scan, options: PredictionOptions) -> bool:
     return scan.mask.is_file() and (not options.overlay or scan.overlay.is_file())
 
 
-def _predict_file(model: Segmenter, scan: Scan, *, options: PredictionOptions, accelerator: Accelerator) -> None:
-    image = read_volume(scan.source, channel=scan.channel)
+def _predict_all(
+    model: Segmenter, scans: Sequence[Scan], *, options: PredictionOptions, accelerator: Accelerator
+) -> dict[str, str]:
+    """Segment scan after scan; meanwhile one thread reads the next and another writes the mask before.
+
+    At most three scans are in memory. Whatever ends this, the thread that writes finishes its files first.
+
+    Returns:
+        case -> why it failed.
+    """
+    failed: dict[str, str] = {}
+    hidden = None if accelerator.is_main_process else True  # None: shown in terminals only
+    bar = tqdm(total=len(scans), desc="segmenting", unit="scan", disable=hidden)
+    with bar, _reading_ahead(scans) as readings, ThreadPoolExecutor(1) as writer:
+        writing: Future[None] | None = None
+        for scan, reading in readings:
+            finish = None
+            with _failures_noted(failed, scan, options):
+                finish = _segment_file(model, reading.result(), scan, options=options, accelerator=accelerator)
+            if writing is not None:
+                writing.result()
+            writing = None if finish is None else writer.submit(_write_files, finish, failed, scan, options)
+            bar.update()
+        if writing is not None:
+            writing.result()
+    return failed
+
+
+@contextlib.contextmanager
+def _reading_ahead(scans: Sequence[Scan]) -> Iterator[Iterator[tuple[Scan, Future[Volume]]]]:
+    """Each scan in turn with what a thread reads of it; the one after is read while a scan is in use."""
+    reader = ThreadPoolExecutor(1)
+
+    def in_turn() -> Iterator[tuple[Scan, Future[Volume]]]:
+        begun: deque[tuple[Scan, Future[Volume]]] = deque()
+        for scan in scans:
+            begun.append((scan, reader.submit(read_volume, scan.source, channel=scan.channel)))
+            if len(begun) > 1:
+                yield begun.popleft()
+        yield from begun
+
+    try:
+        yield in_turn()
+    finally:
+        reader.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _failures_noted(failed: dict[str, str], scan: Scan, options: PredictionOptions) -> Iterator[None]:
+    """Let a scan fail alone."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        failed[scan.case] = (
+            f"{scan.source} does not fit into memory; choose a smaller batch_size than {options.batch_size}"
+        )
+    except (InputError, OSError) as error:
+        failed[scan.case] = str(error)
+
+
+def _segment_file(
+    model: Segmenter, image: Volume, scan: Scan, *, options: PredictionOptions, accelerator: Accelerator
+) -> Callable[[], None]:
+    """Segment a scan; returns what is left to do, which another thread may do."""
     warn_of_window(image, settings_of(model).window)
     with _precision(model, options.dtype, accelerator):
         mask = predict_volume(
             model, image, batch_size=options.batch_size, flips=options.flips, keep_largest=options.keep_largest
         )
-    if options.overlay:
-        write_bytes(scan.overlay, _overlay(model, image, mask))
-    names = dict(enumerate(settings_of(model).class_names, start=1))
-    write = write_dicom_seg if scan.mask.suffix.lower() == DICOM_SEG_SUFFIX else write_mask
-    write(mask, image, scan.mask, label_names=names)
+
+    def finish() -> None:
+        if options.overlay:
+            write_bytes(scan.overlay, _overlay(model, image, mask))
+        names = dict(enumerate(settings_of(model).class_names, start=1))
+        write = write_dicom_seg if scan.mask.suffix.lower() == DICOM_SEG_SUFFIX else write_mask
+        write(mask, image, scan.mask, label_names=names)
+
+    return finish
+
+
+def _write_files(finish: Callable[[], None], failed: dict[str, str], scan: Scan, options: PredictionOptions) -> None:
+    with _failures_noted(failed, scan, options):
+        finish()
 
 
 def _precision(

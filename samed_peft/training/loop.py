@@ -101,7 +101,8 @@ def training_steps(
         batches = epoch_batches(len(slices), batch_size=size, seed=training.seed, epoch=epoch, **split)
         first = max(start, epoch * per_epoch)
         left = batches[(first - epoch * per_epoch) * accumulation :]
-        groups = grouped(batch_loader(slices, left, num_workers=training.num_workers), accumulation)
+        loaded = batch_loader(slices, left, num_workers=training.num_workers, device=accelerator.device)
+        groups = grouped(loaded, accumulation)
         for number, group in enumerate(groups, start=first):
             _seed_dropout(training.seed, step=number, process=accelerator.process_index)
             parts = train_step(

@@ -1,0 +1,178 @@
+"""Time of everything around the network, beside the original SAMed: training slices, and resizing when predicting.
+
+    python benchmarks/loader.py --samed_dir SAMed --threads 2
+
+SAMED_DIR is a checkout of https://github.com/hitachinsk/SAMed; its loader imports icecream and einops. Both sides load
+the same artificial slices from files of their own, batch by batch in turn, in one process without workers. The
+augmentation is random on both sides, so each figure is a mean over its mix. About two minutes on two cores. Writes one
+JSON to benchmarks/results and prints Markdown tables.
+"""
+
+import argparse
+import importlib.util
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+
+from samed_peft.batches import TrainingSlices, batch_loader
+from samed_peft.datasets import load_synapse
+from samed_peft.inference import resized_slices, upsampled_argmax
+from samed_peft.io import write_json
+
+IMAGE_SIZE, LABEL_SIZE, BOTTLENECK, CLASSES = 512, 128, 224, 9
+
+
+def original_loader(samed_dir: Path) -> Any:
+    """The module of SAMed's loader, under a name that does not hide Hugging Face's `datasets`."""
+    spec = importlib.util.spec_from_file_location("samed_loader", samed_dir / "datasets" / "dataset_synapse.py")
+    module = importlib.util.module_from_spec(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # SciPy has moved what it imports
+        spec.loader.exec_module(module)
+    return module
+
+
+def smooth_slices(count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Slices with black surroundings and nine labels, as SAMed's preprocessing stores them: all float32."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        coarse = ndimage.zoom(rng.normal(size=(8, 8)), size / 8, order=1) + rng.normal(0, 0.05, (size, size))
+        image = np.clip(coarse, 0, 1).astype(np.float32)
+        yield image, np.clip(np.floor(8 * coarse), 0, 8).astype(np.float32)
+
+
+def alternating(sides: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, float]:
+    """Median seconds of each side, one call of each in turn.
+
+    Loading warms up for longer: what an angle of rotation asks for is worked out once a process.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for call in sides.values():
+        for _ in range(warmup):
+            call()
+    for _ in range(rounds):
+        for name, call in sides.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def training_slices(original: Any, size: int, *, batch_size: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds a slice: loaded, augmented and resized; and put together as a batch as well."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "train_npz").mkdir()
+        names = [f"case0005_slice{index:03d}" for index in range(batch_size)]
+        for file, (image, label) in zip(names, smooth_slices(batch_size, size), strict=True):
+            np.savez(folder / "train_npz" / file, label=label, image=image)
+        (folder / "train.txt").write_text("".join(f"{file}\n" for file in names))
+        transform = original.RandomGenerator([IMAGE_SIZE, IMAGE_SIZE], [LABEL_SIZE, LABEL_SIZE])
+        theirs = original.Synapse_dataset(str(folder / "train_npz"), name, "train", transform)
+        rows = load_synapse(folder, "train", cases=[5], cache_dir=folder / "cache")
+        ours = TrainingSlices(rows, image_size=IMAGE_SIZE, label_size=LABEL_SIZE, seed=0)
+        epochs = iter(range(1_000_000))  # another one, another augmentation
+
+        def their_slices() -> list[dict[str, Any]]:
+            return [theirs[index] for index in range(batch_size)]
+
+        def our_slices() -> list[dict[str, torch.Tensor]]:
+            epoch = next(epochs)
+            return [ours[epoch, index] for index in range(batch_size)]
+
+        def our_batch() -> object:
+            epoch = next(epochs)
+            return next(batch_loader(ours, [[(epoch, index) for index in range(batch_size)]], num_workers=0))
+
+        found = {
+            "": alternating({"original": their_slices, "samed_peft": our_slices}, rounds=rounds, warmup=8),
+            ", in a batch": alternating(
+                {"original": lambda: default_collate(their_slices()), "samed_peft": our_batch}, rounds=rounds
+            ),
+        }
+    return {
+        f"training slice of {size} x {size}{end}": {k: round(1e3 * v / batch_size, 3) for k, v in sides.items()}
+        for end, sides in found.items()
+    }
+
+
+def volume_steps(*, slices: int, batch_size: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds a slice of 512 x 512 before and after the network, as SAMed's test does it and as we do."""
+    volume = np.stack([image for image, _ in smooth_slices(slices, IMAGE_SIZE)])
+    logits = torch.randn(slices, CLASSES, LABEL_SIZE, LABEL_SIZE, generator=torch.Generator().manual_seed(0))
+    down = BOTTLENECK / IMAGE_SIZE
+
+    def their_pixels() -> list[np.ndarray]:
+        return [ndimage.zoom(ndimage.zoom(one, down, order=3), 1 / down, order=3) for one in volume]
+
+    def our_pixels() -> list[torch.Tensor]:
+        batches = torch.from_numpy(volume)[:, None].split(batch_size)
+        return [resized_slices(batch, (BOTTLENECK, IMAGE_SIZE)) for batch in batches]
+
+    def their_labels() -> list[torch.Tensor]:
+        resized = (F.interpolate(one, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear") for one in logits.split(1))
+        return [torch.argmax(torch.softmax(one, dim=1), dim=1) for one in resized]
+
+    def our_labels() -> list[torch.Tensor]:
+        return [upsampled_argmax(batch, IMAGE_SIZE) for batch in logits.split(batch_size)]
+
+    apart = np.abs(np.stack(their_pixels()) - torch.cat(our_pixels())[:, 0].numpy()).max()
+    found = {
+        "slice to pixels": alternating({"original": their_pixels, "samed_peft": our_pixels}, rounds=rounds),
+        "logits to labels": alternating({"original": their_labels, "samed_peft": our_labels}, rounds=rounds),
+    }
+    figures = {
+        step: {side: round(1e3 * seconds / slices, 3) for side, seconds in sides.items()}
+        for step, sides in found.items()
+    }
+    figures["slice to pixels"]["largest_difference"] = float(apart)
+    return figures
+
+
+def main() -> None:
+    """Measure, write the figures and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samed_dir", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--results_dir", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    random.seed(0), np.random.seed(0)  # noqa: NPY002 - the original draws from the global state
+    machine = {
+        "cores": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+    }
+    original = original_loader(args.samed_dir)
+    figures: dict[str, dict[str, float]] = {}
+    for size in (512, 224):
+        figures |= training_slices(original, size, batch_size=args.batch_size, rounds=args.rounds)
+    figures |= volume_steps(slices=20, batch_size=8, rounds=max(args.rounds // 3, 3))
+    print("| step | original, ms a slice | samed_peft, ms a slice | times as fast |\n| --- | ---: | ---: | ---: |")
+    for name, row in figures.items():
+        row["times_as_fast"] = round(row["original"] / row["samed_peft"], 1)
+        print(f"| {name} | {row['original']:.2f} | {row['samed_peft']:.2f} | {row['times_as_fast']} |")
+    machine["load_after"] = round(os.getloadavg()[0], 2)
+    settings = {"threads": args.threads, "batch_size": args.batch_size, "rounds": args.rounds}
+    result = {"date": str(date.today()), "machine": machine, "settings": settings, "steps": figures}
+    write_json(args.results_dir / f"loader-{date.today()}.json", result)
+
+
+if __name__ == "__main__":
+    main()
