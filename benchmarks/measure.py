@@ -11,7 +11,9 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -49,30 +51,29 @@ def peak_gpu_gb() -> float | None:
 
 
 def gemm_gflops(dtype: torch.dtype) -> float:
-    """Rate of a large matrix product, the fastest of a few: what this machine can do at this moment."""
+    """Rate of a large matrix product, the fastest of three: what this machine can do at this moment."""
     size = 8192 if DEVICE.type == "cuda" else 2048
     one, other = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(5):
-        synchronize()
-        started = time.perf_counter()
-        torch.mm(one, other)
-        synchronize()
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds[1:]) / 1e9
+    seconds = [seconds_of(lambda: torch.mm(one, other))[0] for _ in range(3)]
+    return 2 * size**3 / min(seconds) / 1e9
 
 
-def timed(action: Action, times: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Call an action several times; its seconds and results, and the GEMM rate around it."""
-    before, seconds, values = gemm_gflops(dtype), [], []
-    for _ in range(times):
-        synchronize()
-        started = time.perf_counter()
-        values.append(action())
-        synchronize()
-        seconds.append(time.perf_counter() - started)
+def seconds_of(action: Action) -> tuple[float, Any]:
+    """Seconds of a call, and its result."""
+    synchronize()
+    started = time.perf_counter()
+    value = action()
+    synchronize()
+    return time.perf_counter() - started, value
+
+
+def timed(action: Action, times: int, gemm: torch.dtype | None) -> dict[str, Any]:
+    """Call an action several times; its seconds and results, peak memory, and the rate of GEMM right around it."""
+    before = gemm and gemm_gflops(gemm)
+    seconds, values = zip(*(seconds_of(action) for _ in range(times)), strict=True)
     peaks = {"peak_resident_gb": peak_resident_gb(), "peak_gpu_gb": peak_gpu_gb()}
-    return {"seconds": seconds, "values": values, "gemm_gflops": (before + gemm_gflops(dtype)) / 2, **peaks}
+    rate = (before + gemm_gflops(gemm)) / 2 if gemm else None
+    return {"seconds": list(seconds), "values": list(values), "gemm_gflops": rate, **peaks}
 
 
 class Worker:
@@ -81,19 +82,20 @@ class Worker:
     Args:
         make: called in the process; returns its actions by name.
         options: its arguments; `threads` and `mixed_precision` of them are heeded here.
+        forked: see `processes`.
     """
 
-    def __init__(self, make: Callable[[Any], Mapping[str, Action]], options: Any) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, make: Callable[[Any], Mapping[str, Action]], options: Any, *, forked: bool = False) -> None:
+        context = processes(forked)
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, options))
         self._process.start()
         theirs.close()
 
-    def run(self, action: str, times: int = 1, *, fresh: bool = False) -> dict[str, Any]:
-        """What `timed` returns; `fresh` starts counting peak memory anew."""
+    def run(self, action: str, times: int = 1, *, fresh: bool = False, gemm: bool = False) -> dict[str, Any]:
+        """What `timed` returns; `fresh` starts counting peak memory anew, `gemm` measures products too."""
         try:
-            self._pipe.send((action, times, fresh))
+            self._pipe.send((action, times, fresh, gemm))
             return self._pipe.recv()
         except (EOFError, BrokenPipeError) as error:
             self._process.join()
@@ -111,24 +113,36 @@ def _serve(pipe: Any, make: Callable[[Any], Mapping[str, Action]], options: Any)
     actions = make(options)
     while True:
         try:
-            action, times, fresh = pipe.recv()
+            action, times, fresh, gemm = pipe.recv()
         except EOFError:
             return
         if fresh:
             reset_peak()
-        pipe.send(timed(actions[action], times, DTYPES[options.mixed_precision]))
+        pipe.send(timed(actions[action], times, DTYPES[options.mixed_precision] if gemm else None))
 
 
-def in_fresh_process(function: Callable[[Any], Any], options: Any) -> Any:
+def processes(forked: bool, preload: Sequence[str] = ()) -> BaseContext:
+    """How processes are started: anew, or forked from one that has imported `preload`.
+
+    Forks start at once, but share memory with each other, which makes their peaks smaller than they are: for tests.
+    """
+    context = multiprocessing.get_context("forkserver" if forked else "spawn")
+    if forked and preload:
+        context.set_forkserver_preload([*preload])
+    return context
+
+
+def in_own_process(function: Callable[[Any], Any], options: Any, *, forked: bool = False) -> Any:
     """The result of `function(options)`, computed in a process that ends with it."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(function, (options,))
+    with ProcessPoolExecutor(1, mp_context=processes(forked)) as pool:
+        return pool.submit(function, options).result()
 
 
 def machine(packages: Sequence[str]) -> dict[str, Any]:
     """What figures depend on besides the code that is measured."""
-    cpu = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    cpu = [
+        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     return {
         "cpu": cpu[0] if cpu else platform.machine(),
         "cores": os.cpu_count(),
@@ -157,4 +171,6 @@ def commit(directory: Path) -> str | None:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest."""
-    return {name: float(f"{of(values):.4g}") for name, of in (("median", statistics.median), ("min", min), ("max", max))}
+    return {
+        name: float(f"{of(values):.4g}") for name, of in (("median", statistics.median), ("min", min), ("max", max))
+    }

@@ -29,7 +29,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from measure import Action, Worker, in_fresh_process, machine, spread
+from measure import Action, Worker, in_own_process, machine, processes, spread
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy")
@@ -84,18 +84,18 @@ def start_workers(args: argparse.Namespace) -> dict[str, Worker]:
                 continue
             options = copy.copy(args)
             options.mixed_precision = precision
-            workers[f"{name} {PRECISIONS[precision]}"] = Worker(SUBJECTS[name], options)
+            workers[f"{name} {PRECISIONS[precision]}"] = Worker(
+                SUBJECTS[name], options, forked=args.forked and name != "samed"
+            )
     return workers
 
 
-def take_turns(workers: Mapping[str, Worker], action: str, *, rounds: int, times: int, warmup: int) -> Figures:
+def take_turns(workers: Mapping[str, Worker], action: str, *, rounds: int, times: int) -> Figures:
     """Rounds of each subject in turn -> what `timed` measured, a list for each."""
-    for worker in workers.values():
-        worker.run(action, warmup, fresh=True)
     found: Figures = {name: [] for name in workers}
     for number in range(rounds):
         for name, worker in workers.items():
-            found[name].append(worker.run(action, times))
+            found[name].append(worker.run(action, times, gemm=action == "train_step"))
             print(f"round {number + 1}, {action}, {name}: {statistics.median(found[name][-1]['seconds']):.3f} s")
     return found
 
@@ -107,7 +107,6 @@ def figures(rounds: list[Figures], *, units: int) -> Figures:
     return {
         "seconds": spread(seconds),
         "per_second": round(units / statistics.median(seconds), 3),
-        "gemm_gflops": spread([one["gemm_gflops"] for one in rounds]),
         "peak_resident_gb": round(rounds[-1]["peak_resident_gb"], 3),
         "peak_gpu_gb": gpu and round(gpu, 3),
         "rounds": [one["seconds"] for one in rounds],
@@ -135,14 +134,13 @@ def times_as_fast(found: Figures) -> Figures:
 
 def train(workers: Mapping[str, Worker], args: argparse.Namespace, gflop: float) -> Figures:
     """Training steps of all subjects, and of this package fed by its loader."""
-    first = {name: worker.run("train_step")["values"][0] for name, worker in workers.items()}
-    found = take_turns(workers, "train_step", rounds=args.rounds, times=args.steps, warmup=args.warmup)
+    first = {name: worker.run("train_step", args.warmup, fresh=True) for name, worker in workers.items()}
+    found = take_turns(workers, "train_step", rounds=args.rounds, times=args.steps)
     subjects = {name: figures(rounds, units=args.batch_size) for name, rounds in found.items()}
     for name, one in subjects.items():
-        one["first_loss"] = round(first[name], 5)
-        shares = [
-            gflop * args.batch_size / statistics.median(r["seconds"]) / r["gemm_gflops"] for r in found[name]
-        ]
+        one["first_loss"] = round(first[name]["values"][0], 5)
+        one["gemm_gflops"] = spread([r["gemm_gflops"] for r in found[name]])
+        shares = [gflop * args.batch_size / statistics.median(r["seconds"]) / r["gemm_gflops"] for r in found[name]]
         one["share_of_gemm_peak"] = spread(shares)
     for name, worker in workers.items():
         if name.startswith("samed_peft "):
@@ -155,7 +153,9 @@ def train(workers: Mapping[str, Worker], args: argparse.Namespace, gflop: float)
 
 def predict(workers: Mapping[str, Worker], args: argparse.Namespace, action: str, slices: int) -> Figures:
     """Predictions of all subjects."""
-    found = take_turns(workers, action, rounds=args.prediction_rounds, times=1, warmup=args.prediction_warmup)
+    for worker in workers.values():
+        worker.run("predict_slices", fresh=True)
+    found = take_turns(workers, action, rounds=args.prediction_rounds, times=1)
     subjects = {name: figures(rounds, units=slices) for name, rounds in found.items()}
     return {"slices": slices, "subjects": subjects, "times_as_fast": times_as_fast(found)}
 
@@ -166,7 +166,7 @@ def profile(args: argparse.Namespace, kinds: tuple[str, ...]) -> Figures:
     for precision in args.mixed_precision:
         options = copy.copy(args)
         options.mixed_precision = precision
-        worker = Worker(make_samed_peft, options)
+        worker = Worker(make_samed_peft, options, forked=args.forked)
         worker.run("train_step", args.warmup)
         for kind in kinds:
             if kind == "profile_prediction":
@@ -228,7 +228,6 @@ def parse() -> argparse.Namespace:
     add("--warmup", type=int, default=1, help="steps beforehand")
     add("--slices", type=int, default=4, help="to predict from memory")
     add("--prediction_rounds", type=int, help="default: at most 2")
-    add("--prediction_warmup", type=int, default=0, help="predictions of each kind beforehand")
     add("--scan", type=Path, help="to predict file to file, in Hounsfield units; default: a phantom")
     add("--scan_shape", nargs=3, type=int, help="slices, rows, columns of the phantom; default 20 512 512")
     add("--profile", action="store_true", help="print where the time of samed_peft goes")
@@ -244,6 +243,7 @@ def parse() -> argparse.Namespace:
     if "samed" in args.subjects and not args.samed_dir:
         parser.error("the subject samed needs --samed_dir, a checkout of hitachinsk/SAMed")
     args.samed_dir = args.samed_dir and args.samed_dir.resolve()
+    args.forked = tiny  # seconds count, and memory says nothing
     return args
 
 
@@ -252,9 +252,10 @@ def main() -> None:
     args = parse()
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("name", "results_dir")}
     result: Figures = {"date": str(date.today()), "machine": machine(PACKAGES), "settings": plain}
+    processes(args.forked, preload=["throughput_peers", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as work:
         args.work = Path(work)
-        result |= in_fresh_process(write_inputs, args)
+        result |= in_own_process(write_inputs, args, forked=args.forked)
         workers = start_workers(args)
         if "training" in args.parts:
             result["training"] = train(workers, args, result["step_gflop_per_image"])
@@ -270,7 +271,11 @@ def main() -> None:
     titles = {"training": f"A training step of {args.batch_size} images", "slices": f"{args.slices} slices in memory"}
     titles["file"] = f"A scan of {result['scan_slices']} slices, file to file"
     print(f"\n{result['step_gflop_per_image']} GFLOP an image and step; {json.dumps(result['machine'])}\n")
-    print("\n\n".join(table(title, result[part], training=part == "training") for part, title in titles.items() if part in result))
+    print(
+        "\n\n".join(
+            table(title, result[part], training=part == "training") for part, title in titles.items() if part in result
+        )
+    )
     target = args.results_dir / f"throughput-{date.today()}-{args.name or args.geometry}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result, indent=2) + "\n")

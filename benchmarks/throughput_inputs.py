@@ -58,8 +58,8 @@ def write_sam(args: argparse.Namespace) -> None:
     write_json(args.work / "geometry.json", geometry)
     with torch.device("meta"):
         meta_keys = meta_sam(modeling, geometry).state_dict()
-    torch.save({key: weights[name] for name, key in rename_meta_keys({k: k for k in meta_keys}).items()
-                if key in meta_keys and not name.startswith("prompt_encoder.shared")}, args.work / "sam.pth")  # fmt: skip
+    names = {key: name for name, key in rename_meta_keys({key: key for key in meta_keys}).items()}
+    torch.save({key: weights[names[key]] for key in meta_keys}, args.work / "sam.pth")
 
 
 def meta_geometry(config: SamConfig) -> dict[str, Any]:
@@ -98,9 +98,7 @@ def write_data(args: argparse.Namespace) -> None:
     phantom = write_phantom(args.work / "phantom", cases=(5, 6), seed=0, shape_dhw=size)
     rows = load_synapse(phantom, "train", cache_dir=args.work / "rows", num_proc=1)
     patch = SamConfig.from_pretrained(args.work / "sam").vision_config.patch_size
-    slices = TrainingSlices(
-        rows, image_size=args.image_size, label_size=4 * args.image_size // patch, seed=0
-    )
+    slices = TrainingSlices(rows, image_size=args.image_size, label_size=4 * args.image_size // patch, seed=0)
     middle = len(rows) // 4
     batch = [slices[0, middle + i] for i in range(args.batch_size)]
     np.savez(args.work / "batch.npz", pixels=np.stack([b["pixel_values"][0] for b in batch]),

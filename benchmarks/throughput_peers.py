@@ -68,7 +68,11 @@ class SamedPeft:
         rows = load_synapse(self.args.work / "phantom", "train", cache_dir=self.args.work / "rows", num_proc=1)
         slices = TrainingSlices(rows, image_size=self.args.image_size, label_size=self.label_size, seed=0)
         # One long epoch's worth of keys: workers that start anew would be waited for.
-        keys = [k for e in range(100) for k in epoch_batches(len(rows), batch_size=len(self.batch["labels"]), seed=0, epoch=e)]
+        keys = [
+            k
+            for e in range(100)
+            for k in epoch_batches(len(rows), batch_size=len(self.batch["labels"]), seed=0, epoch=e)
+        ]
         return iter(batch_loader(slices, keys, num_workers=self.args.num_workers))
 
     def fed_step(self) -> float:
@@ -94,14 +98,18 @@ class SamedPeft:
     def predict_file(self) -> None:
         """NIfTI to NIfTI."""
         scan = Scan("ours", self.args.work / "scan.nii.gz", self.args.work / f"ours-{self.args.mixed_precision}.nii.gz")
-        outcome = predict_files(self.model, [scan], options=PredictionOptions(overwrite=True), accelerator=self.accelerator)
+        outcome = predict_files(
+            self.model, [scan], options=PredictionOptions(overwrite=True), accelerator=self.accelerator
+        )
         assert not outcome.failed, outcome.failed
 
     def profile_step(self) -> Any:
         """Where a step's time goes."""
         from throughput_profile import profiled
 
-        return profiled(self.train_step, loss_shape=(*self.batch["labels"].shape[:1], len(SYNAPSE_CLASSES) + 1, self.label_size))
+        return profiled(
+            self.train_step, loss_shape=(*self.batch["labels"].shape[:1], len(SYNAPSE_CLASSES) + 1, self.label_size)
+        )
 
     def profile_prediction(self) -> Any:
         """Where the time of a prediction goes."""
