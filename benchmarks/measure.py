@@ -31,12 +31,18 @@ def synchronize() -> None:
 
 
 def reset_peak() -> None:
-    """Start counting peak memory anew; what the C library keeps of freed memory is given back first (Linux)."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    """Start counting peak memory anew (Linux)."""
+    release_memory()
     Path("/proc/self/clear_refs").write_text("5")
     if DEVICE.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def release_memory() -> None:
+    """Give back what PyTorch and the C library keep of freed memory: gigabytes, of processes that wait for a turn."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_resident_gb() -> float:
@@ -92,10 +98,20 @@ class Worker:
         self._process.start()
         theirs.close()
 
-    def run(self, action: str, times: int = 1, *, fresh: bool = False, gemm: bool = False) -> dict[str, Any]:
-        """What `timed` returns; `fresh` starts counting peak memory anew, `gemm` measures products too."""
+    def run(
+        self, action: str, times: int = 1, *, settle: str | None = None, fresh: bool = False, gemm: bool = False
+    ) -> dict[str, Any]:
+        """What `timed` returns.
+
+        Args:
+            action: what to do.
+            times: how often.
+            settle: what to do once beforehand, untimed: caches are cold and memory was given back.
+            fresh: start counting peak memory anew.
+            gemm: measure matrix products too.
+        """
         try:
-            self._pipe.send((action, times, fresh, gemm))
+            self._pipe.send((action, times, settle, fresh, gemm))
             return self._pipe.recv()
         except (EOFError, BrokenPipeError) as error:
             self._process.join()
@@ -113,12 +129,15 @@ def _serve(pipe: Any, make: Callable[[Any], Mapping[str, Action]], options: Any)
     actions = make(options)
     while True:
         try:
-            action, times, fresh, gemm = pipe.recv()
+            action, times, settle, fresh, gemm = pipe.recv()
         except EOFError:
             return
         if fresh:
             reset_peak()
+        if settle:
+            actions[settle]()
         pipe.send(timed(actions[action], times, DTYPES[options.mixed_precision] if gemm else None))
+        release_memory()
 
 
 def processes(forked: bool, preload: Sequence[str] = ()) -> BaseContext:
@@ -174,3 +193,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {
         name: float(f"{of(values):.4g}") for name, of in (("median", statistics.median), ("min", min), ("max", max))
     }
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table."""
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]

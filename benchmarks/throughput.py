@@ -22,6 +22,7 @@ Prints Markdown and writes one JSON to benchmarks/results. Memory is read from /
 import argparse
 import copy
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Mapping
@@ -29,9 +30,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from measure import Action, Worker, in_own_process, machine, processes, spread
+from measure import Action, Worker, in_own_process, machine, markdown, processes, spread
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy")
 Figures = dict[str, Any]
 
@@ -95,8 +97,12 @@ def take_turns(workers: Mapping[str, Worker], action: str, *, rounds: int, times
     found: Figures = {name: [] for name in workers}
     for number in range(rounds):
         for name, worker in workers.items():
-            found[name].append(worker.run(action, times, gemm=action == "train_step"))
-            print(f"round {number + 1}, {action}, {name}: {statistics.median(found[name][-1]['seconds']):.3f} s")
+            settle = "train_step" if action == "train_step" else "predict_slices"
+            found[name].append(worker.run(action, times, settle=settle, gemm=action == "train_step"))
+            print(
+                f"round {number + 1}, {action}, {name}: {statistics.median(found[name][-1]['seconds']):.3f} s",
+                flush=True,
+            )
     return found
 
 
@@ -134,7 +140,7 @@ def times_as_fast(found: Figures) -> Figures:
 
 def train(workers: Mapping[str, Worker], args: argparse.Namespace, gflop: float) -> Figures:
     """Training steps of all subjects, and of this package fed by its loader."""
-    first = {name: worker.run("train_step", args.warmup, fresh=True) for name, worker in workers.items()}
+    first = {name: worker.run("train_step", fresh=True) for name, worker in workers.items()}
     found = take_turns(workers, "train_step", rounds=args.rounds, times=args.steps)
     subjects = {name: figures(rounds, units=args.batch_size) for name, rounds in found.items()}
     for name, one in subjects.items():
@@ -144,8 +150,7 @@ def train(workers: Mapping[str, Worker], args: argparse.Namespace, gflop: float)
         one["share_of_gemm_peak"] = spread(shares)
     for name, worker in workers.items():
         if name.startswith("samed_peft "):
-            worker.run("fed_step", args.warmup + 1)
-            fed = worker.run("fed_step", args.steps * args.rounds)
+            fed = worker.run("fed_step", args.steps * args.rounds, settle="fed_step")
             subjects[name]["share_waiting_for_data"] = round(sum(fed["values"]) / sum(fed["seconds"]), 4)
             subjects[name]["fed_seconds"] = spread(fed["seconds"])
     return {"subjects": subjects, "times_as_fast": times_as_fast(found)}
@@ -167,7 +172,7 @@ def profile(args: argparse.Namespace, kinds: tuple[str, ...]) -> Figures:
         options = copy.copy(args)
         options.mixed_precision = precision
         worker = Worker(make_samed_peft, options, forked=args.forked)
-        worker.run("train_step", args.warmup)
+        worker.run("train_step")
         for kind in kinds:
             if kind == "profile_prediction":
                 worker.run("start_prediction")
@@ -192,16 +197,12 @@ def table(title: str, part: Figures, *, training: bool) -> str:
         row += [f"{one['per_second']:.2f}", f"{memory:.2f}"]
         row += [f"{one['share_of_gemm_peak']['median']:.0%}", f"{one['first_loss']:.4f}"] if training else []
         rows.append(row)
-    lines = [f"### {title}", "", *_markdown(head, rows), ""]
+    lines = [f"### {title}", "", *markdown(head, rows), ""]
     ratios = [
         [name, *(f"{r[o]['median']:.2f} ({r[o]['min']:.2f}-{r[o]['max']:.2f})" if o in r else "" for o in others)]
         for name, r in part["times_as_fast"].items()
     ]
-    return "\n".join([*lines, *(_markdown(["times as fast as", *others], ratios) if others else [])])
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join([*lines, *(markdown(["times as fast as", *others], ratios) if others else [])])
 
 
 def parse() -> argparse.Namespace:
@@ -223,9 +224,8 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, default=2)
     add("--num_workers", type=int, default=2, help="that load slices, to see whether training waits for data")
     add("--learning_rate", type=float, default=1e-4)
-    add("--steps", type=int, default=2, help="training steps a round")
+    add("--steps", type=int, default=2, help="training steps a round, after one that is not timed")
     add("--rounds", type=int, default=5)
-    add("--warmup", type=int, default=1, help="steps beforehand")
     add("--slices", type=int, default=4, help="to predict from memory")
     add("--prediction_rounds", type=int, help="default: at most 2")
     add("--scan", type=Path, help="to predict file to file, in Hounsfield units; default: a phantom")
@@ -250,6 +250,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, print tables and write the figures."""
     args = parse()
+    os.environ |= QUIET
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("name", "results_dir")}
     result: Figures = {"date": str(date.today()), "machine": machine(PACKAGES), "settings": plain}
     processes(args.forked, preload=["throughput_peers", "torch._dynamo"])
