@@ -139,7 +139,9 @@ def curves(args: argparse.Namespace) -> dict[str, Curve]:
     per_token = "windows, layers and decoder take the same for each token; global attention grows with their square"
     return {
         "training step, by image size": Curve(step, "image_size", "tokens", args.image_sizes, per_token),
-        "prediction of 8 slices, by image size": Curve(slices, "image_size", "tokens", args.image_sizes, per_token),
+        f"prediction of {args.slices} slices, by image size": Curve(
+            slices, "image_size", "tokens", args.image_sizes, per_token
+        ),
         "training step, by batch": Curve(
             step, "batch_size", "images", args.batch_sizes, "the optimizer and Python's part are shared by the batch"
         ),
@@ -234,7 +236,8 @@ def plot(found: dict[str, Any], title: str, path: Path) -> None:
             line, axis = one["lines"][quantity], axes[row, column]
             axis.plot(x, line["fixed"] + line["per_unit"] * x, color="0.6", zorder=1)
             axis.scatter(x, [point[quantity] for point in one["points"]], zorder=2)
-            axis.set(xlabel=one["unit"], ylabel=label, xlim=(0, None), ylim=(0, None))
+            highest = max(point[quantity] for point in one["points"])
+            axis.set(xlabel=one["unit"], ylabel=label, xlim=(0, 1.05 * x[-1]), ylim=(0, 1.2 * highest))
             axis.text(0.05, 0.93, f"R² {line['r_squared']:.3f}", transform=axis.transAxes, va="top")
         axes[0, column].set_title(name, fontsize=10)
     figure.suptitle(title)
