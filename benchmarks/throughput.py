@@ -10,7 +10,7 @@ scale unless there is a --base, and train on the same batch. A subject is:
     samed_peft    this package, with its own training step and file prediction
     peft-sdpa     `transformers.SamModel` with its SDPA attention and stock PEFT, LoRA on the fused `qkv`
     peft-eager    the same with the eager attention
-    samed         the original code (--samed_dir), in float32, all it does
+    samed         the original code (--samed_dir), in float32, as its trainer does
 
 The share of the GEMM peak is the FLOP of a step over its time and the rate of a large matrix product of the same dtype,
 measured right before and after in the same process; see `step_gflop` in throughput_inputs.py for what is counted.
@@ -122,7 +122,7 @@ def figures(rounds: list[Figures], *, units: int) -> Figures:
 def times_as_fast(found: Figures) -> Figures:
     """How many times as fast this package is as each other subject, round by round.
 
-    Against the original, which knows float32 only, in whichever precision this package has.
+    Against the original, which trains in float32, in whichever precision this package has.
     """
     ratios: Figures = {}
     for ours in (name for name in found if name.startswith("samed_peft ")):
