@@ -1,7 +1,7 @@
 """How time and memory of training, prediction and data preparation grow with size, batch, slices and cases.
 
-    python benchmarks/scaling.py                        # the tiny SAM, ten minutes on two cores
-    python benchmarks/scaling.py --geometry vit_b       # the real thing, an hour
+    python benchmarks/scaling.py                        # the tiny SAM, five minutes on two cores
+    python benchmarks/scaling.py --geometry vit_b       # the real thing, far longer
 
 Every point is measured in a process of its own, which gives clean peaks of memory; they are counted from when model and
 input are there. A line is fitted to each curve: R² near 1 says that there is a fixed part and a part for each unit.
@@ -218,7 +218,7 @@ def table(found: dict[str, Any], why: dict[str, str]) -> str:
             )
             fitted = f"{line['fixed']:.2g} + {line['per_unit']:.2g} {unit} each"
             numbers = [f"{first}, {last}", fitted, f"{line['r_squared']:.3f}", f"{line['unit_cost']:.2f}"]
-            explained = f"{verdict(line)}; {why[name]}" if quantity == "seconds" else verdict(line)
+            explained = f"{verdict(line)}; expected: {why[name]}" if quantity == "seconds" else verdict(line)
             rows.append([name if quantity == "seconds" else "", unit_name, *numbers, explained])
     head = ["what", "unit", "first and last point", "line", "R²", "unit cost", "explanation"]
     return "\n".join(markdown(head, rows))

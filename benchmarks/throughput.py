@@ -15,8 +15,8 @@ scale unless there is a --base, and train on the same batch. A subject is:
 The share of the GEMM peak is the FLOP of a step over its time and the rate of a large matrix product of the same dtype,
 measured right before and after in the same process; see `step_gflop` in throughput_inputs.py for what is counted.
 Predictions go through the low-resolution bottleneck; the original reads its own format, scaled beforehand, and is
-spared its scores. ViT-B at 512 pixels takes about 20 minutes on two cores, `--geometry tiny --rounds 1` half a minute.
-Prints Markdown and writes one JSON to benchmarks/results. Memory is read from /proc, so this runs on Linux.
+spared its scores. ViT-B at 512 pixels takes some 20 minutes on two idle cores, `--geometry tiny --rounds 1` half a
+minute. Other work on the machine can slow steps several times over, most of all in bfloat16: look at the range. Prints Markdown and writes one JSON to benchmarks/results. Memory is read from /proc, so this runs on Linux.
 """
 
 import argparse
@@ -80,15 +80,14 @@ SUBJECTS = {
 def start_workers(args: argparse.Namespace) -> dict[str, Worker]:
     """A process for each subject and precision, under names such as "samed_peft float32"."""
     workers = {}
-    for precision in args.mixed_precision:
-        for name in args.subjects:
-            if name == "samed" and precision != "no":
-                continue
-            options = copy.copy(args)
-            options.mixed_precision = precision
-            workers[f"{name} {PRECISIONS[precision]}"] = Worker(
-                SUBJECTS[name], options, forked=args.forked and name != "samed"
-            )
+    pairs = [(name, precision) for precision in args.mixed_precision for name in args.subjects if name != "samed"]
+    # The original once, in float32, whichever precisions the others run in.
+    pairs += [(name, "no") for name in args.subjects if name == "samed"]
+    for name, precision in pairs:
+        options = copy.copy(args)
+        options.mixed_precision = precision
+        forked = args.forked and name != "samed"
+        workers[f"{name} {PRECISIONS[precision]}"] = Worker(SUBJECTS[name], options, forked=forked)
     return workers
 
 

@@ -121,9 +121,9 @@ def write_data(args: argparse.Namespace) -> None:
 def step_gflop(args: argparse.Namespace) -> float:
     """GFLOP of a training step for one image, as the plain model computes it, whatever a subject makes of it.
 
-    Counted on Transformers' `SamModel` with its eager attention and PEFT's LoRA, without padding tricks or recomputed
-    layers: products and convolutions of the forward pass, of the gradients that flow through frozen layers, and of
-    those of trainable weights. A multiplication and an addition are two.
+    Counted on Transformers' `SamModel` with its eager attention and PEFT's LoRA, with the padding of its windows and
+    without recomputed layers: products and convolutions of the forward pass, of the gradients that flow through frozen
+    layers, and of those of trainable weights. A multiplication and an addition are two.
     """
     with torch.device("meta"):
         model = PlainSam(SamModel(SamConfig.from_pretrained(args.work / "sam", attn_implementation="eager")), args)
