@@ -3,8 +3,8 @@
     git clone https://github.com/hitachinsk/SAMed && pip install einops icecream imageio tensorboardX
     python benchmarks/throughput.py --samed_dir SAMed
 
-Every subject lives in a process of its own, and they take turns (A B C A B C), so that the drift of a machine that
-others use hits all alike; ratios are taken within a round. All start from the same weights, random ones of an ordinary
+Every subject lives in a process of its own, and they take turns (A B C A B C), so that a machine's slow drift hits all
+alike; ratios are taken within a round. All start from the same weights, random ones of an ordinary
 scale unless there is a --base, and train on the same batch. A subject is:
 
     samed_peft    this package, with its own training step and file prediction
@@ -16,7 +16,8 @@ The share of the GEMM peak is the FLOP of a step over its time and the rate of a
 measured right before and after in the same process; see `step_gflop` in throughput_inputs.py for what is counted.
 Predictions go through the low-resolution bottleneck; the original reads its own format, scaled beforehand, and is
 spared its scores. ViT-B at 512 pixels takes some 20 minutes on two idle cores, `--geometry tiny --rounds 1` half a
-minute. Other work on the machine can slow steps several times over, most of all in bfloat16: look at the range. Prints Markdown and writes one JSON to benchmarks/results. Memory is read from /proc, so this runs on Linux.
+minute. Other work on the machine can slow steps several times over, most of all in bfloat16: look at the range.
+Prints Markdown and writes one JSON to benchmarks/results. Memory is read from /proc, so this runs on Linux.
 """
 
 import argparse
