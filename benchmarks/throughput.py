@@ -1,148 +1,285 @@
-"""Time and memory of a training step, with this package's attention and with the two of Transformers.
+"""How fast, and in how much memory, SAM is trained and predicts: this package, plain Transformers with PEFT, and SAMed.
 
-    python benchmarks/throughput.py --geometry vit_b --threads 2
+    git clone https://github.com/hitachinsk/SAMed && pip install einops icecream imageio tensorboardX
+    python benchmarks/throughput.py --samed_dir SAMed
 
-Random weights: they cost the same as trained ones and need no download. Each attention runs in a process of its own, so
-that peak memory, which counts creating the model too, is its own. About three minutes for ViT-B on two cores. Writes
-one JSON to benchmarks/results. Memory is read from /proc, so this runs on Linux.
+Every subject lives in a process of its own, and they take turns (A B C A B C), so that a machine's slow drift hits all
+alike; ratios are taken within a round. All start from the same weights, random ones of an ordinary
+scale unless there is a --base, and train on the same batch. A subject is:
+
+    samed_peft    this package, with its own training step and file prediction
+    peft-sdpa     `transformers.SamModel` with its SDPA attention and stock PEFT, LoRA on the fused `qkv`
+    peft-eager    the same with the eager attention
+    samed         the original code (--samed_dir), in float32, as its trainer does
+
+The share of the GEMM peak is the FLOP of a step over its time and the rate of a large matrix product of the same dtype,
+measured right before and after in the same process; see `step_gflop` in throughput_inputs.py for what is counted.
+Predictions go through the low-resolution bottleneck; the original reads its own format, scaled beforehand, and is
+spared its scores. ViT-B at 512 pixels takes some 20 minutes on two idle cores, `--geometry tiny --rounds 1` half a
+minute. Other work on the machine can slow steps several times over, most of all in bfloat16: look at the range.
+Prints Markdown and writes one JSON to benchmarks/results. Memory is read from /proc, so this runs on Linux.
 """
 
 import argparse
-import multiprocessing
+import copy
+import json
 import os
-import platform
 import statistics
-import time
-from concurrent.futures import ProcessPoolExecutor
+import tempfile
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import nn
-from transformers import SamConfig, SamModel
-from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionSdpaAttention
+from measure import Action, Worker, in_own_process, machine, markdown, processes, spread
 
-from samed_peft import SamedConfig, add_lora
-from samed_peft.config import SYNAPSE_CLASSES
-from samed_peft.io import write_json
-from samed_peft.modeling import TINY_SAM_DIR, SamForSemanticSegmentation
-from samed_peft.training import build_optimizer, train_step
+PRECISIONS = {"no": "float32", "bf16": "bfloat16"}
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy")
+Figures = dict[str, Any]
 
-GEOMETRIES = {
-    "vit_b": {},
-    "vit_l": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-              "global_attn_indexes": [5, 11, 17, 23]},
-    "vit_h": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16,
-              "global_attn_indexes": [7, 15, 23, 31]},
-}  # fmt: skip
-ATTENTIONS = {
-    "samed_peft": None,
-    "transformers-sdpa": SamVisionSdpaAttention,  # the bias of N x N numbers a head is a mask of the fused kernel
-    "transformers-eager": SamVisionAttention,  # bias and attention weights of N x N numbers a head
+
+# Imported where they run: this module is imported in every measured process, and must not weigh on it.
+def make_samed_peft(args: argparse.Namespace) -> Mapping[str, Action]:
+    from throughput_peers import make_ours
+
+    return make_ours(args)
+
+
+def make_peft_sdpa(args: argparse.Namespace) -> Mapping[str, Action]:
+    from throughput_peers import make_plain
+
+    return make_plain(args, "sdpa")
+
+
+def make_peft_eager(args: argparse.Namespace) -> Mapping[str, Action]:
+    from throughput_peers import make_plain
+
+    return make_plain(args, "eager")
+
+
+def make_samed(args: argparse.Namespace) -> Mapping[str, Action]:
+    from throughput_original import make
+
+    return make(args)
+
+
+def write_inputs(args: argparse.Namespace) -> Figures:
+    from throughput_inputs import write_inputs
+
+    return write_inputs(args)
+
+
+SUBJECTS = {
+    "samed_peft": make_samed_peft,
+    "peft-sdpa": make_peft_sdpa,
+    "peft-eager": make_peft_eager,
+    "samed": make_samed,
 }
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-def split_attention(kind: type[SamVisionAttention], config: Any, window_size: int) -> SamVisionAttention:
-    """An attention of Transformers with the three projections that LoRA adapts in this package."""
-    attention = kind(config, window_size)
-    del attention.qkv
-    for name in PROJECTIONS:
-        attention.add_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias))
-    attention.qkv = lambda hidden: torch.cat([attention.get_submodule(name)(hidden) for name in PROJECTIONS], dim=-1)
-    return attention
+def start_workers(args: argparse.Namespace) -> dict[str, Worker]:
+    """A process for each subject and precision, under names such as "samed_peft float32"."""
+    workers = {}
+    pairs = [(name, precision) for precision in args.mixed_precision for name in args.subjects if name != "samed"]
+    # The original once, in float32, whichever precisions the others run in.
+    pairs += [(name, "no") for name in args.subjects if name == "samed"]
+    for name, precision in pairs:
+        options = copy.copy(args)
+        options.mixed_precision = precision
+        forked = args.forked and name != "samed"
+        workers[f"{name} {PRECISIONS[precision]}"] = Worker(SUBJECTS[name], options, forked=forked)
+    return workers
 
 
-def random_sam(geometry: str, image_size: int, attention: str) -> SamForSemanticSegmentation:
-    """A SAM whose weights have an ordinary scale: those of Transformers, near 1e-10, underflow."""
-    config = (
-        SamConfig.from_pretrained(TINY_SAM_DIR) if geometry == "tiny" else SamConfig(vision_config=GEOMETRIES[geometry])
-    )
-    num_labels = len(SYNAPSE_CLASSES) + 1
-    model = SamForSemanticSegmentation.from_sam(SamModel(config), num_labels=num_labels, image_size=image_size)
-    vision = model.config.vision_config
-    if kind := ATTENTIONS[attention]:
-        for index, layer in enumerate(model.vision_encoder.layers):
-            window_size = 0 if index in vision.global_attn_indexes else vision.window_size
-            layer.attn = split_attention(kind, vision, window_size)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2 and "encoder" in name:
-                nn.init.trunc_normal_(parameter, std=0.02)
-    return model
+def take_turns(workers: Mapping[str, Worker], action: str, *, rounds: int, times: int) -> Figures:
+    """Rounds of each subject in turn -> what `timed` measured, a list for each."""
+    found: Figures = {name: [] for name in workers}
+    for number in range(rounds):
+        for name, worker in workers.items():
+            settle = "train_step" if action == "train_step" else "predict_slices"
+            found[name].append(worker.run(action, times, settle=settle, gemm=action == "train_step"))
+            print(
+                f"round {number + 1}, {action}, {name}: {statistics.median(found[name][-1]['seconds']):.3f} s",
+                flush=True,
+            )
+    return found
 
 
-def measure(attention: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of a step and peak memory of the process."""
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
-    sam = random_sam(args.geometry, args.image_size, attention)
-    if args.gradient_checkpointing:
-        sam.activation_checkpointing_enable()
-    model = add_lora(sam, SamedConfig("random", SYNAPSE_CLASSES, image_size=args.image_size))
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, weight_decay=0.1))
-    batch = {
-        "pixel_values": torch.rand(args.batch_size, 1, args.image_size, args.image_size).expand(-1, 3, -1, -1),
-        "labels": torch.randint(len(SYNAPSE_CLASSES) + 1, (args.batch_size, sam.logits_size, sam.logits_size)),
-    }
-    seconds = []
-    for _ in range(args.warmup + args.steps):
-        started = time.perf_counter()
-        train_step(prepared, [batch], optimizer, accelerator=accelerator, learning_rate=1e-4)
-        seconds.append(time.perf_counter() - started)
-    peak_kib = next(
-        int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line
-    )
-    on_gpu = accelerator.device.type == "cuda"
+def figures(rounds: list[Figures], *, units: int) -> Figures:
+    """Seconds, units a second (images, slices) and memory of one subject."""
+    seconds = [value for one in rounds for value in one["seconds"]]
+    gpu = rounds[-1]["peak_gpu_gb"]
     return {
-        "seconds": round(statistics.median(seconds[args.warmup :]), 4),
-        "fastest_seconds": round(min(seconds[args.warmup :]), 4),
-        "peak_resident_gb": round(peak_kib * 1024 / 1e9, 3),
-        "peak_gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if on_gpu else None,
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "seconds": spread(seconds),
+        "per_second": round(units / statistics.median(seconds), 3),
+        "peak_resident_gb": round(rounds[-1]["peak_resident_gb"], 3),
+        "peak_gpu_gb": gpu and round(gpu, 3),
+        "rounds": [one["seconds"] for one in rounds],
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
-    cpu = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+def times_as_fast(found: Figures) -> Figures:
+    """How many times as fast this package is as each other subject, round by round.
+
+    Against the original, which trains in float32, in whichever precision this package has.
+    """
+    ratios: Figures = {}
+    for ours in (name for name in found if name.startswith("samed_peft ")):
+        for other in found:
+            if other.startswith("peft-") and other.split()[1] != ours.split()[1]:
+                continue
+            if other.startswith("samed_peft "):
+                continue
+            pairs = zip(found[other], found[ours], strict=True)
+            ratios.setdefault(ours, {})[other] = spread(
+                [statistics.median(theirs["seconds"]) / statistics.median(mine["seconds"]) for theirs, mine in pairs]
+            )
+    return ratios
+
+
+def train(workers: Mapping[str, Worker], args: argparse.Namespace, gflop: float) -> Figures:
+    """Training steps of all subjects, and of this package fed by its loader."""
+    first = {name: worker.run("train_step", fresh=True) for name, worker in workers.items()}
+    found = take_turns(workers, "train_step", rounds=args.rounds, times=args.steps)
+    subjects = {name: figures(rounds, units=args.batch_size) for name, rounds in found.items()}
+    for name, one in subjects.items():
+        one["first_loss"] = round(first[name]["values"][0], 5)
+        one["gemm_gflops"] = spread([r["gemm_gflops"] for r in found[name]])
+        shares = [gflop * args.batch_size / statistics.median(r["seconds"]) / r["gemm_gflops"] for r in found[name]]
+        one["share_of_gemm_peak"] = spread(shares)
+    for name, worker in workers.items():
+        if name.startswith("samed_peft "):
+            fed = worker.run("fed_step", args.steps * args.rounds, settle="fed_step")
+            subjects[name]["share_waiting_for_data"] = round(sum(fed["values"]) / sum(fed["seconds"]), 4)
+            subjects[name]["fed_seconds"] = spread(fed["seconds"])
+    return {"subjects": subjects, "times_as_fast": times_as_fast(found)}
+
+
+def predict(workers: Mapping[str, Worker], args: argparse.Namespace, action: str, slices: int) -> Figures:
+    """Predictions of all subjects."""
+    for worker in workers.values():
+        worker.run("predict_slices", fresh=True)
+    found = take_turns(workers, action, rounds=args.prediction_rounds, times=1)
+    subjects = {name: figures(rounds, units=slices) for name, rounds in found.items()}
+    return {"slices": slices, "subjects": subjects, "times_as_fast": times_as_fast(found)}
+
+
+def profile(args: argparse.Namespace, kinds: tuple[str, ...]) -> Figures:
+    """Where the time of this package goes; prints tables."""
+    found: Figures = {}
+    for precision in args.mixed_precision:
+        options = copy.copy(args)
+        options.mixed_precision = precision
+        worker = Worker(make_samed_peft, options, forked=args.forked)
+        worker.run("train_step")
+        for kind in kinds:
+            if kind == "profile_prediction":
+                worker.run("start_prediction")
+                worker.run("predict_slices")
+            (one,) = worker.run(kind)["values"]
+            print(f"\n{kind}, {PRECISIONS[precision]}\n\n{one.pop('table')}\n")
+            print("\n".join(f"{name:<20} {share:6.1%}" for name, share in one["groups"].items()))
+            found[f"{kind} {PRECISIONS[precision]}"] = one
+        worker.close()
+    return found
+
+
+def table(title: str, part: Figures, *, training: bool) -> str:
+    """One part as a Markdown table."""
+    head = ["subject", "median s", "fastest-slowest", "images/s" if training else "slices/s", "peak GB"]
+    head += ["GEMM peak", "first loss"] if training else []
+    others = sorted({name for ratios in part["times_as_fast"].values() for name in ratios})
+    rows = []
+    for name, one in part["subjects"].items():
+        seconds, memory = one["seconds"], one["peak_gpu_gb"] or one["peak_resident_gb"]
+        row = [name, f"{seconds['median']:.3f}", f"{seconds['min']:.3f}-{seconds['max']:.3f}"]
+        row += [f"{one['per_second']:.2f}", f"{memory:.2f}"]
+        row += [f"{one['share_of_gemm_peak']['median']:.0%}", f"{one['first_loss']:.4f}"] if training else []
+        rows.append(row)
+    lines = [f"### {title}", "", *markdown(head, rows), ""]
+    ratios = [
+        [name, *(f"{r[o]['median']:.2f} ({r[o]['min']:.2f}-{r[o]['max']:.2f})" if o in r else "" for o in others)]
+        for name, r in part["times_as_fast"].items()
     ]
-    return {
-        "cpu": cpu[0] if cpu else platform.machine(),
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    return "\n".join([*lines, *(markdown(["times as fast as", *others], ratios) if others else [])])
+
+
+def parse() -> argparse.Namespace:
+    """Options, with those that were left out filled in for the geometry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--geometry", choices=["vit_b", "vit_l", "vit_h", "tiny"], default="vit_b", help="of random weights")
+    add("--base", help="SAM to use instead: Hub id, folder, Meta .pth or tiny-sam")
+    add("--subjects", nargs="+", choices=list(SUBJECTS), help="all, but the original needs --samed_dir")
+    add("--samed_dir", type=Path, help="checkout of hitachinsk/SAMed")
+    add("--parts", nargs="+", choices=["training", "slices", "file"], default=["training", "slices", "file"])
+    add("--method", choices=["lora"], default="lora")
+    add("--rank", type=int, default=4)
+    add("--mixed_precision", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
+    add("--gradient_checkpointing", action="store_true", help="of all but the original, which has none")
+    add("--image_size", type=int, help="default: 512, or 64 for tiny")
+    add("--input_size", type=int, help="low-resolution bottleneck of predictions; default: 224, or 28 for tiny")
+    add("--batch_size", type=int, default=2, help="of training")
+    add("--threads", type=int, default=2)
+    add("--num_workers", type=int, default=2, help="that load slices, to see whether training waits for data")
+    add("--learning_rate", type=float, default=1e-4)
+    add("--steps", type=int, default=2, help="training steps a round, after one that is not timed")
+    add("--rounds", type=int, default=5)
+    add("--slices", type=int, default=4, help="to predict from memory")
+    add("--prediction_rounds", type=int, help="default: at most 2")
+    add("--scan", type=Path, help="to predict file to file, in Hounsfield units; default: a phantom")
+    add("--scan_shape", nargs=3, type=int, help="slices, rows, columns of the phantom; default 20 512 512")
+    add("--profile", action="store_true", help="print where the time of samed_peft goes")
+    add("--name", help="end of the result's file name; the geometry if not given")
+    add("--results_dir", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    tiny = args.geometry == "tiny" or args.base == "tiny-sam"
+    args.image_size = args.image_size or (64 if tiny else 512)
+    args.input_size = args.input_size or (28 if tiny else 224)
+    args.scan_shape = args.scan_shape or ([6, 96, 96] if tiny else [20, 512, 512])
+    args.subjects = args.subjects or [name for name in SUBJECTS if name != "samed" or args.samed_dir]
+    args.prediction_rounds = args.prediction_rounds or min(args.rounds, 2)
+    if "samed" in args.subjects and not args.samed_dir:
+        parser.error("the subject samed needs --samed_dir, a checkout of hitachinsk/SAMed")
+    args.samed_dir = args.samed_dir and args.samed_dir.resolve()
+    args.forked = tiny  # seconds count, and memory says nothing
+    return args
 
 
 def main() -> None:
-    """Measure each attention and write the figures side by side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--geometry", choices=[*GEOMETRIES, "tiny"], default="vit_b")
-    parser.add_argument("--attention", nargs="+", choices=list(ATTENTIONS), default=list(ATTENTIONS))
-    parser.add_argument("--image_size", type=int, default=512)
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
-    parser.add_argument("--name", help="end of the result's file name; the geometry if not given")
-    parser.add_argument("--results_dir", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    result = {"date": str(date.today()), "machine": machine(), "attention": {}}
-    result["settings"] = {k: v for k, v in vars(args).items() if k not in ("attention", "name", "results_dir")}
-    fresh_processes = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
-    with ProcessPoolExecutor(max_workers=1, **fresh_processes) as pool:
-        for attention in args.attention:
-            figures = result["attention"][attention] = pool.submit(measure, attention, args).result()
-            print(f"{attention}: {figures['seconds']} s a step, at most {figures['peak_resident_gb']} GB resident")
-    write_json(args.results_dir / f"throughput-{date.today()}-{args.name or args.geometry}.json", result)
+    """Measure, print tables and write the figures."""
+    args = parse()
+    os.environ |= QUIET
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("name", "results_dir")}
+    result: Figures = {"date": str(date.today()), "machine": machine(PACKAGES), "settings": plain}
+    processes(args.forked, preload=["throughput_peers", "torch._dynamo"])
+    with tempfile.TemporaryDirectory() as work:
+        args.work = Path(work)
+        result |= in_own_process(write_inputs, args, forked=args.forked)
+        workers = start_workers(args)
+        if "training" in args.parts:
+            result["training"] = train(workers, args, result["step_gflop_per_image"])
+        for worker in workers.values():
+            worker.run("start_prediction")
+        for part, number in (("slices", args.slices), ("file", result["scan_slices"])):
+            if part in args.parts:
+                result[part] = predict(workers, args, f"predict_{part}", number)
+        for worker in workers.values():
+            worker.close()
+        if args.profile:
+            result["profile"] = profile(args, ("profile_step", "profile_prediction"))
+    titles = {"training": f"A training step of {args.batch_size} images", "slices": f"{args.slices} slices in memory"}
+    titles["file"] = f"A scan of {result['scan_slices']} slices, file to file"
+    print(f"\n{result['step_gflop_per_image']} GFLOP an image and step; {json.dumps(result['machine'])}\n")
+    print(
+        "\n\n".join(
+            table(title, result[part], training=part == "training") for part, title in titles.items() if part in result
+        )
+    )
+    target = args.results_dir / f"throughput-{date.today()}-{args.name or args.geometry}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ class TiledAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cpu", enabled=False)  # which would compute the softmax's input in float32 and store it
     def forward(ctx: Any, window: int, *tensors: Tensor | None) -> Tensor:
         """(B, H, W, heads, d)."""
         query, key, value, pad_key, pad_value, table = tensors
@@ -190,29 +190,34 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Computes the weights again and returns the gradients of all tensors."""
-        query, key, value, pad_key, pad_value, table = ctx.saved_tensors
-        grad_query, grad_key, grad_value = (torch.empty(query.shape, dtype=query.dtype) for _ in range(3))
-        grad_pads = [None if pad is None else torch.zeros(pad.shape) for pad in (pad_key, pad_value)]
-        grad_table = torch.zeros(table.shape) if ctx.needs_input_grad[6] else None
-        for block in _blocks(query, ctx.window):
-            keys, values = block.keys(key, pad_key, positions=table is not None), block.values(value, pad_value)
-            grad_keys, grad_values = [], []
-            for rows in block.row_chunks():
-                queries = block.queries(query, table, rows)
-                scaled = queries[..., : query.shape[-1]]
-                weights = torch.bmm(queries, keys.mT).softmax(-1)
-                grad = block.tiles(grad_output, rows).reshape(scaled.shape)
-                grad_values.append(torch.bmm(weights.mT, grad))
-                grad_weights = torch.bmm(grad, values.mT)
-                grad_logits = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-                grad_keys.append(torch.bmm(grad_logits.mT, scaled))
-                of_products = block.scatter_query(torch.bmm(grad_logits, keys), table, rows, grad_query)
-                if grad_table is not None and of_products is not None:
-                    grad_table += of_products.T @ scaled.reshape(-1, query.shape[-1])
-            block.scatter_windows(grad_keys, grad_key, grad_pads[0])
-            block.scatter_windows(grad_values, grad_value, grad_pads[1])
-        grads = (grad_pads[0], grad_pads[1], grad_table)
-        return None, grad_query, grad_key, grad_value, *(g if g is None else g.to(query.dtype) for g in grads)
+        """Gradients of all tensors."""
+        with torch.autocast("cpu", enabled=False):
+            return _gradients(ctx, grad_output)
+
+
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """Computes the weights again, block by block, and from them the gradients of all tensors."""
+    query, key, value, pad_key, pad_value, table = ctx.saved_tensors
+    grad_query, grad_key, grad_value = (torch.empty(query.shape, dtype=query.dtype) for _ in range(3))
+    grad_pads = [None if pad is None else torch.zeros(pad.shape) for pad in (pad_key, pad_value)]
+    grad_table = torch.zeros(table.shape) if ctx.needs_input_grad[6] else None
+    for block in _blocks(query, ctx.window):
+        keys, values = block.keys(key, pad_key, positions=table is not None), block.values(value, pad_value)
+        grad_keys, grad_values = [], []
+        for rows in block.row_chunks():
+            queries = block.queries(query, table, rows)
+            scaled = queries[..., : query.shape[-1]]
+            weights = torch.bmm(queries, keys.mT).softmax(-1)
+            grad = block.tiles(grad_output, rows).reshape(scaled.shape)
+            grad_values.append(torch.bmm(weights.mT, grad))
+            grad_weights = torch.bmm(grad, values.mT)
+            grad_logits = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_keys.append(torch.bmm(grad_logits.mT, scaled))
+            of_products = block.scatter_query(torch.bmm(grad_logits, keys), table, rows, grad_query)
+            if grad_table is not None and of_products is not None:
+                grad_table += of_products.T @ scaled.reshape(-1, query.shape[-1])
+        block.scatter_windows(grad_keys, grad_key, grad_pads[0])
+        block.scatter_windows(grad_values, grad_value, grad_pads[1])
+    grads = (grad_pads[0], grad_pads[1], grad_table)
+    return None, grad_query, grad_key, grad_value, *(g if g is None else g.to(query.dtype) for g in grads)

@@ -1,0 +1,147 @@
+"""One SAM, one batch and one scan for all subjects of throughput.py, and the FLOP of a training step."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from segment_anything import modeling
+from throughput_original import meta_sam
+from throughput_peers import PlainSam
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import SamConfig, SamModel
+
+from samed_peft import Volume, load_sam, read_volume
+from samed_peft.batches import TrainingSlices
+from samed_peft.checkpoints import rename_meta_keys
+from samed_peft.config import CT_WINDOW_HU, SYNAPSE_CLASSES
+from samed_peft.datasets import load_synapse, write_phantom
+from samed_peft.io import write_json, write_volume
+from samed_peft.modeling import TINY_SAM_DIR, SamForSemanticSegmentation
+from samed_peft.preprocessing import normalized_array
+
+GEOMETRIES = {
+    "vit_b": {},
+    "vit_l": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+              "global_attn_indexes": [5, 11, 17, 23]},
+    "vit_h": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16,
+              "global_attn_indexes": [7, 15, 23, 31]},
+}  # fmt: skip
+NUM_LABELS = len(SYNAPSE_CLASSES) + 1
+
+
+def random_sam(geometry: str) -> SamModel:
+    """A SAM whose weights have an ordinary scale: those of Transformers, near 1e-10, underflow."""
+    tiny = geometry == "tiny"
+    config = SamConfig.from_pretrained(TINY_SAM_DIR) if tiny else SamConfig(vision_config=GEOMETRIES[geometry])
+    sam = SamModel(config)
+    with torch.no_grad():
+        for name, parameter in sam.named_parameters():
+            if parameter.ndim >= 2 and "encoder" in name:
+                nn.init.trunc_normal_(parameter, std=0.02)
+    return sam
+
+
+def write_sam(args: argparse.Namespace) -> None:
+    """The base for K + 1 classes at the size of the run: WORK/sam for Transformers, WORK/sam.pth for Meta's code."""
+    if args.base:
+        model = load_sam(args.base, class_names=SYNAPSE_CLASSES, image_size=args.image_size)
+    else:
+        sizes = {"num_labels": NUM_LABELS, "image_size": args.image_size}
+        model = SamForSemanticSegmentation.from_sam(random_sam(args.geometry), **sizes)
+    model.save_pretrained(args.work / "sam")
+    weights = SamModel.from_pretrained(args.work / "sam").state_dict()
+    geometry = meta_geometry(model.config)
+    write_json(args.work / "geometry.json", geometry)
+    with torch.device("meta"):
+        meta_keys = meta_sam(modeling, geometry).state_dict()
+    names = {key: name for name, key in rename_meta_keys({key: key for key in meta_keys}).items()}
+    torch.save({key: weights[names[key]] for key in meta_keys}, args.work / "sam.pth")
+
+
+def meta_geometry(config: SamConfig) -> dict[str, Any]:
+    """Sizes of a SAM under the names of Meta's constructors."""
+    vision, decoder = config.vision_config, config.mask_decoder_config
+    grid = vision.image_size // vision.patch_size
+    return {
+        "encoder": {
+            "img_size": vision.image_size, "patch_size": vision.patch_size, "embed_dim": vision.hidden_size,
+            "depth": vision.num_hidden_layers, "num_heads": vision.num_attention_heads,
+            "mlp_ratio": vision.mlp_dim / vision.hidden_size, "out_chans": vision.output_channels,
+            "qkv_bias": vision.qkv_bias, "use_rel_pos": True, "window_size": vision.window_size,
+            "global_attn_indexes": list(vision.global_attn_indexes),
+        },
+        "prompt": {
+            "embed_dim": vision.output_channels, "image_embedding_size": [grid, grid],
+            "input_image_size": [vision.image_size, vision.image_size],
+            "mask_in_chans": config.prompt_encoder_config.mask_input_channels,
+        },
+        "transformer": {
+            "depth": decoder.num_hidden_layers, "embedding_dim": decoder.hidden_size, "mlp_dim": decoder.mlp_dim,
+            "num_heads": decoder.num_attention_heads,
+            "attention_downsample_rate": decoder.attention_downsample_rate,
+        },
+        "decoder": {
+            "transformer_dim": decoder.hidden_size, "num_multimask_outputs": decoder.num_multimask_outputs,
+            "iou_head_depth": decoder.iou_head_depth, "iou_head_hidden_dim": decoder.iou_head_hidden_dim,
+        },
+    }  # fmt: skip
+
+
+def write_data(args: argparse.Namespace) -> None:
+    """Phantom slices to train on, a batch of them, and a scan as NIfTI and as SAMed's .npy.h5 (already scaled)."""
+    scan = args.work / "scan.nii.gz"
+    size = (16, 224, 224) if args.image_size > 64 else (8, 48, 48)
+    phantom = write_phantom(args.work / "phantom", cases=(5, 6), seed=0, shape_dhw=size)
+    rows = load_synapse(phantom, "train", cache_dir=args.work / "rows", num_proc=1)
+    patch = SamConfig.from_pretrained(args.work / "sam").vision_config.patch_size
+    slices = TrainingSlices(rows, image_size=args.image_size, label_size=4 * args.image_size // patch, seed=0)
+    middle = len(rows) // 4
+    batch = [slices[0, middle + i] for i in range(args.batch_size)]
+    np.savez(args.work / "batch.npz", pixels=np.stack([b["pixel_values"][0] for b in batch]),
+             labels=np.stack([b["labels"] for b in batch]))  # fmt: skip
+    if args.scan:
+        volume = read_volume(args.scan)
+    else:
+        folder = write_phantom(
+            args.work / "scans", cases=(1,), seed=0, shape_dhw=tuple(args.scan_shape), spacing_zyx_mm=(5.0, 0.75, 0.75)
+        )
+        volume = read_volume(folder / "Training" / "img" / "img0001.nii.gz")
+    write_volume(Volume(volume.array, volume.affine), scan)
+    scaled = normalized_array(volume, CT_WINDOW_HU)
+    with h5py.File(args.work / "scan.npy.h5", "w") as file:
+        file["image"], file["label"] = scaled, np.zeros(scaled.shape, np.uint8)
+    first = max(0, (len(scaled) - args.slices) // 2)
+    np.save(args.work / "slices.npy", scaled[first : first + args.slices])
+
+
+def step_gflop(args: argparse.Namespace) -> float:
+    """GFLOP of a training step for one image, as the plain model computes it, whatever a subject makes of it.
+
+    Counted on Transformers' `SamModel` with its eager attention and PEFT's LoRA, with the padding of its windows and
+    without recomputed layers: products and convolutions of the forward pass, of the gradients that flow through frozen
+    layers, and of those of trainable weights. A multiplication and an addition are two.
+    """
+    with torch.device("meta"):
+        model = PlainSam(SamModel(SamConfig.from_pretrained(args.work / "sam", attn_implementation="eager")), args)
+        pixels = torch.empty(1, 3, args.image_size, args.image_size)
+        with FlopCounterMode(display=False) as counter:
+            model(pixels).sum().backward()
+    return counter.get_total_flops() / 1e9
+
+
+def write_inputs(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that subjects read from WORK, and the FLOP of an image."""
+    torch.manual_seed(0)
+    write_sam(args)
+    write_data(args)
+    return {"step_gflop_per_image": round(step_gflop(args), 3), "scan_slices": scan_shape(args.work)[0]}
+
+
+def scan_shape(work: Path) -> list[int]:
+    """(D, H, W) of the scan that is segmented."""
+    with h5py.File(work / "scan.npy.h5") as file:
+        return list(file["image"].shape)

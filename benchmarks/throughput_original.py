@@ -1,0 +1,102 @@
+"""The original SAMed as a subject of throughput.py, in a process that holds nothing of this package."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from measure import DEVICE, Action
+from torch import nn
+
+
+def meta_sam(modeling: ModuleType, geometry: dict[str, dict[str, Any]]) -> nn.Module:
+    """Meta's `Sam` of any geometry; SAMed's own builders know ViT-B, -L and -H only."""
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    return modeling.Sam(
+        image_encoder=modeling.ImageEncoderViT(**geometry["encoder"], norm_layer=norm),
+        prompt_encoder=modeling.PromptEncoder(**geometry["prompt"]),
+        mask_decoder=modeling.MaskDecoder(
+            **geometry["decoder"], transformer=modeling.TwoWayTransformer(**geometry["transformer"])
+        ),
+        pixel_mean=[0, 0, 0],
+        pixel_std=[1, 1, 1],
+    )
+
+
+class Original:
+    """SAMed's net, trained as its trainer.py does and tested with its `test_single_volume`."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        sys.path.insert(0, str(args.samed_dir))
+        if DEVICE.type == "cpu":
+            torch.Tensor.cuda = nn.Module.cuda = lambda this, *_, **__: this
+        import trainer
+        import utils
+        from sam_lora_image_encoder import LoRA_Sam
+        from segment_anything import modeling
+
+        self.args, self.utils, self.trainer = args, utils, trainer
+        sam = meta_sam(modeling, json.loads((args.work / "geometry.json").read_text()))
+        sam.load_state_dict(torch.load(args.work / "sam.pth", weights_only=True))
+        self.classes = sam.mask_decoder.num_multimask_outputs
+        self.net = LoRA_Sam(sam, args.rank).cuda().train()
+        weights = filter(lambda weight: weight.requires_grad, self.net.parameters())
+        self.optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.1)
+        with np.load(args.work / "batch.npz") as batch:
+            self.images = torch.from_numpy(batch["pixels"])[:, None].repeat(1, 3, 1, 1)
+            self.labels = torch.from_numpy(batch["labels"])
+        self.losses = nn.CrossEntropyLoss(), utils.DiceLoss(self.classes + 1)
+        # Scoring is no part of prediction, and neither are copies of scan and reference beside the mask.
+        utils.calculate_metric_percase = lambda *_: (0, 0)
+        write = utils.sitk.WriteImage
+        utils.sitk = argparse.Namespace(
+            GetImageFromArray=utils.sitk.GetImageFromArray,
+            WriteImage=lambda image, path: write(image, path) if path.endswith("_pred.nii.gz") else None,
+        )
+
+    def train_step(self) -> float:
+        """The body of trainer.py's loop."""
+        images, labels = self.images.cuda(), self.labels.cuda()
+        outputs = self.net(images, True, self.args.image_size)
+        loss, *_ = self.trainer.calc_loss(outputs, labels, *self.losses)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def start_prediction(self) -> None:
+        """Nothing to prepare."""
+
+    def _predict(self, image: np.ndarray, label: np.ndarray, **where: str) -> None:
+        sizes = {"patch_size": [self.args.image_size] * 2, "input_size": [self.args.input_size] * 2}
+        volumes = torch.from_numpy(image)[None], torch.from_numpy(label)[None]
+        self.utils.test_single_volume(*volumes, self.net, self.classes, True, **sizes, **where)
+
+    def predict_slices(self) -> None:
+        """The slices in memory."""
+        slices = np.load(self.args.work / "slices.npy")
+        self._predict(slices, np.zeros(slices.shape, np.uint8))
+
+    def predict_file(self) -> None:
+        """Its own .npy.h5, with intensities scaled beforehand, to NIfTI."""
+        import h5py
+
+        with h5py.File(self.args.work / "scan.npy.h5") as data:
+            image, label = data["image"][:], data["label"][:]
+        self._predict(image, label, test_save_path=str(self.args.work), case="samed")
+
+
+def make(args: argparse.Namespace) -> Mapping[str, Action]:
+    """Actions of the process."""
+    subject = Original(args)
+    return {
+        "train_step": subject.train_step,
+        "start_prediction": subject.start_prediction,
+        "predict_slices": subject.predict_slices,
+        "predict_file": subject.predict_file,
+    }

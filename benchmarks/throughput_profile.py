@@ -1,0 +1,86 @@
+"""Where the time of a call goes, by operator and in groups; part of throughput.py's --profile."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from measure import DEVICE
+from torch.profiler import ProfilerActivity, profile
+
+from samed_peft import dice_ce_loss
+
+GROUPS = {
+    "optimizer": ("optimizer", "adam", "foreach", "lerp", "addcdiv", "addcmul"),
+    "attention": ("scaled_dot_product", "flash", "efficient_attention", "fmha"),
+    "GEMM": ("mm", "linear", "conv", "matmul", "cutlass"),
+    "norms": ("layer_norm", "mean", "rsqrt"),
+    "copies and casts": ("copy", "clone", "contiguous", "cat", "pad", "index", "repeat", "fill", "zero", "empty",
+                         "gather", "scatter", "roll", "slice", "select", "narrow", "flip", "memcpy", "memset"),
+    "elementwise": ("add", "sub", "mul", "div", "gelu", "relu", "sum", "pow", "sqrt", "exp", "softmax", "neg", "sin",
+                    "cos", "max", "eq", "ne", "where", "isfinite", "threshold", "upsample", "abs", "clamp",
+                    "elementwise", "reduce"),
+}  # fmt: skip
+"""Groups of operators by parts of their names; the first that fits counts."""
+
+OUTSIDE = "outside of PyTorch"
+"""Python and NumPy, resizing for example."""
+
+
+def profiled(action: Callable[[], Any], *, loss_shape: tuple[int, int, int] | None = None) -> dict[str, Any]:
+    """Self time of operators in one call, as a table and as shares of groups.
+
+    Args:
+        action: is called twice, the first time to warm up.
+        loss_shape: (B, K + 1, h) of a training step's logits. The loss is profiled alone at this size, and its
+            operators are taken out of the groups they would fall into.
+    """
+    action()
+    microseconds, table = _self_times(action)
+    shares: Counter[str] = Counter()
+    if loss_shape is not None:
+        for name, own in _self_times(_loss_step(*loss_shape))[0].items():
+            taken = min(own, microseconds[name])
+            microseconds[name] -= taken
+            shares["loss"] += taken
+    for name, own in microseconds.items():
+        shares[_group(name)] += own
+    whole = sum(shares.values())
+    return {
+        "table": table,
+        "seconds": whole / 1e6,
+        "groups": {n: round(own / whole, 4) for n, own in shares.most_common()},
+    }
+
+
+def _loss_step(batch: int, num_labels: int, side: int) -> Callable[[], None]:
+    logits = torch.randn(batch, num_labels, side, side, device=DEVICE, requires_grad=True)
+    labels = torch.randint(num_labels, (batch, side, side), device=DEVICE)
+
+    def step() -> None:
+        dice_ce_loss(logits, labels).backward()
+
+    step()
+    return step
+
+
+def _self_times(action: Callable[[], Any]) -> tuple[Counter[str], str]:
+    """Microseconds of each operator, on the GPU where there is one, and the profiler's own table."""
+    on_gpu = DEVICE.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
+        started = time.perf_counter()
+        action()
+        wall = time.perf_counter() - started
+    averages = recorded.key_averages()
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    times = Counter({e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in averages})
+    if not on_gpu:
+        times[OUTSIDE] = max(0.0, 1e6 * wall - times.total())
+    return times, averages.table(sort_by=order, row_limit=25, max_name_column_width=50)
+
+
+def _group(name: str) -> str:
+    if name == OUTSIDE:
+        return name
+    return next((kind for kind, parts in GROUPS.items() if any(part in name.lower() for part in parts)), "other")
