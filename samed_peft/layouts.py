@@ -54,7 +54,7 @@ def open_folder(
     Args:
         data_dir: the folder.
         channel: name or number of the channel to use, where `dataset.json` lists several.
-        class_names: names of labels 1..K, in place of those in `dataset.json`, which may then be of any kind.
+        class_names: names of labels 1..K for a `dataset.json` whose own cannot be used, regions for example, or none.
 
     Raises:
         InputError: the folder has no such layout, a file is missing or doubled, or the channel is not listed.
@@ -80,7 +80,7 @@ def open_folder(
 def _open_listed(root: Path, channel: str | None, class_names: Sequence[str] | None) -> LabelledFolder:
     path = root / DATASET_FILE
     content = _mapping(read_json(path), path)
-    names = class_names_of(content, path) if class_names is None else tuple(class_names)
+    names = _listed_names(content, path, class_names)
     channels = _channels(content, path)
     number = _channel_number(channels, channel, path)
     if _one_file_a_channel(content, root):
@@ -110,6 +110,16 @@ def _mapping(value: Any, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"expected an object with labels in {path}, found {type(value).__name__}; {_ADVICE}")
     return value
+
+
+def _listed_names(content: Mapping[str, Any], path: Path, given: Sequence[str] | None) -> tuple[str, ...]:
+    """The listed names, or those given if the listed ones are of a kind that cannot be used, such as regions."""
+    try:
+        return class_names_of(content, path)
+    except InputError:
+        if given is None:
+            raise
+        return tuple(given)
 
 
 def class_names_of(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:

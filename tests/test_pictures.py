@@ -89,7 +89,7 @@ def test_one_channel_of_a_4d_scan(tmp_path):
     array = np.arange(48, dtype=np.float32).reshape(2, 3, 4, 2)
     nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "four.nii.gz")
     np.testing.assert_array_equal(io.read_volume(tmp_path / "four.nii.gz", channel=1).array, array[..., 1].T)
-    with pytest.raises(InputError, match=r"found 4-D with 2 channels .* 0 to 1"):
+    with pytest.raises(InputError, match=r"expected a channel from 0 to 1, found 2 .* has 2 channels"):
         io.read_volume(tmp_path / "four.nii.gz", channel=2)
     nibabel.save(nibabel.Nifti1Image(array[..., :1], np.eye(4)), tmp_path / "one.nii.gz")
     np.testing.assert_array_equal(io.read_volume(tmp_path / "one.nii.gz").array, array[..., 0].T)
