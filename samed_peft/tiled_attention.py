@@ -1,6 +1,8 @@
 """SAM's attention on a CPU, block by block, so that what is being computed on stays in the processor's cache."""
 
-from collections.abc import Iterator
+import math
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,49 @@ from torch.autograd.function import once_differentiable
 
 CACHE_BYTES = 2**21
 """What a thread's share of a block's attention weights should fit into: the level-2 cache of a server's core."""
+
+
+class _Scratch(threading.local):
+    """Memory of this thread for what lives within a block, kept, as BLAS libraries do, from call to call.
+
+    Fresh memory has to be mapped and cleared by the system page by page, which would take as long as computing on it.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor; it shares memory with all that were taken under that name."""
+        size = math.prod(shape)
+        memory = self._memory.get((name, dtype))
+        if memory is None or memory.numel() < size:
+            with torch.inference_mode(False):  # what is made in inference mode could not be written to in training
+                memory = self._memory[name, dtype] = torch.empty(size, dtype=dtype)
+        return memory[:size].view(shape)
+
+
+_SCRATCH = _Scratch()
+
+
+def _product(name: str, one: Tensor, other: Tensor) -> Tensor:
+    """Batched matrix product in the scratch memory of that name."""
+    shape = (*one.shape[:2], other.shape[2])
+    return torch.bmm(one, other, out=_SCRATCH.take(name, shape, one.dtype))
+
+
+def _weights(queries: Tensor, keys: Tensor) -> Tensor:
+    logits = _product("weights", queries, keys.mT)
+    return torch.softmax(logits, -1, out=logits)
+
+
+def _add_product(total: Tensor | None, name: str, one: Tensor, other: Tensor, *, last: bool) -> Tensor:
+    """Adds a batched matrix product to a sum, in scratch memory: float32 where there are several products."""
+    product = _product(name, one, other)
+    if total is None and last:
+        return product
+    if total is None:
+        total = _SCRATCH.take(f"total {name}", product.shape, torch.float32).zero_()
+    return total.add_(product)
 
 
 @dataclass(frozen=True)
@@ -38,6 +83,12 @@ class _Block:
     heads: slice
     chunk: int
 
+    @property
+    def groups(self) -> int:
+        """Tiles times heads, G."""
+        tiles = (self.bottom - self.top) // self.tile[0] * ((self.right - self.left) // self.tile[1])
+        return tiles * (self.heads.stop - self.heads.start)
+
     def row_chunks(self) -> list[slice]:
         """The rows of a tile, `chunk` at a time."""
         height = self.tile[0]
@@ -49,43 +100,50 @@ class _Block:
         tall, wide = self.tile
         return mine.unflatten(1, (-1, wide)).unflatten(0, (-1, tall)).permute(0, 2, 4, 1, 3, 5)[:, :, :, rows]
 
-    def windows(self, tokens: Tensor, padding: Tensor | None, *, extra: int = 0) -> Tensor:
-        """Copy (down, across, heads, window, window, d + extra) of tiles, padded; the extra columns are not set."""
+    def windows(self, tokens: Tensor, padding: Tensor | None, into: Tensor) -> None:
+        """Writes tiles, padded, to (G, window², d) or its first d columns."""
         view = self.tiles(tokens)
-        copied = view.new_empty(*view.shape[:3], self.window, self.window, view.shape[-1] + extra)
+        copied = into.unflatten(1, (self.window, self.window)).unflatten(0, view.shape[:3])[..., : view.shape[-1]]
         tall, wide = self.tile
-        if padding is not None:
-            copied[..., : view.shape[-1]] = padding[self.heads, None, None]
-        copied[..., :tall, :wide, : view.shape[-1]] = view
-        return copied
+        if padding is not None and (tall, wide) != (self.window, self.window):
+            copied.copy_(padding[self.heads, None, None])
+        copied[..., :tall, :wide, :].copy_(view)
 
     def keys(self, key: Tensor, padding: Tensor | None, *, positions: bool) -> Tensor:
         """Keys (G, window², d), or (G, window², d + 2 window) with row and column as one-hot vectors."""
         dim, window = key.shape[-1], self.window
-        copied = self.windows(key, padding, extra=2 * window if positions else 0)
+        width = dim + 2 * window * positions
+        keys = _SCRATCH.take("keys", (self.groups, window**2, width), key.dtype)
+        self.windows(key, padding, keys)
         if positions:
+            grid = keys[..., dim:].unflatten(1, (window, window))
             one_hot = torch.eye(window, dtype=key.dtype)
-            copied[..., dim : dim + window] = one_hot[:, None]
-            copied[..., dim + window :] = one_hot
-        return copied.view(-1, window**2, copied.shape[-1])
+            grid[..., :window].copy_(one_hot[:, None])
+            grid[..., window:].copy_(one_hot)
+        return keys
 
     def values(self, value: Tensor, padding: Tensor | None) -> Tensor:
         """Values (G, window², d)."""
-        return self.windows(value, padding).view(-1, self.window**2, value.shape[-1])
+        values = _SCRATCH.take("values", (self.groups, self.window**2, value.shape[-1]), value.dtype)
+        self.windows(value, padding, values)
+        return values
 
     def queries(self, query: Tensor, table: Tensor | None, rows: slice) -> Tensor:
         """Scaled queries (G, N, d), or (G, N, d + 2 window) with their products with all rows and columns."""
         view = self.tiles(query, rows)
         dim, window = view.shape[-1], self.window
-        extra = 0 if table is None else 2 * window
-        extended = view.new_empty(*view.shape[:-1], dim + extra)
+        if table is None:
+            queries = _SCRATCH.take("queries", view.shape, query.dtype)
+            torch.mul(view, dim**-0.5, out=queries)
+            return queries.view(self.groups, -1, dim)
+        extended = _SCRATCH.take("queries", (*view.shape[:-1], dim + 2 * window), query.dtype)
         torch.mul(view, dim**-0.5, out=extended[..., :dim])
-        if table is not None:
-            products = (extended.view(-1, dim + extra)[:, :dim] @ table.T).view(*view.shape[:-1], -1)
-            by_row, by_column = _by_position(products, window, rows.start)
-            extended[..., dim : dim + window] = by_row
-            extended[..., dim + window :] = by_column
-        return extended.view(-1, view.shape[3] * view.shape[4], dim + extra)
+        products = _SCRATCH.take("products", (*view.shape[:-1], len(table)), query.dtype)
+        torch.mm(extended.view(-1, dim + 2 * window)[:, :dim], table.T, out=products.view(-1, len(table)))
+        by_row, by_column = _by_position(products, window, rows.start)
+        extended[..., dim : dim + window] = by_row
+        extended[..., dim + window :] = by_column
+        return extended.view(self.groups, -1, dim + 2 * window)
 
     def scatter_query(self, grad: Tensor, table: Tensor | None, rows: slice, into: Tensor) -> Tensor | None:
         """Backward of `queries`: writes the gradient of the query, returns that of its products with the table."""
@@ -95,25 +153,25 @@ class _Block:
         if table is None:
             torch.mul(grad, dim**-0.5, out=view)
             return None
-        products = grad.new_zeros(*view.shape[:-1], len(table))
+        products = _SCRATCH.take("products", (*view.shape[:-1], len(table)), grad.dtype).zero_()
         by_row, by_column = _by_position(products, window, rows.start)
         by_row.copy_(grad[..., dim : dim + window])
         by_column.copy_(grad[..., dim + window :])
         flat = products.view(-1, len(table))
-        whole = torch.addmm(grad[..., :dim].reshape(-1, dim), flat, table)
+        whole = _SCRATCH.take("whole", (len(flat), dim), grad.dtype)
+        torch.addmm(grad.view(len(flat), -1)[:, :dim], flat, table, out=whole)
         torch.mul(whole.view(view.shape), dim**-0.5, out=view)
         return flat
 
-    def scatter_windows(self, grads: list[Tensor], into: Tensor, padding: Tensor | None) -> None:
-        """Backward of `windows`: sums up the gradients of row chunks and writes those of tokens and padding."""
+    def scatter_windows(self, grad: Tensor, into: Tensor, padding: Tensor | None) -> None:
+        """Backward of `windows`: writes the gradients of tokens and adds to that of padding."""
         view = self.tiles(into)
-        total = grads[0] if len(grads) == 1 else torch.stack(grads).sum(0, dtype=torch.float32)
-        total = total.view(*view.shape[:3], self.window, self.window, -1)
+        grad = grad.unflatten(1, (self.window, self.window)).unflatten(0, view.shape[:3])
         tall, wide = self.tile
-        view.copy_(total[..., :tall, :wide, :])
-        if padding is not None:
-            total[..., :tall, :wide, :] = 0
-            padding[self.heads] += total.sum((0, 1, 3, 4), dtype=torch.float32)
+        view.copy_(grad[..., :tall, :wide, :])
+        if padding is not None and (tall, wide) != (self.window, self.window):
+            grad[..., :tall, :wide, :] = 0
+            padding[self.heads] += grad.sum((0, 1, 3, 4), dtype=torch.float32)
 
 
 def _by_position(products: Tensor, window: int, first_row: int) -> tuple[Tensor, Tensor]:
@@ -181,9 +239,9 @@ class TiledAttention(torch.autograd.Function):
         for block in _blocks(query, window):
             keys, values = block.keys(key, pad_key, positions=table is not None), block.values(value, pad_value)
             for rows in block.row_chunks():
-                weights = torch.bmm(block.queries(query, table, rows), keys.mT).softmax(-1)
+                weights = _weights(block.queries(query, table, rows), keys)
                 view = block.tiles(output, rows)
-                view.copy_(torch.bmm(weights, values).view(view.shape))
+                view.copy_(_product("output", weights, values).view(view.shape))
         ctx.save_for_backward(*tensors)
         ctx.window = window
         return output
@@ -204,20 +262,26 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     grad_table = torch.zeros(table.shape) if ctx.needs_input_grad[6] else None
     for block in _blocks(query, ctx.window):
         keys, values = block.keys(key, pad_key, positions=table is not None), block.values(value, pad_value)
-        grad_keys, grad_values = [], []
-        for rows in block.row_chunks():
+        of_keys = of_values = None
+        chunks = block.row_chunks()
+        for rows in chunks:
+            last = rows is chunks[-1]
             queries = block.queries(query, table, rows)
             scaled = queries[..., : query.shape[-1]]
-            weights = torch.bmm(queries, keys.mT).softmax(-1)
-            grad = block.tiles(grad_output, rows).reshape(scaled.shape)
-            grad_values.append(torch.bmm(weights.mT, grad))
-            grad_weights = torch.bmm(grad, values.mT)
-            grad_logits = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_keys.append(torch.bmm(grad_logits.mT, scaled))
-            of_products = block.scatter_query(torch.bmm(grad_logits, keys), table, rows, grad_query)
+            weights = _weights(queries, keys)
+            grad = _SCRATCH.take("grad", scaled.shape, query.dtype)
+            view = block.tiles(grad_output, rows)
+            grad.view(view.shape).copy_(view)
+            of_values = _add_product(of_values, "of_values", weights.mT, grad, last=last)
+            grad_logits = _product("grad_logits", grad, values.mT)
+            torch.ops.aten._softmax_backward_data(grad_logits, weights, -1, weights.dtype, grad_input=grad_logits)
+            of_keys = _add_product(of_keys, "of_keys", grad_logits.mT, scaled, last=last)
+            of_products = block.scatter_query(_product("of_queries", grad_logits, keys), table, rows, grad_query)
             if grad_table is not None and of_products is not None:
                 grad_table += of_products.T @ scaled.reshape(-1, query.shape[-1])
-        block.scatter_windows(grad_keys, grad_key, grad_pads[0])
-        block.scatter_windows(grad_values, grad_value, grad_pads[1])
+        assert of_keys is not None
+        assert of_values is not None
+        block.scatter_windows(of_keys, grad_key, grad_pads[0])
+        block.scatter_windows(of_values, grad_value, grad_pads[1])
     grads = (grad_pads[0], grad_pads[1], grad_table)
     return None, grad_query, grad_key, grad_value, *(g if g is None else g.to(query.dtype) for g in grads)
