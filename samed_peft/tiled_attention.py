@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -59,13 +60,13 @@ def _add_product(total: Tensor | None, name: str, one: Tensor, other: Tensor, *,
 
 @dataclass(frozen=True)
 class _Block:
-    """Some heads of one image in a rectangle of its tokens that equal tiles fill.
+    """Some heads of some images in a rectangle of their tokens that equal tiles fill.
 
     The queries of a tile attend to the keys of its window: its own tokens and, where the image ends within the
-    window, padding.
+    window, padding. A head in a tile of an image is a group, G of them in all.
 
     Attributes:
-        image: which one.
+        images: which ones.
         top: first row, `bottom` is behind the last; `left` and `right` are the same of columns.
         tile: rows and columns of a tile.
         window: rows and columns of a window.
@@ -73,79 +74,90 @@ class _Block:
         chunk: rows of each tile whose queries are computed at a time.
     """
 
-    image: int
+    images: range
     top: int
     bottom: int
     left: int
     right: int
     tile: tuple[int, int]
     window: int
-    heads: slice
+    heads: range
     chunk: int
 
     @property
-    def groups(self) -> int:
-        """Tiles times heads, G."""
-        tiles = (self.bottom - self.top) // self.tile[0] * ((self.right - self.left) // self.tile[1])
-        return tiles * (self.heads.stop - self.heads.start)
-
-    def row_chunks(self) -> list[slice]:
-        """The rows of a tile, `chunk` at a time."""
-        height = self.tile[0]
-        return [slice(row, min(row + self.chunk, height)) for row in range(0, height, self.chunk)]
-
-    def tiles(self, tokens: Tensor, rows: slice = slice(None)) -> Tensor:
-        """View (tiles down, tiles across, heads, rows, columns, d) of tokens (B, H, W, heads, d)."""
-        mine = tokens[self.image, self.top : self.bottom, self.left : self.right, self.heads]
+    def outer(self) -> tuple[int, int, int, int]:
+        """Images, tiles down, tiles across, heads."""
         tall, wide = self.tile
-        return mine.unflatten(1, (-1, wide)).unflatten(0, (-1, tall)).permute(0, 2, 4, 1, 3, 5)[:, :, :, rows]
+        return len(self.images), (self.bottom - self.top) // tall, (self.right - self.left) // wide, len(self.heads)
+
+    @property
+    def padded(self) -> bool:
+        """Whether the windows are larger than the tiles."""
+        return self.tile != (self.window, self.window)
+
+    def row_chunks(self) -> list[range]:
+        """The rows of a tile, `chunk` at a time."""
+        return _pieces(self.tile[0], self.chunk)
+
+    def tiles(self, tokens: Tensor, rows: range | None = None) -> Tensor:
+        """View (*outer, rows, columns, d) of tokens (B, H, W, heads, d)."""
+        tall, wide = self.tile
+        rows = rows or range(tall)
+        of_image, of_row, of_column, of_head, of_number = tokens.stride()
+        start = (self.images[0] * of_image + (self.top + rows[0]) * of_row
+                 + self.left * of_column + self.heads[0] * of_head)  # fmt: skip
+        return tokens.as_strided(
+            (*self.outer, len(rows), wide, tokens.shape[-1]),
+            (of_image, tall * of_row, wide * of_column, of_head, of_row, of_column, of_number),
+            tokens.storage_offset() + start,
+        )
+
+    def of_heads(self, padding: Tensor) -> Tensor:
+        """View (heads, 1, 1, d) of (heads, d)."""
+        return padding[self.heads.start : self.heads.stop, None, None]
 
     def windows(self, tokens: Tensor, padding: Tensor | None, into: Tensor) -> None:
         """Writes tiles, padded, to (G, window², d) or its first d columns."""
         view = self.tiles(tokens)
-        copied = into.unflatten(1, (self.window, self.window)).unflatten(0, view.shape[:3])[..., : view.shape[-1]]
-        tall, wide = self.tile
-        if padding is not None and (tall, wide) != (self.window, self.window):
-            copied.copy_(padding[self.heads, None, None])
-        copied[..., :tall, :wide, :].copy_(view)
+        copied = into.view(*self.outer, self.window, self.window, -1)[..., : view.shape[-1]]
+        if padding is not None and self.padded:
+            copied.copy_(self.of_heads(padding))
+        copied[..., : self.tile[0], : self.tile[1], :].copy_(view)
 
     def keys(self, key: Tensor, padding: Tensor | None, *, positions: bool) -> Tensor:
         """Keys (G, window², d), or (G, window², d + 2 window) with row and column as one-hot vectors."""
         dim, window = key.shape[-1], self.window
         width = dim + 2 * window * positions
-        keys = _SCRATCH.take("keys", (self.groups, window**2, width), key.dtype)
+        keys = _SCRATCH.take("keys", (math.prod(self.outer), window**2, width), key.dtype)
         self.windows(key, padding, keys)
         if positions:
-            grid = keys[..., dim:].unflatten(1, (window, window))
-            one_hot = torch.eye(window, dtype=key.dtype)
-            grid[..., :window].copy_(one_hot[:, None])
-            grid[..., window:].copy_(one_hot)
+            keys[..., dim:].copy_(_one_hot(window, key.dtype))
         return keys
 
     def values(self, value: Tensor, padding: Tensor | None) -> Tensor:
         """Values (G, window², d)."""
-        values = _SCRATCH.take("values", (self.groups, self.window**2, value.shape[-1]), value.dtype)
+        values = _SCRATCH.take("values", (math.prod(self.outer), self.window**2, value.shape[-1]), value.dtype)
         self.windows(value, padding, values)
         return values
 
-    def queries(self, query: Tensor, table: Tensor | None, rows: slice) -> Tensor:
+    def queries(self, query: Tensor, table: Tensor | None, rows: range) -> Tensor:
         """Scaled queries (G, N, d), or (G, N, d + 2 window) with their products with all rows and columns."""
         view = self.tiles(query, rows)
         dim, window = view.shape[-1], self.window
         if table is None:
             queries = _SCRATCH.take("queries", view.shape, query.dtype)
             torch.mul(view, dim**-0.5, out=queries)
-            return queries.view(self.groups, -1, dim)
+            return queries.view(math.prod(self.outer), -1, dim)
         extended = _SCRATCH.take("queries", (*view.shape[:-1], dim + 2 * window), query.dtype)
         torch.mul(view, dim**-0.5, out=extended[..., :dim])
         products = _SCRATCH.take("products", (*view.shape[:-1], len(table)), query.dtype)
         torch.mm(extended.view(-1, dim + 2 * window)[:, :dim], table.T, out=products.view(-1, len(table)))
-        by_row, by_column = _by_position(products, window, rows.start)
+        by_row, by_column = _by_position(products, window, rows[0])
         extended[..., dim : dim + window] = by_row
         extended[..., dim + window :] = by_column
-        return extended.view(self.groups, -1, dim + 2 * window)
+        return extended.view(math.prod(self.outer), -1, dim + 2 * window)
 
-    def scatter_query(self, grad: Tensor, table: Tensor | None, rows: slice, into: Tensor) -> Tensor | None:
+    def scatter_query(self, grad: Tensor, table: Tensor | None, rows: range, into: Tensor) -> Tensor | None:
         """Backward of `queries`: writes the gradient of the query, returns that of its products with the table."""
         view = self.tiles(into, rows)
         dim, window = view.shape[-1], self.window
@@ -154,7 +166,7 @@ class _Block:
             torch.mul(grad, dim**-0.5, out=view)
             return None
         products = _SCRATCH.take("products", (*view.shape[:-1], len(table)), grad.dtype).zero_()
-        by_row, by_column = _by_position(products, window, rows.start)
+        by_row, by_column = _by_position(products, window, rows[0])
         by_row.copy_(grad[..., dim : dim + window])
         by_column.copy_(grad[..., dim + window :])
         flat = products.view(-1, len(table))
@@ -166,28 +178,35 @@ class _Block:
     def scatter_windows(self, grad: Tensor, into: Tensor, padding: Tensor | None) -> None:
         """Backward of `windows`: writes the gradients of tokens and adds to that of padding."""
         view = self.tiles(into)
-        grad = grad.unflatten(1, (self.window, self.window)).unflatten(0, view.shape[:3])
-        tall, wide = self.tile
-        view.copy_(grad[..., :tall, :wide, :])
-        if padding is not None and (tall, wide) != (self.window, self.window):
-            grad[..., :tall, :wide, :] = 0
-            padding[self.heads] += grad.sum((0, 1, 3, 4), dtype=torch.float32)
+        grad = grad.view(*self.outer, self.window, self.window, -1)
+        inside = grad[..., : self.tile[0], : self.tile[1], :]
+        view.copy_(inside)
+        if padding is not None and self.padded:
+            inside.zero_()
+            self.of_heads(padding).add_(grad.sum((0, 1, 2, 4, 5), dtype=torch.float32)[:, None, None])
+
+
+@lru_cache(maxsize=8)
+def _one_hot(window: int, dtype: torch.dtype) -> Tensor:
+    """(window², 2 window): row and column of each key of a window as one-hot vectors."""
+    one_hot = torch.eye(window, dtype=dtype)
+    return torch.cat([one_hot.repeat_interleave(window, 0), one_hot.repeat(window, 1)], dim=1)
 
 
 def _by_position(products: Tensor, window: int, first_row: int) -> tuple[Tensor, Tensor]:
     """Views of products with tables that give, for each query, those of the key's row and of its column.
 
     Args:
-        products: (down, across, heads, rows, columns, 2 (2 window - 1)) with distances key - query from
+        products: (*outer, rows, columns, 2 (2 window - 1)) with distances key - query from
             -(window - 1) to window - 1, of rows and then of columns; contiguous.
         window: rows and columns of a window.
         first_row: row of the first query in its window.
 
     Returns:
-        Two of (down, across, heads, rows, columns, window): moving on by a query moves back by a distance.
+        Two of (*outer, rows, columns, window): moving on by a query moves back by a distance.
     """
     shape = (*products.shape[:-1], window)
-    outer, (row, column) = products.stride()[:3], products.stride()[3:5]
+    *outer, row, column, _ = products.stride()
     start = products.storage_offset() + window - 1
     by_row = products.as_strided(shape, (*outer, row - 1, column, 1), start - first_row)
     by_column = products.as_strided(shape, (*outer, row, column - 1, 1), start + 2 * window - 1)
@@ -201,15 +220,21 @@ def _blocks(query: Tensor, window: int) -> Iterator[_Block]:
     """
     images, height, width, num_heads, _ = query.shape
     threads = torch.get_num_threads()
+    memory = threads * CACHE_BYTES
     for top, bottom, tall in _cut(height, window):
         for left, right, wide in _cut(width, window):
             weights_of_row = (bottom - top) // tall * (right - left) * window**2 * query.element_size()
-            heads = max(min(threads, num_heads), threads * CACHE_BYTES // (weights_of_row * tall))
-            chunk = max(1, min(tall, threads * CACHE_BYTES // (weights_of_row * heads)))
-            for image in range(images):
-                for first in range(0, num_heads, heads):
-                    some = slice(first, min(first + heads, num_heads))
-                    yield _Block(image, top, bottom, left, right, (tall, wide), window, some, chunk)
+            heads = min(num_heads, max(threads, memory // (weights_of_row * tall)))
+            chunk = max(1, min(tall, memory // (weights_of_row * heads)))
+            together = max(1, memory // (weights_of_row * tall * num_heads))  # images, of which all heads fit
+            for some_images in _pieces(images, together):
+                for some_heads in _pieces(num_heads, heads):
+                    yield _Block(some_images, top, bottom, left, right, (tall, wide), window, some_heads, chunk)
+
+
+def _pieces(number: int, size: int) -> list[range]:
+    """0..number - 1, `size` at a time."""
+    return [range(start, min(start + size, number)) for start in range(0, number, size)]
 
 
 def _cut(size: int, window: int) -> list[tuple[int, int, int]]:
