@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ def epoch_batches(
 
 def batch_loader(
     slices: TrainingSlices,
-    batches: Sequence[list[Key]],
+    batches: Iterable[list[Key]],
     *,
     num_workers: int,
     device: torch.device | None = None,
@@ -91,7 +91,7 @@ def batch_loader(
 
     Args:
         slices: training examples.
-        batches: from `epoch_batches`.
+        batches: from `epoch_batches`, of as many epochs as are wanted.
         num_workers: processes that load; no more are started than the machine has cores for. 0 loads in this one.
         device: where tensors are to be; None leaves them on the CPU.
 

@@ -14,6 +14,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import GOLDEN, load_samed_weights, npz, samed_weights
 
+from samed_peft.batches import TrainingSlices
+from samed_peft.config import TrainingConfig
 from samed_peft.errors import InputError, NonFiniteLossError
 from samed_peft.schedules import learning_rate
 from samed_peft.training import (
@@ -21,10 +23,10 @@ from samed_peft.training import (
     StopSignal,
     build_optimizer,
     claim_run_folder,
-    grouped,
     load_checkpoint,
     save_checkpoint,
     train_step,
+    training_steps,
 )
 from samed_peft.training.state import require_replicas
 
@@ -185,8 +187,36 @@ def test_signals_do_again_what_they_did_before():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_micro_batches_are_grouped():
-    assert [len(g) for g in grouped([{}] * 5, 2)] == [2, 2, 1]
+class NotedRows(list):
+    """Rows that note which of them are read."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("start", [0, 2, 4])
+def test_each_epoch_sees_every_slice_once_and_its_last_group_may_be_smaller(fresh_model, accelerator, start):
+    rng = np.random.default_rng(0)
+    size = fresh_model.samed_config.image_size
+    rows = NotedRows(
+        {"image": rng.random((size, size), np.float32), "label": rng.integers(0, 3, (size, size), np.uint8)}
+        for _ in range(5)
+    )
+    slices = TrainingSlices(rows, image_size=size, label_size=fresh_model.logits_size, seed=None)
+    training = TrainingConfig(epochs=2, stop_epoch=2, batch_size=1, accumulation_steps=2, num_workers=0)
+    model, optimizer = accelerator.prepare(fresh_model, build_optimizer(fresh_model, weight_decay=0.0))
+    steps = training_steps(model, optimizer, slices, training=training, accelerator=accelerator, start=start)
+    counts = []
+    for step in steps:
+        counts.append(len(rows.read))
+        assert step.ends_epoch == (step.number % 3 == 0)
+    assert np.diff([0, *counts]).tolist() == [2, 2, 1, 2, 2, 1][start:]
+    assert sorted(rows.read[-5:]) == [0, 1, 2, 3, 4] if start <= 3 else len(rows.read) == 3
 
 
 def test_a_run_folder_is_claimed_once(tmp_path):

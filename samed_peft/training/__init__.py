@@ -1,6 +1,6 @@
 """Training: optimizer steps, and checkpoints that resume to the bit."""
 
-from samed_peft.training.loop import Step, build_optimizer, grouped, train_step, training_steps
+from samed_peft.training.loop import Step, build_optimizer, train_step, training_steps
 from samed_peft.training.state import (
     Progress,
     StopSignal,
@@ -16,7 +16,6 @@ __all__ = [
     "StopSignal",
     "build_optimizer",
     "claim_run_folder",
-    "grouped",
     "load_checkpoint",
     "run_settings",
     "save_checkpoint",

@@ -1,8 +1,9 @@
 """Optimizer steps over all epochs, from any step on."""
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -97,23 +98,25 @@ def training_steps(
         max_steps=training.epochs * per_epoch,
         power=training.decay_power,
     )
-    for epoch in range(start // per_epoch, training.stop_epoch):
-        batches = epoch_batches(len(slices), batch_size=size, seed=training.seed, epoch=epoch, **split)
-        first = max(start, epoch * per_epoch)
-        left = batches[(first - epoch * per_epoch) * accumulation :]
-        loaded = batch_loader(slices, left, num_workers=training.num_workers, device=accelerator.device)
-        groups = grouped(loaded, accumulation)
-        for number, group in enumerate(groups, start=first):
-            _seed_dropout(training.seed, step=number, process=accelerator.process_index)
-            parts = train_step(
-                model,
-                group,
-                optimizer,
-                accelerator=accelerator,
-                learning_rate=rate(number),
-                dice_weight=training.dice_weight,
-            )
-            yield Step(number + 1, per_epoch, rate(number), *parts)
+    epochs = (
+        epoch_batches(len(slices), batch_size=size, seed=training.seed, epoch=epoch, **split)
+        for epoch in range(start // per_epoch, training.stop_epoch)
+    )
+    # One loader for all epochs: the workers go on, and the first slices of an epoch are there when it begins.
+    to_come = itertools.islice(itertools.chain.from_iterable(epochs), start % per_epoch * accumulation, None)
+    loaded = batch_loader(slices, to_come, num_workers=training.num_workers, device=accelerator.device)
+    for number in range(start, training.stop_epoch * per_epoch):
+        left_of_epoch = micro_batches - number % per_epoch * accumulation
+        _seed_dropout(training.seed, step=number, process=accelerator.process_index)
+        parts = train_step(
+            model,
+            list(itertools.islice(loaded, min(accumulation, left_of_epoch))),
+            optimizer,
+            accelerator=accelerator,
+            learning_rate=rate(number),
+            dice_weight=training.dice_weight,
+        )
+        yield Step(number + 1, per_epoch, rate(number), *parts)
 
 
 def _seed_dropout(seed: int, *, step: int, process: int) -> None:
@@ -195,15 +198,3 @@ def _global_sum(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
         return total + (local - local.detach()) * accelerator.num_processes
 
     return global_sum
-
-
-def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Consecutive groups of `size` micro-batches; the last may be smaller."""
-    group: list[Batch] = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group

@@ -1,0 +1,54 @@
+"""Frozen weights held in half precision change no result of autocast."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from peft.helpers import disable_input_dtype_casting
+
+from samed_peft.losses import dice_ce_loss
+from samed_peft.precision import half_dtype, hold_frozen_weights
+
+
+def loss_and_gradients(model, pixels, labels):
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(pixel_values=pixels).logits
+    loss = dice_ce_loss(logits, labels)
+    loss.backward()
+    return [logits.detach(), loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+
+def test_logits_loss_and_gradients_stay_as_they_are_to_the_bit(fresh_model):
+    size = fresh_model.samed_config.image_size
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(2, 1, size, size, generator=generator).expand(-1, 3, -1, -1)
+    labels = torch.randint(0, 3, (2, size, size), generator=generator)
+    with torch.no_grad():  # LoRA starts with zeros, which would hide what goes through it
+        for name, parameter in fresh_model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    expected = loss_and_gradients(fresh_model, pixels, labels)
+    hold_frozen_weights(fresh_model.base_model.model.vision_encoder, torch.bfloat16)
+    with disable_input_dtype_casting(fresh_model):
+        found = loss_and_gradients(fresh_model, pixels, labels)
+    for mine, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, wanted, atol=0, rtol=0)
+
+
+def test_only_frozen_matrices_of_the_encoder_change_their_type(fresh_model):
+    hold_frozen_weights(fresh_model.base_model.model.vision_encoder, torch.bfloat16)
+    types = {name: parameter.dtype for name, parameter in fresh_model.named_parameters()}
+    half = {name for name, dtype in types.items() if dtype == torch.bfloat16}
+    layer = "base_model.model.vision_encoder.layers.0"
+    assert {f"{layer}.attn.q_proj.base_layer.weight", f"{layer}.mlp.lin1.weight", f"{layer}.attn.proj.bias"} <= half
+    assert all("vision_encoder" in name for name in half)
+    assert not any(part in name for name in half for part in ("lora_", "norm", "rel_pos", "pos_embed"))
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("no", None), ("bf16", torch.bfloat16)])
+def test_the_type_follows_the_accelerator(precision, expected):
+    try:
+        assert half_dtype(Accelerator(cpu=True, mixed_precision=precision)) == expected
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
