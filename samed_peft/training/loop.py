@@ -62,7 +62,7 @@ class Step:
 def build_optimizer(model: nn.Module, *, weight_decay: float) -> torch.optim.AdamW:
     """SAMed's AdamW over the trainable weights; `train_step` sets the learning rate before each step."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trainable, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay)
+    return torch.optim.AdamW(trainable, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
 
 def training_steps(
