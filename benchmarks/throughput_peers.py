@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from measure import DEVICE, Action
 from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from scipy.ndimage import zoom
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ from samed_peft.batches import TrainingSlices, batch_loader, epoch_batches
 from samed_peft.config import CT_WINDOW_HU, SYNAPSE_CLASSES
 from samed_peft.datasets import load_synapse
 from samed_peft.modeling import SamForSemanticSegmentation
+from samed_peft.precision import half_dtype, hold_frozen_weights
 from samed_peft.prediction import PredictionOptions, Scan, predict_files
 from samed_peft.training import build_optimizer, train_step
 
@@ -54,12 +56,16 @@ class SamedPeft:
         model = METHODS[args.method](sam, config)
         self.adapter = args.work / f"adapter-{args.mixed_precision}"
         save_adapter(model, self.adapter, config=config)
+        self.half = half_dtype(self.accelerator)
+        if self.half is not None:
+            hold_frozen_weights(sam.vision_encoder, self.half)
         self.label_size, self.batch, self.batches = sam.logits_size, read_batch(args), None
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, weight_decay=0.1))
 
     def _step(self, batch: dict[str, Tensor]) -> float:
         options = {"accelerator": self.accelerator, "learning_rate": self.args.learning_rate}
-        return train_step(self.model, [batch], self.optimizer, **options)[0]
+        with disable_input_dtype_casting(self.model, active=self.half is not None):
+            return train_step(self.model, [batch], self.optimizer, **options)[0]
 
     def train_step(self) -> float:
         """One optimizer step; returns the loss."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CACHE_BYTES = 2**22
-"""A thread's share of a block's attention weights; with 2 MB of level-2 cache a core, smaller and larger ones are slower
-or no faster: each block costs a few hundred microseconds of calls."""
+"""A thread's share of a block's attention weights. On cores with 2 MB of level-2 cache smaller blocks are slower, since
+each costs a few hundred microseconds of calls, and larger ones no faster."""
 
 
 class _Scratch(threading.local):
