@@ -4,20 +4,22 @@ Nothing here executes a pickle, and nothing is left half-written: every artefact
 sibling, synced to disk and renamed into place.
 """
 
-from samed_peft.io.dicom_seg import DICOM_SEG_SUFFIX, require_highdicom, write_dicom_seg
-from samed_peft.io.files import (
+from samed_peft.io.atomic import (
     atomic_dir,
     atomic_file,
-    content_fingerprint,
-    list_folder,
-    naming_unreadable,
-    read_json,
-    read_text,
     recover_dir,
     require_replaceable,
     require_writable,
     require_writable_file,
     require_writable_folder,
+)
+from samed_peft.io.dicom_seg import DICOM_SEG_SUFFIX, require_highdicom, write_dicom_seg
+from samed_peft.io.files import (
+    content_fingerprint,
+    list_folder,
+    naming_unreadable,
+    read_json,
+    read_text,
     write_bytes,
     write_json,
     write_text,
