@@ -13,6 +13,7 @@ from samed_peft.io.atomic import (
     require_writable_file,
     require_writable_folder,
 )
+from samed_peft.io.dicom import dicom_files, dicom_series, holds_dicom
 from samed_peft.io.dicom_seg import DICOM_SEG_SUFFIX, require_highdicom, write_dicom_seg
 from samed_peft.io.files import (
     content_fingerprint,
@@ -25,7 +26,7 @@ from samed_peft.io.files import (
     write_text,
 )
 from samed_peft.io.label_names import label_colour, read_label_names
-from samed_peft.io.readers import SUFFIXES, dicom_files, dicom_series, holds_dicom, read_affine, suffix_of
+from samed_peft.io.readers import SUFFIXES, read_affine, suffix_of
 from samed_peft.io.tensors import (
     load_tensors,
     load_torch_weights,
