@@ -1,7 +1,7 @@
 """A scan in, a label mask on the scan's own grid out."""
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,8 +16,10 @@ from tqdm import tqdm
 from samed_peft import postprocessing
 from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
+from samed_peft.intensities import warn_of_window
 from samed_peft.io import Volume, write_mask
 from samed_peft.modeling import SamForSemanticSegmentation
+from samed_peft.pipeline import overlap
 from samed_peft.preprocessing import normalized_array, reorientation, reoriented, resize_label, spline_matrix
 
 Segmenter: TypeAlias = PeftModel | SamForSemanticSegmentation
@@ -62,6 +64,7 @@ def predict_volume(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; found {batch_size}")
     config = settings_of(model)
+    warn_of_window(volume, config.window)
     there, back = reorientation(volume, config.orientation)
     array = reoriented(normalized_array(volume, config.window), there)
     was_training = model.training
@@ -143,9 +146,11 @@ def segment_cases(
 ) -> dict[str, Path]:
     """Write a mask for every case, the cases shared out among processes.
 
+    While one is segmented, a thread reads the next and another writes the mask before.
+
     Args:
         model: as for `predict_volume`.
-        images: case -> scan, read when its turn comes.
+        images: case -> scan, read when its turn comes, in a thread.
         directory: where `CASE.nii.gz` go; each appears whole or not at all.
         accelerator: processes and precision.
 
@@ -155,10 +160,14 @@ def segment_cases(
     files = {case: directory / f"{case}.nii.gz" for case in images}
     names = dict(enumerate(settings_of(model).class_names, start=1))
     mine = list(images)[accelerator.process_index :: accelerator.num_processes]
-    for case in tqdm(mine, desc="segmenting", unit="case", disable=not accelerator.is_main_process):
-        image = images[case]
+
+    def compute(case: str, read: Callable[[], Volume]) -> Callable[[], None]:
+        image = read()
         with accelerator.autocast():
             mask = predict_volume(model, image)
-        write_mask(mask, image, files[case], label_names=names)
+        return partial(write_mask, mask, image, files[case], label_names=names)
+
+    progress = tqdm(total=len(mine), desc="segmenting", unit="case", disable=not accelerator.is_main_process)
+    overlap(mine, images.__getitem__, compute, progress=progress)
     accelerator.wait_for_everyone()
     return files

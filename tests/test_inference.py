@@ -1,5 +1,7 @@
 """Volume prediction against the original's, on the scan's own grid, in any orientation."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from accelerate import Accelerator
 from conftest import npz
 
 from samed_peft.config import SYNAPSE_CLASSES
+from samed_peft.datasets import CaseVolumes, load_synapse, write_phantom
+from samed_peft.errors import InputError
 from samed_peft.inference import predict_volume, resized_slices, segment_cases, upsampled_argmax
 from samed_peft.io import Volume, read_label_names, read_labels
 from samed_peft.metrics import score_masks
@@ -71,6 +75,53 @@ def test_segment_cases_writes_masks_on_the_scans_grid(golden_model, golden_volum
     np.testing.assert_array_equal(mask.array, predict_volume(golden_model, images["a"]))
     np.testing.assert_allclose(mask.affine, affine, atol=1e-6)
     assert read_label_names(files["a"]) == dict(enumerate(SYNAPSE_CLASSES, start=1))
+
+
+def test_scans_of_another_kind_are_told(golden_model, golden_volume):
+    scaled = golden_volume["image"]
+    predict_volume(golden_model, Volume(scaled * 400 - 125))  # in Hounsfield units
+    for volume, message in (
+        (Volume(scaled), r"the scan holds 0\.\d+ to 0\.\d+ .* hardly fit the adapter's window, -125 to 275"),
+        (Volume((scaled > 0.5).astype(np.float32), normalized=True), r"hardly fit the \[0, 1\] that it was scaled to"),
+    ):
+        with pytest.warns(UserWarning, match=message) as told:
+            predict_volume(golden_model, volume)
+        assert told[0].filename == __file__
+
+
+@pytest.fixture
+def split_of_volumes(tmp_path):
+    """Three phantoms as a prepared split, which Datasets maps from disk."""
+    data = write_phantom(tmp_path / "btcv", cases=(1, 2, 3), seed=0, shape_dhw=(4, 32, 32))
+    return load_synapse(data, "test", cases=(1, 2, 3), cache_dir=tmp_path / "cache", num_proc=1)
+
+
+def test_cases_of_a_prepared_split_are_read_in_a_thread(golden_model, split_of_volumes, tmp_path):
+    images, references = CaseVolumes.pairs(split_of_volumes)
+    expected = {case: predict_volume(golden_model, image) for case, image in images.items()}
+    files = segment_cases(golden_model, images, tmp_path / "masks", accelerator=Accelerator(cpu=True))
+    assert list(files) == list(expected)
+    for case, file in files.items():
+        np.testing.assert_array_equal(read_labels(file).array, expected[case])
+    with ThreadPoolExecutor(8) as pool:  # two columns of one split at once, as often as it takes
+        found = list(pool.map(lambda number: (images, references)[number % 2]["case0002"].array, range(64)))
+    for number, array in enumerate(found):
+        np.testing.assert_array_equal(array, (images, references)[number % 2]["case0002"].array)
+
+
+def test_a_case_that_cannot_be_read_or_written_ends_it(golden_model, golden_volume, tmp_path):
+    scan = Volume(golden_volume["image"][:1], normalized=True)
+
+    def unreadable():
+        raise InputError("c.nii.gz cannot be read: no gzip")
+
+    images = CaseVolumes({"a": lambda: scan, "b": lambda: scan, "c": unreadable, "d": lambda: scan})
+    with pytest.raises(InputError, match=r"^c\.nii\.gz cannot be read: no gzip$"):
+        segment_cases(golden_model, images, tmp_path / "out", accelerator=Accelerator(cpu=True))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "b.nii.gz"]
+    (tmp_path / "other" / "a.nii.gz").mkdir(parents=True)
+    with pytest.raises(InputError, match="found the folder"):
+        segment_cases(golden_model, {"a": scan, "b": scan}, tmp_path / "other", accelerator=Accelerator(cpu=True))
 
 
 def test_no_gradient_is_kept(golden_model, golden_volume):

@@ -22,9 +22,9 @@ from samed_peft.cli import main
 from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.inference import predict_volume
+from samed_peft.intensities import warn_of_window
 from samed_peft.modeling import load_sam
 from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, predict_files
-from samed_peft.prediction.intensities import warn_of_window
 
 ROOT = Path(__file__).parents[1]
 NAMES = {1: "liver", 2: 'left <kidney> & "co"'}
