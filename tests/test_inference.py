@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import npz
+from peft import LilyConfig, get_peft_model
 
+from samed_peft.adapters import save_adapter
 from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.datasets import CaseVolumes, load_synapse, write_phantom
 from samed_peft.errors import InputError
-from samed_peft.inference import predict_volume, resized_slices, segment_cases, upsampled_argmax
+from samed_peft.inference import load_segmenter, predict_volume, resized_slices, segment_cases, upsampled_argmax
 from samed_peft.io import Volume, read_label_names, read_labels
 from samed_peft.metrics import score_masks
+from samed_peft.modeling import load_sam
 from samed_peft.preprocessing import slice_to_pixels
 
 
@@ -122,6 +126,40 @@ def test_a_case_that_cannot_be_read_or_written_ends_it(golden_model, golden_volu
     (tmp_path / "other" / "a.nii.gz").mkdir(parents=True)
     with pytest.raises(InputError, match="found the folder"):
         segment_cases(golden_model, {"a": scan, "b": scan}, tmp_path / "other", accelerator=Accelerator(cpu=True))
+
+
+@pytest.fixture
+def saved(golden_model, golden_config, tmp_path):
+    save_adapter(golden_model, tmp_path / "adapter", config=golden_config)
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "is_merged"),
+    [("no", None, True), ("no", "bfloat16", False), ("bf16", None, False), ("bf16", "float32", True)],
+)
+def test_adapters_are_merged_in_float32_alone(saved, golden_model, golden_volume, precision, dtype, is_merged):
+    AcceleratorState._reset_state(reset_partial_state=True)  # precision is the process's, not the accelerator's
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision=precision)
+        model = load_segmenter(saved, accelerator=accelerator, dtype=dtype)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert any("lora" in name for name in model.state_dict()) != is_merged
+    scan = Volume(golden_volume["image"], normalized=True)
+    assert (predict_volume(model, scan) != predict_volume(golden_model, scan)).mean() < 1e-4
+
+
+def test_an_adapter_that_cannot_be_merged_predicts_all_the_same(golden_config, golden_volume, tmp_path):
+    sam = load_sam(golden_config.base, class_names=golden_config.class_names, image_size=128)
+    sam.samed_config = golden_config
+    layers, parts = r".*vision_encoder.*\.(q_proj|v_proj)", ["mask_decoder", "no_mask_embed"]
+    lily = get_peft_model(sam, LilyConfig(r=4, target_modules=layers, modules_to_save=parts))
+    torch.nn.init.normal_(next(p for name, p in lily.named_parameters() if "lily_B" in name))
+    save_adapter(lily, tmp_path / "lily", config=golden_config)
+    scan = Volume(golden_volume["image"][:2], normalized=True)
+    loaded = load_segmenter(tmp_path / "lily", accelerator=Accelerator(cpu=True))
+    np.testing.assert_array_equal(predict_volume(loaded, scan), predict_volume(lily, scan))
 
 
 def test_no_gradient_is_kept(golden_model, golden_volume):

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
+from samed_peft.compiled import CompiledSegmenter
 from samed_peft.errors import InputError
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.inference import Segmenter, predict_volume, settings_of
@@ -32,6 +33,7 @@ class PredictionOptions:
         keep_largest: keep the largest connected part of each class (`predict_volume`).
         overlay: write a picture of each mask over its scan too.
         overwrite: segment scans again whose files are there.
+        compile: compile the model first, which pays for many scans on a GPU.
 
     Raises:
         InputError: a value is out of range.
@@ -43,6 +45,7 @@ class PredictionOptions:
     keep_largest: bool = False
     overlay: bool = False
     overwrite: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -82,11 +85,16 @@ def predict_files(
 
     Returns:
         The same on every process, once all are done.
+
+    Raises:
+        InputError: the model shall be compiled, and nothing can be compiled here.
     """
     # One process looks, before any writes: others might see the first masks already, and share out another list.
     pending = [scan for scan in scans if options.overwrite or not _is_finished(scan, options)]
     (pending,) = broadcast_object_list([pending])
     mine = pending[accelerator.process_index :: accelerator.num_processes]
+    if options.compile and mine:
+        model = CompiledSegmenter(model, options.batch_size)
     failed = _predict_all(model, mine, options=options, accelerator=accelerator)
     if accelerator.num_processes > 1:
         failed = dict(gather_object(list(failed.items())))
