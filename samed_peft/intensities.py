@@ -10,7 +10,7 @@ from samed_peft.preprocessing import PERCENTILES
 _LEAST_SPAN, _LEAST_INSIDE, _MOST_ABOVE = 0.05, 0.02, 0.5
 """A CT may be air for the most part, which lies below any window; half of it above is no patient."""
 
-_SAMPLE = 1_000_000
+_SAMPLE = 250_000
 
 
 def warn_of_window(volume: Volume, window: tuple[float, float] | None) -> None:

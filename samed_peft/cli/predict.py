@@ -58,7 +58,10 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
         ("overlay", "also write overlays/CASE.png, the mask over the scan"),
         ("dicom_seg", "masks of DICOM series as DICOM SEG, CASE.dcm, instead of NIfTI"),
         ("overwrite", "segment finished scans again"),
-        ("compile", "compile the model first: a minute or more, which pays for many scans on a GPU"),
+        (
+            "compile",
+            "compile the model first, in a minute or more: for many scans on a GPU; slower for SAM's ViT-B on CPUs",
+        ),
     ):
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.set_defaults(run=run)

@@ -25,8 +25,8 @@ from samed_peft.io.files import (
     write_json,
     write_text,
 )
-from samed_peft.io.label_names import label_colour, read_label_names
-from samed_peft.io.readers import SUFFIXES, read_affine, suffix_of
+from samed_peft.io.label_names import PICTURE_ADVICE, label_colour, numbered_names, read_label_names
+from samed_peft.io.readers import SUFFIXES, is_picture, read_affine, suffix_of
 from samed_peft.io.tensors import (
     load_tensors,
     load_torch_weights,
@@ -40,6 +40,7 @@ from samed_peft.io.writers import MASK_SUFFIXES, write_mask, write_volume
 __all__ = [
     "DICOM_SEG_SUFFIX",
     "MASK_SUFFIXES",
+    "PICTURE_ADVICE",
     "SUFFIXES",
     "Volume",
     "atomic_dir",
@@ -49,11 +50,13 @@ __all__ = [
     "dicom_series",
     "grids_apart_mm",
     "holds_dicom",
+    "is_picture",
     "label_colour",
     "list_folder",
     "load_tensors",
     "load_torch_weights",
     "naming_unreadable",
+    "numbered_names",
     "read_affine",
     "read_json",
     "read_label_names",

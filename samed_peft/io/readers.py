@@ -31,6 +31,11 @@ def suffix_of(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
+def is_picture(path: Path) -> bool:
+    """Whether `path` is named as a picture."""
+    return suffix_of(path) in PICTURE_SUFFIXES
+
+
 def damaged(path: Path, reason: object) -> InputError:
     """The error for a file that is not what its name says."""
     return InputError(f"{path} cannot be read: {reason}; it is damaged, cut off or of another format, fetch it again")
