@@ -60,7 +60,7 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
         ("overwrite", "segment finished scans again"),
         (
             "compile",
-            "compile the model first, in a minute or more: for many scans on a GPU; slower for SAM's ViT-B on CPUs",
+            "compile the model first, in a minute or more; no gain for SAM's ViT-B on CPUs",
         ),
     ):
         parser.add_argument(f"--{name}", action="store_true", help=text)

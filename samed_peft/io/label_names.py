@@ -237,9 +237,7 @@ def numbered_names(label_maps: Iterable[Volume], *, folder: Path) -> tuple[str, 
         if volume.path is not None and is_picture(volume.path):
             in_pictures |= labels
     if not found:
-        raise InputError(
-            f"expected label maps with labels above 0, found none in {folder}; check that they are label maps"
-        )
+        raise InputError(f"expected label maps with labels above 0, found none in {folder}; check these files")
     # A class may be too rare for a small folder to have it, but not most of them.
     if in_pictures and (max(in_pictures) == 255 or max(in_pictures) > 2 * len(in_pictures)):
         shown = ", ".join(map(str, sorted(in_pictures)[:8])) + " ..." * (len(in_pictures) > 8)

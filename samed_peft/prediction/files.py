@@ -33,7 +33,7 @@ class PredictionOptions:
         keep_largest: keep the largest connected part of each class (`predict_volume`).
         overlay: write a picture of each mask over its scan too.
         overwrite: segment scans again whose files are there.
-        compile: compile the model first, which pays for many scans on a GPU.
+        compile: compile the model first, which takes a minute or more.
 
     Raises:
         InputError: a value is out of range.
