@@ -12,18 +12,18 @@ import torch
 from accelerate import Accelerator
 from measure import DEVICE, Action
 from peft import LoraConfig, get_peft_model
-from peft.helpers import disable_input_dtype_casting
 from scipy.ndimage import zoom
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SamModel
 
-from samed_peft import SamedConfig, Volume, add_lora, dice_ce_loss, load_adapter, load_sam, predict_volume, save_adapter
+from samed_peft import SamedConfig, Volume, add_lora, dice_ce_loss, load_sam, predict_volume, save_adapter
 from samed_peft.batches import TrainingSlices, batch_loader, epoch_batches
 from samed_peft.config import CT_WINDOW_HU, SYNAPSE_CLASSES
 from samed_peft.datasets import load_synapse
+from samed_peft.inference import load_segmenter
 from samed_peft.modeling import SamForSemanticSegmentation
-from samed_peft.precision import half_dtype, hold_frozen_weights
+from samed_peft.precision import hold_frozen_weights, product_dtype
 from samed_peft.prediction import PredictionOptions, Scan, predict_files
 from samed_peft.training import build_optimizer, train_step
 
@@ -56,16 +56,13 @@ class SamedPeft:
         model = METHODS[args.method](sam, config)
         self.adapter = args.work / f"adapter-{args.mixed_precision}"
         save_adapter(model, self.adapter, config=config)
-        self.half = half_dtype(self.accelerator)
-        if self.half is not None:
-            hold_frozen_weights(sam.vision_encoder, self.half)
+        hold_frozen_weights(sam.vision_encoder, product_dtype(self.accelerator))
         self.label_size, self.batch, self.batches = sam.logits_size, read_batch(args), None
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, weight_decay=0.1))
 
     def _step(self, batch: dict[str, Tensor]) -> float:
         options = {"accelerator": self.accelerator, "learning_rate": self.args.learning_rate}
-        with disable_input_dtype_casting(self.model, active=self.half is not None):
-            return train_step(self.model, [batch], self.optimizer, **options)[0]
+        return train_step(self.model, [batch], self.optimizer, **options)[0]
 
     def train_step(self) -> float:
         """One optimizer step; returns the loss."""
@@ -95,7 +92,7 @@ class SamedPeft:
         """Put the trained model away and load the adapter as `samed predict` does."""
         self.model = self.optimizer = self.batches = None
         self.accelerator.free_memory()
-        self.model = load_adapter(self.adapter, device=DEVICE)
+        self.model = load_segmenter(self.adapter, accelerator=self.accelerator)
 
     def predict_slices(self) -> None:
         """The slices in memory."""

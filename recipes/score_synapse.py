@@ -15,13 +15,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from samed_peft import SamedConfig, evaluate_cases, load_adapter
+from samed_peft import SamedConfig, evaluate_cases
 from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.datasets import CaseVolumes, load_synapse
 from samed_peft.datasets.synapse_files import TEST_CASES
 from samed_peft.errors import InputError, exit_on_error
 from samed_peft.evaluation import format_table, write_report
-from samed_peft.inference import segment_cases, settings_of
+from samed_peft.inference import load_segmenter, segment_cases, settings_of
 from samed_peft.io import require_replaceable, require_writable_folder, write_json
 
 MARKER = "scores.json"
@@ -71,7 +71,7 @@ def main() -> None:
     require_writable_folder(args.output_dir)
     require_replaceable(args.output_dir, marker=MARKER, allowed=OWN_FILES)
     accelerator = Accelerator()
-    model = load_adapter(args.adapter, base=args.base, device=accelerator.device)
+    model = load_segmenter(args.adapter, base=args.base, accelerator=accelerator)
     config = settings_of(model)
     check_classes(config, args.adapter)
     with accelerator.main_process_first():

@@ -15,7 +15,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from datasets import Dataset
 
-from samed_peft import SamedConfig, TrainingConfig, load_adapter, push_to_hub
+from samed_peft import SamedConfig, TrainingConfig, push_to_hub
 from samed_peft.adapters import write_card
 from samed_peft.bases import recorded_base
 from samed_peft.config import SYNAPSE_CLASSES, TINY_SAM, add_options, from_options, lower_stop_epoch
@@ -25,6 +25,7 @@ from samed_peft.errors import exit_on_error
 from samed_peft.evaluation import format_table
 from samed_peft.evaluation.held_out import score_held_out
 from samed_peft.hub import check_repo_id
+from samed_peft.inference import load_segmenter
 from samed_peft.io import require_replaceable, require_writable_folder
 from samed_peft.presets import DEMO, PRESETS
 from samed_peft.training import state
@@ -96,7 +97,7 @@ def main() -> None:
     adapter, settings = fit(run, accelerator=accelerator, resume=args.resume)
 
     # What is tested is what was saved, read back from disk.
-    tested = load_adapter(adapter, device=accelerator.device)
+    tested = load_segmenter(adapter, accelerator=accelerator)
     report = score_held_out(tested, *CaseVolumes.pairs(test_rows), out, accelerator=accelerator, settings=settings)
     if report is not None:
         write_card(adapter, report=report.to_dict(), training=training)

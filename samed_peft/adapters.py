@@ -36,6 +36,7 @@ from samed_peft.io import (
 )
 from samed_peft.model_card import model_card
 from samed_peft.modeling import SamForSemanticSegmentation, load_sam
+from samed_peft.precision import DTYPES
 
 UNUSED_PROMPTS = (
     *(f"prompt_encoder.point_embed.{index}" for index in range(4)),
@@ -44,7 +45,6 @@ UNUSED_PROMPTS = (
 )
 """Parts of the prompt encoder that no segmentation without prompts runs, and no loss reaches."""
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _IOU_HEAD = "iou_prediction_head"
 
 
@@ -142,7 +142,7 @@ def save_adapter(
     with atomic_dir(Path(directory)) as folder:
         model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         if dtype != "float32":
-            _store_as(folder / WEIGHTS_FILE, _DTYPES[dtype])
+            _store_as(folder / WEIGHTS_FILE, DTYPES[dtype])
         write_json(folder / CONFIG_FILE, config.to_dict())
         write_card(folder, training=training)
 

@@ -2,27 +2,36 @@
 
 import torch
 from accelerate import Accelerator
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types that matrix products can be computed in, by the names of options."""
+
+_OF_ACCELERATE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def half_dtype(accelerator: Accelerator) -> torch.dtype | None:
-    """Type that an accelerator computes matrix products in, or None for float32."""
-    return _DTYPES.get(accelerator.mixed_precision)
+def product_dtype(accelerator: Accelerator, name: str | None = None) -> torch.dtype:
+    """Type that matrix products are computed in: the one called `name` in `DTYPES`, or else Accelerate's."""
+    return _OF_ACCELERATE.get(accelerator.mixed_precision, torch.float32) if name is None else DTYPES[name]
 
 
 def hold_frozen_weights(encoder: nn.Module, dtype: torch.dtype) -> None:
     """Keep the encoder's frozen matrices in the type that autocast computes their products in, and only in it.
 
-    Autocast rounds them to that type whenever they are used, so no result changes; what goes is the float32 original,
-    autocast's copy and the time of making it. The model has to run under autocast of that type from then on. What
-    autocast computes in float32, norms and positions, stays as it is, and so does all that is trained.
+    Autocast rounds them to that type whenever they are used, so no result of LoRA changes; what goes is the float32
+    original, autocast's copy and the time of making it. The model has to run under autocast of that type from then on.
+    What autocast computes in float32, norms and positions, stays as it is, and so does all that is trained.
 
     Args:
         encoder: a SAM's `vision_encoder`, with or without an adapter.
-        dtype: torch.bfloat16 or torch.float16.
+        dtype: of `DTYPES`; nothing is to be done for torch.float32.
     """
+    if dtype == torch.float32:
+        return
     for module in encoder.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not any(p.requires_grad for p in module.parameters()):
             module.to(dtype)
+        elif isinstance(module, BaseTunerLayer):
+            # PEFT would convert what goes into an adapter to float32, and autocast back again.
+            module.cast_input_dtype_enabled = False

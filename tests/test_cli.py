@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from samed_peft.cli import main
 from samed_peft.io import Volume, write_mask, write_volume
@@ -194,6 +195,16 @@ def test_background_alone_cannot_be_scored(folders, capsys):
         _mask(path, np.zeros((6, 8, 8), np.uint8))
     assert _evaluate(folders) == (2, None)
     assert "labels above 0, found none" in capsys.readouterr().err
+
+
+def test_greys_of_reference_pictures_are_no_classes(tmp_path, capsys):
+    for kind in ("preds", "refs"):
+        (tmp_path / kind).mkdir()
+        Image.fromarray(np.array([[0, 1], [2, 255]], np.uint8)).save(tmp_path / kind / "a.png")
+    assert _evaluate(tmp_path) == (2, None)
+    assert "refs hold 1, 2, 255; greys in between" in capsys.readouterr().err
+    assert _evaluate(tmp_path, "--class_names", "liver,spleen") == (2, None)
+    assert "hold 255, but only 0..2 are named; map them" in capsys.readouterr().err
 
 
 def test_a_report_is_replaced_but_nothing_else(folders, capsys):

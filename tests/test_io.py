@@ -19,7 +19,7 @@ import torch
 
 from samed_peft import io
 from samed_peft.errors import InputError
-from samed_peft.io.files import _HOST
+from samed_peft.io.atomic import _HOST
 
 AFFINE = np.array([[-1.5, 0, 0, 90], [0, 1.5, 0, -120], [0, 0, 3, -368], [0, 0, 0, 1.0]])
 

@@ -133,6 +133,37 @@ def test_pictures_become_slices(tmp_path, colour):
         assert example["labels"].shape == (8, 8)
 
 
+def picture_folder(root, *masks):
+    for kind in ("images", "masks"):
+        (root / kind).mkdir()
+    for name, mask in zip("abc", masks, strict=False):
+        Image.fromarray(np.full((16, 16), 9, np.uint8)).save(root / "images" / f"{name}.png")
+        Image.fromarray(np.resize(np.array(mask, np.uint8), (16, 16))).save(root / "masks" / f"{name}.png")
+    return open_folder(root)
+
+
+@pytest.mark.parametrize(
+    ("masks", "found"),
+    [
+        (([0, 255], [0, 128, 255]), "1, 128, 255"),  # smooth edges
+        (([0, 1, 2, 255], [0, 1]), "1, 2, 255"),  # a border that is not to count
+        ((range(256),), "1, 2, 3, 4, 5, 6, 7, 8"),
+        (([0, 128],), "128"),
+    ],
+)
+def test_greys_of_masks_are_no_classes_by_themselves(tmp_path, masks, found):
+    folder = picture_folder(tmp_path, *masks)
+    with pytest.raises(InputError, match=rf"labels of .*masks hold {found}\b.*smooth edges.*255.*class_names"):
+        class_names_for(folder, None)
+    with pytest.raises(InputError, match=r"masks/..png hold .*, but only 0\.\.1 .*smooth edges.*255.*class_names"):
+        load_slices(folder, list(folder.images), num_classes=1, orientation=None, window=(0, 255))
+
+
+def test_masks_may_lack_a_class(tmp_path):
+    folder = picture_folder(tmp_path, [0, 1], [0, 2, 4], [0, 255])
+    assert class_names_for(folder, None) == ("class 1", "class 2", "class 3", "class 4")
+
+
 def test_bad_cases_are_named(tmp_path):
     image, label = blob()
     affine = np.eye(4)

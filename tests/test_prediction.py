@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,9 @@ from samed_peft.cli import main
 from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.inference import predict_volume
+from samed_peft.intensities import warn_of_window
 from samed_peft.modeling import load_sam
 from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, predict_files
-from samed_peft.prediction.intensities import warn_of_window
 
 ROOT = Path(__file__).parents[1]
 NAMES = {1: "liver", 2: 'left <kidney> & "co"'}
@@ -481,6 +482,42 @@ def test_two_processes_share_a_folder(adapter, model, tmp_path):
     for case in "abc":
         mask = io.read_labels(tmp_path / "masks" / f"{case}.nii.gz").array
         np.testing.assert_array_equal(mask, expected_mask(model, tmp_path / "scans" / f"{case}.nii.gz"))
+
+
+@pytest.mark.slow
+def test_a_machine_without_compiler_is_told(adapter, tmp_path):
+    write_scan(tmp_path / "scan.nii.gz")
+    command = ["predict", "--adapter", adapter, "--input", tmp_path / "scan.nii.gz", "--output", tmp_path / "masks"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "samed_peft", *command, "--compile", "--device", "cpu"],
+        cwd=ROOT,
+        env=os.environ | {"CXX": "no-such-compiler"},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        timeout=120,
+    )
+    assert ended.returncode == 2, ended.stderr
+    error = ended.stderr.splitlines()[-1]
+    assert error.startswith("error: torch.compile cannot compile for cpu here: ")
+    assert "no-such-compiler" in error
+    assert error.endswith("or leave compile out, --compile on the command line")
+    assert not list((tmp_path / "masks").glob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler; g++ is not installed")
+def test_a_compiled_model_gives_the_same_masks(model, tmp_path):
+    planned(tmp_path, 2)
+    write_scan(tmp_path / "scans" / "2.nii.gz", scan_array(2, shape=(5, 12, 10)))
+    scans = plan_masks(list_scans(tmp_path / "scans"), tmp_path / "masks")
+    outcome = predict_files(
+        model, scans, options=PredictionOptions(batch_size=3, compile=True), accelerator=Accelerator(cpu=True)
+    )
+    assert outcome.written == ("0", "1", "2")
+    for scan in scans:
+        mask = io.read_labels(scan.mask).array
+        assert (mask != expected_mask(model, scan.source)).mean() < 1e-3
 
 
 def test_json_of_a_png_is_plain(predict, tmp_path):

@@ -58,6 +58,10 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
         ("overlay", "also write overlays/CASE.png, the mask over the scan"),
         ("dicom_seg", "masks of DICOM series as DICOM SEG, CASE.dcm, instead of NIfTI"),
         ("overwrite", "segment finished scans again"),
+        (
+            "compile",
+            "compile the model first, in a minute or more; no gain for SAM's ViT-B on CPUs",
+        ),
     ):
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.set_defaults(run=run)
@@ -67,12 +71,11 @@ def run(args: argparse.Namespace) -> None:
     """Segment the scans and say what was written."""
     from accelerate import Accelerator
 
-    from samed_peft.adapters import load_adapter
-    from samed_peft.inference import settings_of
+    from samed_peft.inference import load_segmenter, settings_of
     from samed_peft.io import require_highdicom, require_writable_folder
     from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, predict_files
 
-    names = ("batch_size", "dtype", "flips", "keep_largest", "overlay", "overwrite")
+    names = ("batch_size", "dtype", "flips", "keep_largest", "overlay", "overwrite", "compile")
     options = PredictionOptions(**{name: vars(args)[name] for name in names})
     sources = list_scans(args.input)
     if args.dicom_seg:
@@ -83,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
     if args.overlay:
         require_writable_folder(first.overlay.parent)
     accelerator = Accelerator(cpu=args.device == "cpu")
-    model = load_adapter(args.adapter, base=args.base, device=_device(args.device, accelerator))
+    place = {"accelerator": accelerator, "device": _device(args.device, accelerator)}
+    model = load_segmenter(args.adapter, base=args.base, dtype=args.dtype, **place)
     channel = settings_of(model).channel if args.channel is None else args.channel
     scans = plan_masks(sources, args.output, channel=channel, dicom_seg=args.dicom_seg)
     outcome = predict_files(model, scans, options=options, accelerator=accelerator)

@@ -14,7 +14,16 @@ from samed_peft.datasets.builder import RowsBuilder, prepared
 from samed_peft.datasets.pairs import require_labels, require_one_grid
 from samed_peft.datasets.rows import SLICE_FEATURES, slice_row
 from samed_peft.errors import InputError
-from samed_peft.io import Volume, content_fingerprint, read_affine, read_labels, read_volume
+from samed_peft.io import (
+    PICTURE_ADVICE,
+    Volume,
+    content_fingerprint,
+    is_picture,
+    numbered_names,
+    read_affine,
+    read_labels,
+    read_volume,
+)
 from samed_peft.layouts import DATASET_FILE, LabelledFolder
 from samed_peft.preprocessing import normalized_array, reorientation, reoriented
 
@@ -103,6 +112,8 @@ def read_pair(image: Path, label: Path, *, channel: int | None, num_classes: int
     scan, labels = read_volume(image, channel=channel), read_labels(label)
     require_one_grid(scan, labels)
     advice = "name all of them in dataset.json or with class_names, or is it the scan itself?"
+    if is_picture(label):
+        advice = PICTURE_ADVICE
     require_labels(labels.array, num_classes, label, advice=advice)
     return scan, labels
 
@@ -255,7 +266,8 @@ def class_names_for(folder: LabelledFolder, given: Sequence[str] | None) -> tupl
     """Names of labels 1..K: those given, those of the folder, or numbers up to the largest label.
 
     Raises:
-        InputError: more or fewer names are given than the folder has, or no label map has a label.
+        InputError: more or fewer names are given than the folder has, no label map has a label, or pictures have
+            others than numbers.
     """
     number = len(folder.class_names)
     if given is not None and number and len(given) != number:
@@ -268,7 +280,4 @@ def class_names_for(folder: LabelledFolder, given: Sequence[str] | None) -> tupl
         return tuple(given)
     if folder.class_names:
         return folder.class_names
-    largest = max(int(read_labels(path).array.max()) for path in folder.labels.values())
-    if largest == 0:
-        raise InputError(f"expected label maps with labels above 0 in {folder.root}, found none")
-    return tuple(f"class {label}" for label in range(1, largest + 1))
+    return numbered_names(map(read_labels, folder.labels.values()), folder=next(iter(folder.labels.values())).parent)

@@ -1,6 +1,7 @@
 """Scores of a folder of masks against a folder of references, matched by file name."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,17 @@ from samed_peft.evaluation.artefacts import REPORT_FILES
 from samed_peft.evaluation.cases import checked_names, score_pair
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.evaluation.report import Report
-from samed_peft.io import Volume, list_folder, read_labels, read_volume, require_replaceable, require_writable
-from samed_peft.io.readers import SUFFIXES, suffix_of
+from samed_peft.io import (
+    SUFFIXES,
+    Volume,
+    list_folder,
+    numbered_names,
+    read_labels,
+    read_volume,
+    require_replaceable,
+    require_writable,
+    suffix_of,
+)
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance
 
 _CHANNEL = "_0000"
@@ -53,7 +63,10 @@ def evaluate_folders(
     predicted, referenced = list_files(predictions), list_files(references)
     _require_shared_name(predicted, referenced)
     scans = {} if images is None else _scans_of(sorted(referenced), images)
-    names = _numbered_names(referenced) if class_names is None else checked_names(class_names)
+    if class_names is None:
+        names = numbered_names(_readable(referenced), folder=references)
+    else:
+        names = checked_names(class_names)
     scores: dict[str, CaseScores] = {}
     pictures: dict[str, bytes] = {}
     without_spacing: list[str] = []
@@ -142,17 +155,11 @@ def _only(files: Files, case: str, folder: Path | None) -> Path:
     return found[0]
 
 
-def _numbered_names(references: Files) -> tuple[str, ...]:
-    largest = 0
-    for paths in references.values():
-        for path in paths:
-            try:
-                largest = max(largest, int(read_labels(path).array.max()))
-            except (InputError, OSError):
-                continue  # the case fails by itself, with this message, when it is its turn
-    if largest == 0:
-        raise InputError("expected references with labels above 0, found none; check that they are label maps")
-    return tuple(f"class {label}" for label in range(1, largest + 1))
+def _readable(references: Files) -> Iterator[Volume]:
+    for path in (path for paths in references.values() for path in paths):
+        # A case that cannot be read fails by itself, with this message, when it is its turn.
+        with contextlib.suppress(InputError, OSError):
+            yield read_labels(path)
 
 
 def _scans_of(cases: Sequence[str], images: Path) -> dict[str, list[Path]]:

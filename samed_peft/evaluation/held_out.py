@@ -26,7 +26,7 @@ def score_held_out(
     """Segment cases as if they had no labels, and score the masks that were written.
 
     Args:
-        model: from `load_adapter`.
+        model: from `load_segmenter`.
         images: case -> scan, read when its turn comes.
         references: case -> label map.
         directory: gets `predictions` and the report's files.

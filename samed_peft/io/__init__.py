@@ -4,26 +4,29 @@ Nothing here executes a pickle, and nothing is left half-written: every artefact
 sibling, synced to disk and renamed into place.
 """
 
-from samed_peft.io.dicom_seg import DICOM_SEG_SUFFIX, require_highdicom, write_dicom_seg
-from samed_peft.io.files import (
+from samed_peft.io.atomic import (
     atomic_dir,
     atomic_file,
-    content_fingerprint,
-    list_folder,
-    naming_unreadable,
-    read_json,
-    read_text,
     recover_dir,
     require_replaceable,
     require_writable,
     require_writable_file,
     require_writable_folder,
+)
+from samed_peft.io.dicom import dicom_files, dicom_series, holds_dicom
+from samed_peft.io.dicom_seg import DICOM_SEG_SUFFIX, require_highdicom, write_dicom_seg
+from samed_peft.io.files import (
+    content_fingerprint,
+    list_folder,
+    naming_unreadable,
+    read_json,
+    read_text,
     write_bytes,
     write_json,
     write_text,
 )
-from samed_peft.io.label_names import label_colour, read_label_names
-from samed_peft.io.readers import SUFFIXES, dicom_files, dicom_series, holds_dicom, read_affine, suffix_of
+from samed_peft.io.label_names import PICTURE_ADVICE, label_colour, numbered_names, read_label_names
+from samed_peft.io.readers import SUFFIXES, is_picture, read_affine, suffix_of
 from samed_peft.io.tensors import (
     load_tensors,
     load_torch_weights,
@@ -37,6 +40,7 @@ from samed_peft.io.writers import MASK_SUFFIXES, write_mask, write_volume
 __all__ = [
     "DICOM_SEG_SUFFIX",
     "MASK_SUFFIXES",
+    "PICTURE_ADVICE",
     "SUFFIXES",
     "Volume",
     "atomic_dir",
@@ -46,11 +50,13 @@ __all__ = [
     "dicom_series",
     "grids_apart_mm",
     "holds_dicom",
+    "is_picture",
     "label_colour",
     "list_folder",
     "load_tensors",
     "load_torch_weights",
     "naming_unreadable",
+    "numbered_names",
     "read_affine",
     "read_json",
     "read_label_names",

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from samed_peft.errors import InputError
-from samed_peft.io.files import atomic_file
+from samed_peft.io.atomic import atomic_file
+from samed_peft.io.dicom import dicom_files
 from samed_peft.io.label_names import checked_names, label_colour
-from samed_peft.io.readers import LPS_TO_RAS, damaged, dicom_files
+from samed_peft.io.readers import LPS_TO_RAS, damaged
 from samed_peft.io.volumes import Volume
 from samed_peft.io.writers import checked_mask
 

@@ -3,7 +3,7 @@
 import colorsys
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,13 +12,20 @@ import numpy as np
 
 from samed_peft.errors import InputError
 from samed_peft.io.files import require_file
-from samed_peft.io.readers import ITK_SUFFIXES, NIFTI_SUFFIXES, damaged, nifti_errors, suffix_of
+from samed_peft.io.readers import ITK_SUFFIXES, NIFTI_SUFFIXES, damaged, is_picture, nifti_errors, suffix_of
+from samed_peft.io.volumes import Volume
 
 WORKBENCH_ECODE = 30
 """NIfTI's registered code for the XML of Caret and Connectome Workbench."""
 
 TEXT_KEY = "labels"
 """Where formats without a custom of their own (`.png`, `.mha`) hold names, as JSON of label -> name."""
+
+PICTURE_ADVICE = (
+    "greys in between come from smooth edges, and 255 may be a border that is not to count: save masks without either, "
+    "of label numbers or of 0 and 255 alone, or give class_names for all of them"
+)
+"""What to do about labels of pictures that are none."""
 
 _COLOURS = (
     "e6194b",
@@ -210,3 +217,32 @@ def checked_names(names: Mapping[int, str], path: Path) -> dict[int, str]:
             f"{path}; leave the background out"
         )
     return {label: one_line(name) for label, name in sorted(names.items())}
+
+
+def numbered_names(label_maps: Iterable[Volume], *, folder: Path) -> tuple[str, ...]:
+    """Names "class 1", "class 2" and so on, up to the largest label of label maps whose labels nothing names.
+
+    Args:
+        label_maps: taken one at a time.
+        folder: where they lie, for the errors.
+
+    Raises:
+        InputError: no label is above 0, or those of pictures are greys and no numbers.
+    """
+    found: set[int] = set()
+    in_pictures: set[int] = set()
+    for volume in label_maps:
+        labels = {int(label) for label in np.unique(volume.array) if label > 0}
+        found |= labels
+        if volume.path is not None and is_picture(volume.path):
+            in_pictures |= labels
+    if not found:
+        raise InputError(f"expected label maps with labels above 0, found none in {folder}; check these files")
+    # A class may be too rare for a small folder to have it, but not most of them.
+    if in_pictures and (max(in_pictures) == 255 or max(in_pictures) > 2 * len(in_pictures)):
+        shown = ", ".join(map(str, sorted(in_pictures)[:8])) + " ..." * (len(in_pictures) > 8)
+        raise InputError(
+            f"expected labels 1, 2 and so on, or 255 alone, in pictures whose classes nothing names, but labels of "
+            f"{folder} hold {shown}; {PICTURE_ADVICE}"
+        )
+    return tuple(f"class {label}" for label in range(1, max(found) + 1))

@@ -31,6 +31,11 @@ def suffix_of(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
+def is_picture(path: Path) -> bool:
+    """Whether `path` is named as a picture."""
+    return suffix_of(path) in PICTURE_SUFFIXES
+
+
 def damaged(path: Path, reason: object) -> InputError:
     """The error for a file that is not what its name says."""
     return InputError(f"{path} cannot be read: {reason}; it is damaged, cut off or of another format, fetch it again")
@@ -127,7 +132,7 @@ def _itk_affine(image: Any) -> np.ndarray:
     return np.asarray(LPS_TO_RAS @ affine)
 
 
-def _from_itk(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def from_itk(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Array (D, H, W) and RAS affine of a SimpleITK image."""
     import SimpleITK as sitk  # noqa: N813
 
@@ -151,85 +156,7 @@ def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
         raise damaged(path, str(error).strip().splitlines()[-1]) from error
-    return _from_itk(image, path)
-
-
-def _slice_positions(reader: Any, count: int) -> np.ndarray | None:
-    """(D, 3) LPS positions of the slices; None where there is a single file or one says nothing."""
-    tag = "0020|0032"
-    if count < 2 or not all(reader.HasMetaDataKey(k, tag) for k in range(count)):
-        return None
-    return np.array([[float(x) for x in reader.GetMetaData(k, tag).split("\\")] for k in range(count)])
-
-
-def _require_even_slices(positions: np.ndarray, path: Path) -> None:
-    """A missing slice shows as a gap between positions; ITK would only squeeze the rest together."""
-    gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
-    typical = float(np.median(gaps))
-    if typical < 1e-3 or np.abs(gaps - typical).max() > 0.1 * typical + 1e-3:
-        raise InputError(
-            f"expected evenly spaced DICOM slices, found gaps of {gaps.min():.3f} to {gaps.max():.3f} mm in "
-            f"{path}; a file is missing or doubled, export the series again"
-        )
-
-
-def dicom_series(path: Path) -> tuple[str, ...]:
-    """Identifiers of the DICOM series in a folder; empty if there is none."""
-    import SimpleITK as sitk  # noqa: N813
-
-    return tuple(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path)))
-
-
-def holds_dicom(path: Path) -> bool:
-    """Whether a DICOM series lies directly in a folder; without the warning that GDCM prints where none does."""
-    import SimpleITK as sitk  # noqa: N813
-
-    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        return bool(dicom_series(path))
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
-
-
-def dicom_files(path: Path) -> list[Path]:
-    """Files of the one series in a DICOM folder, in the order of their slices.
-
-    Raises:
-        InputError: there is no series, or more than one.
-    """
-    import SimpleITK as sitk  # noqa: N813
-
-    series = dicom_series(path)
-    if len(series) != 1:
-        found = f"{len(series)} series ({', '.join(series)})" if series else "no DICOM files"
-        raise InputError(f"expected a folder with one DICOM series, found {found} in {path}; give each its own folder")
-    return [Path(name) for name in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0])]
-
-
-def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Array (D, H, W) in the scanner's units and RAS affine of the one series in a DICOM folder.
-
-    Raises:
-        InputError: there is no series, more than one, or one that is damaged or lacks slices.
-    """
-    import SimpleITK as sitk  # noqa: N813
-
-    names = [str(name) for name in dicom_files(path)]
-    reader = sitk.ImageSeriesReader()
-    reader.MetaDataDictionaryArrayUpdateOn()
-    reader.SetFileNames(names)
-    try:
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise damaged(path, str(error).strip().splitlines()[-1]) from error
-    array, affine = _from_itk(image, path)
-    positions = _slice_positions(reader, len(names))
-    if positions is not None:
-        _require_even_slices(positions, path)
-        # ITK stacks slices along their normal, which a tilted gantry does not.
-        affine[:3, 2] = LPS_TO_RAS[:3, :3] @ (positions[-1] - positions[0]) / (len(positions) - 1)
-    return array, affine
+    return from_itk(image, path)
 
 
 def read_hdf5(path: Path, key: str) -> np.ndarray:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samed_peft.errors import InputError
-from samed_peft.io.files import atomic_file, require_file
+from samed_peft.io.atomic import atomic_file
+from samed_peft.io.files import require_file
 from samed_peft.io.pickles import check_torch_file, is_zip
 
 if TYPE_CHECKING:  # torch takes seconds to import; reading scans does not need it

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from samed_peft.errors import InputError
+from samed_peft.io.dicom import read_dicom
 from samed_peft.io.files import naming_unreadable, require_file
 from samed_peft.io.readers import (
     ARRAY_SUFFIXES,
@@ -14,7 +15,6 @@ from samed_peft.io.readers import (
     PICTURE_SUFFIXES,
     SUFFIXES,
     checked_affine,
-    read_dicom,
     read_hdf5,
     read_itk,
     read_nifti,

@@ -1,10 +1,9 @@
 """Many scans segmented, by one process or several."""
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,14 +11,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
+from samed_peft.compiled import CompiledSegmenter
 from samed_peft.errors import InputError
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.inference import Segmenter, predict_volume, settings_of
 from samed_peft.io import DICOM_SEG_SUFFIX, Volume, read_volume, write_bytes, write_dicom_seg, write_mask
-from samed_peft.prediction.intensities import warn_of_window
+from samed_peft.pipeline import overlap
+from samed_peft.precision import DTYPES
 from samed_peft.prediction.scans import Scan
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class PredictionOptions:
         keep_largest: keep the largest connected part of each class (`predict_volume`).
         overlay: write a picture of each mask over its scan too.
         overwrite: segment scans again whose files are there.
+        compile: compile the model first, which takes a minute or more.
 
     Raises:
         InputError: a value is out of range.
@@ -44,6 +44,7 @@ class PredictionOptions:
     keep_largest: bool = False
     overlay: bool = False
     overwrite: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -83,11 +84,16 @@ def predict_files(
 
     Returns:
         The same on every process, once all are done.
+
+    Raises:
+        InputError: the model shall be compiled, and nothing can be compiled here.
     """
     # One process looks, before any writes: others might see the first masks already, and share out another list.
     pending = [scan for scan in scans if options.overwrite or not _is_finished(scan, options)]
     (pending,) = broadcast_object_list([pending])
     mine = pending[accelerator.process_index :: accelerator.num_processes]
+    if options.compile and mine:
+        model = CompiledSegmenter(model, options.batch_size)
     failed = _predict_all(model, mine, options=options, accelerator=accelerator)
     if accelerator.num_processes > 1:
         failed = dict(gather_object(list(failed.items())))
@@ -106,48 +112,21 @@ def _is_finished(scan: Scan, options: PredictionOptions) -> bool:
 def _predict_all(
     model: Segmenter, scans: Sequence[Scan], *, options: PredictionOptions, accelerator: Accelerator
 ) -> dict[str, str]:
-    """Segment scan after scan; meanwhile one thread reads the next and another writes the mask before.
-
-    At most three scans are in memory. Whatever ends this, the thread that writes finishes its files first.
-
-    Returns:
-        case -> why it failed.
-    """
+    """Segment scan after scan while others are read and written; returns case -> why it failed."""
     failed: dict[str, str] = {}
+
+    def read(scan: Scan) -> Volume:
+        return read_volume(scan.source, channel=scan.channel)
+
+    def compute(scan: Scan, image: Callable[[], Volume]) -> Callable[[], None] | None:
+        with _failures_noted(failed, scan, options):
+            finish = _segment_file(model, image(), scan, options=options, accelerator=accelerator)
+            return partial(_write_files, finish, failed, scan, options)
+        return None
+
     hidden = None if accelerator.is_main_process else True  # None: shown in terminals only
-    bar = tqdm(total=len(scans), desc="segmenting", unit="scan", disable=hidden)
-    with bar, _reading_ahead(scans) as readings, ThreadPoolExecutor(1) as writer:
-        writing: Future[None] | None = None
-        for scan, reading in readings:
-            finish = None
-            with _failures_noted(failed, scan, options):
-                finish = _segment_file(model, reading.result(), scan, options=options, accelerator=accelerator)
-            if writing is not None:
-                writing.result()
-            writing = None if finish is None else writer.submit(_write_files, finish, failed, scan, options)
-            bar.update()
-        if writing is not None:
-            writing.result()
+    overlap(scans, read, compute, progress=tqdm(total=len(scans), desc="segmenting", unit="scan", disable=hidden))
     return failed
-
-
-@contextlib.contextmanager
-def _reading_ahead(scans: Sequence[Scan]) -> Iterator[Iterator[tuple[Scan, Future[Volume]]]]:
-    """Each scan in turn with what a thread reads of it; the one after is read while a scan is in use."""
-    reader = ThreadPoolExecutor(1)
-
-    def in_turn() -> Iterator[tuple[Scan, Future[Volume]]]:
-        begun: deque[tuple[Scan, Future[Volume]]] = deque()
-        for scan in scans:
-            begun.append((scan, reader.submit(read_volume, scan.source, channel=scan.channel)))
-            if len(begun) > 1:
-                yield begun.popleft()
-        yield from begun
-
-    try:
-        yield in_turn()
-    finally:
-        reader.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -167,7 +146,6 @@ def _segment_file(
     model: Segmenter, image: Volume, scan: Scan, *, options: PredictionOptions, accelerator: Accelerator
 ) -> Callable[[], None]:
     """Segment a scan; returns what is left to do, which another thread may do."""
-    warn_of_window(image, settings_of(model).window)
     with _precision(model, options.dtype, accelerator):
         mask = predict_volume(
             model, image, batch_size=options.batch_size, flips=options.flips, keep_largest=options.keep_largest

@@ -9,7 +9,6 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
-from peft.helpers import disable_input_dtype_casting
 from tqdm import tqdm
 
 from samed_peft.adapters import add_lora, save_adapter
@@ -21,7 +20,7 @@ from samed_peft.errors import RunInterruptedError
 from samed_peft.evaluation.validation import mean_dice
 from samed_peft.io import Volume
 from samed_peft.modeling import load_sam
-from samed_peft.precision import half_dtype, hold_frozen_weights
+from samed_peft.precision import hold_frozen_weights, product_dtype
 from samed_peft.training import state
 from samed_peft.training.loop import Step, build_optimizer, training_steps
 
@@ -76,9 +75,7 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     if training.gradient_checkpointing:
         sam.activation_checkpointing_enable()
     model = add_lora(sam, run.config)
-    dtype = half_dtype(accelerator)
-    if dtype is not None:
-        hold_frozen_weights(sam.vision_encoder, dtype)
+    hold_frozen_weights(sam.vision_encoder, product_dtype(accelerator))
     config = sam.samed_config or run.config  # with the base's fingerprint and revision
     optimizer = build_optimizer(model, weight_decay=training.weight_decay)
     trained = prepared, optimizer = accelerator.prepare(model, optimizer)
@@ -94,9 +91,7 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
             warnings.warn(f"nothing to resume in {out}: it has no checkpoint, so the run begins anew", stacklevel=2)
     steps = training_steps(prepared, optimizer, slices, training=training, accelerator=accelerator, start=progress.step)
     bar = tqdm(steps, desc="training", initial=progress.step, unit="step", disable=not accelerator.is_main_process)
-    # Autocast, too, converts what goes into an adapter; PEFT would convert it to float32 first.
-    one_conversion = disable_input_dtype_casting(model, active=dtype is not None)
-    with one_conversion, state.tracked(accelerator, start=progress.step), state.StopSignal() as stop_signal:
+    with state.tracked(accelerator, start=progress.step), state.StopSignal() as stop_signal:
         for step in bar:
             progress = progress.at(step.number)
             accelerator.log(step.scalars(), step=step.number)

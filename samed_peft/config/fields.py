@@ -1,0 +1,74 @@
+"""What the two configurations share: checked types, and plain JSON values."""
+
+import dataclasses
+from collections.abc import Mapping
+from types import UnionType
+from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+
+from samed_peft.errors import InputError
+
+
+def short(value: Any) -> str:
+    """`repr` of a value, cut off where it would fill the screen."""
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `InputError` with `message` unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type: a plain one, a tuple of some, or a choice of these.
+
+    Whole numbers pass for floats, truth values for no number.
+    """
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_of(value, choice) for choice in get_args(kind))
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        return isinstance(value, tuple | list) and all(_is_of(element, item) for element in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+class JsonFields:
+    """Checked types, and to and from plain JSON values, shared by the two configurations."""
+
+    def _check_types(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = vars(self)[name]
+            shown = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+            require(_is_of(value, kind), f"{name} must be {shown}; found {short(value)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values (tuples become lists)."""
+        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            InputError: a field is unknown, missing or out of range.
+        """
+        require(
+            isinstance(values, Mapping), f"{cls.__name__} must be an object of fields; found {type(values).__name__}"
+        )
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - known)
+        require(
+            not unknown,
+            f"{cls.__name__} has no field {', '.join(unknown)}; known are {', '.join(sorted(known))}. "
+            "Was the file written by a newer samed_peft?",
+        )
+        try:
+            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        except TypeError as error:  # a field is missing
+            raise InputError(f"{cls.__name__} cannot be read: {error}") from error
