@@ -54,27 +54,34 @@ def loss_parts(
         sum_over_processes: differentiable sum of a (3 K + 5,) tensor over processes; None for one process.
     """
     num_labels = logits.shape[1]
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if labels.shape[-2:] != logits.shape[-2:]:
         labels = F.interpolate(labels[:, None].float(), size=logits.shape[-2:], mode="nearest-exact")[:, 0].long()
-    counted = labels != IGNORED_LABEL
-    log_probabilities = logits.log_softmax(dim=1)
-    probabilities = log_probabilities.exp() * counted[:, None]
-    target = F.one_hot(labels.where(counted, 0), num_labels).movedim(-1, 1) * counted[:, None]
-    target = target.to(logits.dtype)
-    over_pixels = (0, 2, 3)
-    sums = torch.cat(
-        [
-            (probabilities * target).sum(over_pixels),
-            probabilities.square().sum(over_pixels),
-            target.sum(over_pixels),
-            -(log_probabilities * target).sum()[None],
-            counted.sum()[None].to(logits.dtype),
-        ]
-    )
+    sums = _sums_over_pixels(logits, labels)
     if sum_over_processes is not None:
         sums = sum_over_processes(sums)
     overlap, predicted, actual = sums[: 3 * num_labels].reshape(3, num_labels)
     cross_entropy = sums[-2] / sums[-1].clamp(min=1)
     dice = (1 - (2 * overlap + _SMOOTH) / (predicted + actual + _SMOOTH)).mean()
     return LossParts((1 - dice_weight) * cross_entropy + dice_weight * dice, cross_entropy, dice)
+
+
+def _sums_over_pixels(logits: Tensor, labels: Tensor) -> Tensor:
+    """What Dice and cross entropy are quotients of, as one vector (3 K + 5,).
+
+    That is, for each class, the probabilities of its own pixels, the squares of its probabilities and its number of
+    pixels; then the cross entropies and the number of pixels counted.
+    """
+    counted = labels != IGNORED_LABEL
+    log_probabilities = logits.log_softmax(dim=1)
+    of_label = log_probabilities.gather(1, labels.where(counted, 0)[:, None])[:, 0]
+    squares = (2 * log_probabilities).exp() * counted[:, None]
+    # Class by class, each pixel has one probability that Dice asks for: K + 1 maps of zeros and ones are not needed.
+    # Sums at indices would do it at once, but in an order that changes from run to run on GPUs.
+    probability, zero = of_label.exp(), of_label.new_zeros(())
+    members = [labels == label for label in range(logits.shape[1])]
+    overlap = torch.stack([torch.where(member, probability, zero).sum() for member in members])
+    actual = torch.stack([member.sum() for member in members])
+    cross_entropy = -torch.where(counted, of_label, zero).sum()
+    counts = torch.cat([actual, counted.sum()[None]]).to(logits.dtype)
+    return torch.cat([overlap, squares.sum((0, 2, 3)), counts[:-1], cross_entropy[None], counts[-1:]])

@@ -61,7 +61,7 @@ class SemanticMaskDecoder(nn.Module):
         Args:
             image_embeddings: (B, C, h, w) from the encoder.
             positions: (B, C, h, w) positional encoding.
-            dense_prompt: (1, C, h, w), SAM's embedding for "no mask given".
+            dense_prompt: (1, C, 1, 1), SAM's embedding for "no mask given".
 
         Returns:
             (B, K + 1, 4 h, 4 w) logits.
@@ -77,9 +77,11 @@ class SemanticMaskDecoder(nn.Module):
         image_out = image_out.transpose(2, 3).reshape(batch, channels, height, width)
         features = self.activation(self.upscale_layer_norm(self.upscale_conv1(image_out)))
         features = self.activation(self.upscale_conv2(features))
-        kernels = torch.stack(
-            [mlp(tokens_out[:, 0, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1
-        )
+        # One by one: for a single batched product their weights would be copied together, and gradients apart again,
+        # which costs CPUs more than it saves.
+        class_tokens = tokens_out[:, 0, 1:].unbind(dim=1)
+        pairs = zip(self.output_hypernetworks_mlps, class_tokens, strict=True)
+        kernels = torch.stack([mlp(token) for mlp, token in pairs], dim=1)
         return (kernels @ features.flatten(2)).unflatten(2, features.shape[2:])
 
     @torch.no_grad()
@@ -174,7 +176,7 @@ class SamForSemanticSegmentation(PreTrainedModel):
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SemanticSegmenterOutput:
         """Segment (B, 3, S, S) pixels in [0, 1]; `labels` (B, h, w) int64 add SAMed's loss."""
         embeddings = self.vision_encoder(pixel_values).last_hidden_state
-        logits = self.mask_decoder(embeddings, self._positions(embeddings), self._no_mask(embeddings))
+        logits = self.mask_decoder(embeddings, self._positions(embeddings), self._no_mask)
         loss = None if labels is None else dice_ce_loss(logits, labels)
         return SemanticSegmenterOutput(loss=loss, logits=logits)
 
@@ -184,6 +186,7 @@ class SamForSemanticSegmentation(PreTrainedModel):
         return 4 * (self.config.vision_config.image_size // self.config.vision_config.patch_size)
 
     def _positions(self, embeddings: Tensor) -> Tensor:
+        # Computed in every pass, of which it is less than a thousandth with ViT-B: what is kept could outlive its weights.
         batch, _, height, width = embeddings.shape
         centre_y = (torch.arange(height, device=embeddings.device) + 0.5) / height
         centre_x = (torch.arange(width, device=embeddings.device) + 0.5) / width
@@ -191,8 +194,9 @@ class SamForSemanticSegmentation(PreTrainedModel):
         encoding = self.shared_image_embedding(grid).permute(2, 0, 1)
         return encoding.to(embeddings.dtype).expand(batch, -1, -1, -1)
 
-    def _no_mask(self, embeddings: Tensor) -> Tensor:
-        return self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(1, *embeddings.shape[1:])
+    @property
+    def _no_mask(self) -> Tensor:
+        return self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
 
 
 def load_sam(

@@ -1,6 +1,7 @@
 """The model against the original's numbers, and as a Transformers model."""
 
 import copy
+import dataclasses
 import io
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from conftest import GOLDEN, npz
 from transformers import BertConfig, SamModel
 
+from samed_peft.adapters import add_lora
 from samed_peft.attention import SamSplitAttention
 from samed_peft.checkpoints import fuse_qkv, load_meta_checkpoint, split_qkv
 from samed_peft.config import SYNAPSE_CLASSES
@@ -42,6 +44,79 @@ def test_attention_equals_transformers_layer_by_layer():
         for mine, theirs in zip(ours.vision_encoder.layers, sam.vision_encoder.layers, strict=True):
             assert isinstance(mine.attn, SamSplitAttention)
             torch.testing.assert_close(mine(hidden), theirs(hidden), atol=2e-5, rtol=0)
+
+
+def written_out(decoder, embeddings, positions, no_mask):
+    """Maps as SAM's decoder makes them: a kernel for each class, the features' sum weighted with it."""
+    batch, channels, height, width = embeddings.shape
+    tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(batch, 1, -1, -1)
+    tokens, keys = decoder.transformer(tokens, embeddings + no_mask.expand(1, -1, height, width), positions, None)
+    image = keys.transpose(2, 3).reshape(batch, channels, height, width).contiguous()
+    features = decoder.activation(decoder.upscale_layer_norm(decoder.upscale_conv1(image)))
+    features = decoder.activation(decoder.upscale_conv2(features))
+    kernels = [mlp(tokens[:, 0, i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps, start=1)]
+    return torch.stack([torch.einsum("bc,bchw->bhw", kernel, features) for kernel in kernels], dim=1)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_class_maps_and_gradients_are_those_written_out(channels_last):
+    model = load_sam(BASE, class_names=["a", "b"], image_size=128)
+    decoder = model.mask_decoder.double()
+    random = torch.Generator().manual_seed(0)
+    embeddings, positions = torch.randn(2, 2, 32, 8, 8, generator=random, dtype=torch.float64)
+    if channels_last:
+        embeddings = embeddings.contiguous(memory_format=torch.channels_last)
+    no_mask = torch.randn(1, 32, 1, 1, generator=random, dtype=torch.float64, requires_grad=True)
+    trained = [no_mask, *(p for n, p in decoder.named_parameters() if "iou_prediction_head" not in n)]
+    results = []
+    for run in (decoder, lambda *inputs: written_out(decoder, *inputs)):
+        maps = run(embeddings, positions, no_mask)
+        results.append((maps, *torch.autograd.grad((maps * torch.arange(3).view(3, 1, 1)).square().mean(), trained)))
+    assert results[0][0].shape == (2, 3, 32, 32)
+    assert results[0][0].is_contiguous()
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-9)
+
+
+def test_hypernetworks_of_an_adapter_with_lora_in_the_decoder_are_its_own(golden_config, pixels):
+    torch.manual_seed(7)
+    base = load_sam(BASE, class_names=golden_config.class_names, image_size=128)
+    model = add_lora(base, dataclasses.replace(golden_config, decoder="lora")).eval()
+    mlp = "base_model.model.mask_decoder.output_hypernetworks_mlps.3.modules_to_save.default.proj_out"
+    with torch.no_grad():
+        model.get_parameter(f"{mlp}.weight").zero_()
+        model.get_parameter(f"{mlp}.bias").zero_()
+        changed = model(pixel_values=pixels).logits
+        with model.disable_adapter():
+            original = model(pixel_values=pixels).logits
+    assert not changed[:, 3].any()
+    assert original[:, 3].any()
+    torch.testing.assert_close(changed[:, [0, 1, 2, 4]], original[:, [0, 1, 2, 4]], atol=0, rtol=0)
+    model(pixel_values=pixels).logits.square().mean().backward()
+    mlps = [p for n, p in model.named_parameters() if "output_hypernetworks_mlps" in n and "modules_to_save" in n]
+    assert len(mlps) == 9 * 6
+    assert all(parameter.grad is not None for parameter in mlps)
+
+
+def test_a_model_that_has_predicted_can_be_trained(fresh_model, pixels):
+    labels = torch.zeros(2, 32, 32, dtype=torch.long)
+    untouched = copy.deepcopy(fresh_model)
+    with torch.inference_mode():
+        fresh_model(pixel_values=pixels)
+    for model in (fresh_model, untouched):
+        model(pixel_values=pixels, labels=labels).loss.backward()
+    name = "base_model.model.mask_decoder.modules_to_save.default.mask_tokens.weight"
+    assert fresh_model.get_parameter(name).grad.equal(untouched.get_parameter(name).grad)
+
+
+def test_positions_follow_the_weights():
+    model = load_sam(BASE, class_names=["a"], image_size=128)
+    pixels = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(pixels).logits
+        model.shared_image_embedding.positional_embedding.data.zero_()
+        assert not model(pixels).logits.equal(before)
+        torch.testing.assert_close(model.double()(pixels.double()).logits.float(), model.float()(pixels).logits)
 
 
 def test_merged_model_is_a_plain_sam(golden_model, pixels, tmp_path):
