@@ -186,7 +186,7 @@ class SamForSemanticSegmentation(PreTrainedModel):
         return 4 * (self.config.vision_config.image_size // self.config.vision_config.patch_size)
 
     def _positions(self, embeddings: Tensor) -> Tensor:
-        # Computed in every pass, of which it is less than a thousandth with ViT-B: what is kept could outlive its weights.
+        # Computed in every pass: with ViT-B under a thousandth of its time, and what is kept could outlive its weights.
         batch, _, height, width = embeddings.shape
         centre_y = (torch.arange(height, device=embeddings.device) + 0.5) / height
         centre_x = (torch.arange(width, device=embeddings.device) + 0.5) / width
