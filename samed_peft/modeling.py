@@ -81,8 +81,11 @@ class SemanticMaskDecoder(nn.Module):
         # which costs CPUs more than it saves.
         class_tokens = tokens_out[:, 0, 1:].unbind(dim=1)
         pairs = zip(self.output_hypernetworks_mlps, class_tokens, strict=True)
-        kernels = torch.stack([mlp(token) for mlp, token in pairs], dim=1)
-        return (kernels @ features.flatten(2)).unflatten(2, features.shape[2:])
+        kernels = torch.stack([mlp(token) for mlp, token in pairs], dim=2)
+        # Channels are last in memory from the encoder on. With the features on the left of the product their gradient
+        # has channels last as well; GELU and convolution would take several times as long over one that has not.
+        maps = features.flatten(2).transpose(1, 2) @ kernels
+        return maps.transpose(1, 2).unflatten(2, features.shape[2:]).contiguous()
 
     @torch.no_grad()
     def reset_fresh_parts(self) -> None:

@@ -67,7 +67,9 @@ def test_fourteen_steps_reproduce_samed(fresh_model, golden_batches, accelerator
         np.testing.assert_allclose(ours, expected[theirs], atol=1e-5, rtol=0)
     parameters = dict(fresh_model.named_parameters())
     for name, tensor in samed_weights(fresh_model, GOLDEN / "train_end.pth").items():
-        torch.testing.assert_close(parameters[name].data, tensor, atol=1e-4, rtol=0)
+        # The softmax ignores a key's bias: its true gradient is zero, and AdamW blows up what rounding makes of that.
+        allowed = 1e-3 if name.endswith("k_proj.bias") else 1e-5
+        torch.testing.assert_close(parameters[name].data, tensor, atol=allowed, rtol=0)
 
 
 def train(model, batches, accelerator, *, state=None, stop=None):
