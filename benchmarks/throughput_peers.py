@@ -56,7 +56,7 @@ class SamedPeft:
         model = METHODS[args.method](sam, config)
         self.adapter = args.work / f"adapter-{args.mixed_precision}"
         save_adapter(model, self.adapter, config=config)
-        hold_frozen_weights(sam.vision_encoder, product_dtype(self.accelerator))
+        hold_frozen_weights(model, product_dtype(self.accelerator))
         self.label_size, self.batch, self.batches = sam.logits_size, read_batch(args), None
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, weight_decay=0.1))
 

@@ -61,7 +61,7 @@ def load_segmenter(
         with contextlib.suppress(NotImplementedError):
             return load_adapter(source, base=base, merge=True, device=place)
     model = load_adapter(source, base=base)
-    hold_frozen_weights(model.vision_encoder, products)
+    hold_frozen_weights(model, products)
     return model.to(place)
 
 

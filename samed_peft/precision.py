@@ -16,7 +16,7 @@ def product_dtype(accelerator: Accelerator, name: str | None = None) -> torch.dt
     return _OF_ACCELERATE.get(accelerator.mixed_precision, torch.float32) if name is None else DTYPES[name]
 
 
-def hold_frozen_weights(encoder: nn.Module, dtype: torch.dtype) -> None:
+def hold_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Keep the encoder's frozen matrices in the type that autocast computes their products in, and only in it.
 
     Autocast rounds them to that type whenever they are used, so no result of LoRA changes; what goes is the float32
@@ -24,14 +24,20 @@ def hold_frozen_weights(encoder: nn.Module, dtype: torch.dtype) -> None:
     What autocast computes in float32, norms and positions, stays as it is, and so does all that is trained.
 
     Args:
-        encoder: a SAM's `vision_encoder`, with or without an adapter.
+        model: a SAM with or without an adapter, before there is an optimizer.
         dtype: of `DTYPES`; nothing is to be done for torch.float32.
     """
     if dtype == torch.float32:
         return
-    for module in encoder.modules():
+    for name, module in model.named_modules():
+        if "vision_encoder" not in name.split("."):
+            continue
         if isinstance(module, nn.Linear | nn.Conv2d) and not any(p.requires_grad for p in module.parameters()):
             module.to(dtype)
         elif isinstance(module, BaseTunerLayer):
             # PEFT would convert what goes into an adapter to float32, and autocast back again.
             module.cast_input_dtype_enabled = False
+    # Weights come as views of the base's file, and a single one left would keep all of it mapped.
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype != dtype:
+            tensor.data = tensor.data.clone()

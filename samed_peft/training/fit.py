@@ -75,7 +75,7 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     if training.gradient_checkpointing:
         sam.activation_checkpointing_enable()
     model = add_lora(sam, run.config)
-    hold_frozen_weights(sam.vision_encoder, product_dtype(accelerator))
+    hold_frozen_weights(model, product_dtype(accelerator))
     config = sam.samed_config or run.config  # with the base's fingerprint and revision
     optimizer = build_optimizer(model, weight_decay=training.weight_decay)
     trained = prepared, optimizer = accelerator.prepare(model, optimizer)
