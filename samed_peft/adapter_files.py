@@ -117,7 +117,7 @@ def adapter_folder(source: str | Path, *, revision: str | None = None) -> Path:
     files = [WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE]
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=files))
-    except (httpx2.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError, RuntimeError) as error:  # the last from xet
         raise InputError(_fetch_problem(str(source), revision, error)) from error
 
 
@@ -129,7 +129,9 @@ def _fetch_problem(source: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError) or (
         isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
     ):
-        return f"{problem}it is not there, or not for you; check its name, and HF_TOKEN or hf auth login if it is private"
+        return (
+            f"{problem}it is not there, or not for you; check its name, and HF_TOKEN or hf auth login if it is private"
+        )
     return f"{problem}{first_line(error)}; check its name, your connection and HF_TOKEN, or give its folder"
 
 

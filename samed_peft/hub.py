@@ -165,33 +165,44 @@ def _token(token: str | None) -> str:
 def _clear_errors(repo_id: str, endpoint: str, token: str) -> Iterator[None]:
     """Within `with`, failures come as InputErrors, and neither they nor logs show the token or signed addresses."""
     import httpx2
-    from huggingface_hub.errors import HfHubHTTPError
 
-    def conceal(record: logging.LogRecord) -> bool:
-        record.msg, record.args = re.sub(r"\?\S+", "", record.getMessage().replace(token, "***")), None
+    def conceal(text: str) -> str:
+        return re.sub(r"\?\S+", "", text.replace(token, "***"))
+
+    def concealed(record: logging.LogRecord) -> bool:
+        record.msg, record.args = conceal(record.getMessage()), None
         return True
 
     logger = logging.getLogger("huggingface_hub.utils._http")
-    logger.addFilter(conceal)
-    advice = "files here are as they were, and the same push can be repeated"
+    logger.addFilter(concealed)
     try:
         yield
     except InputError:
         raise
-    except HfHubHTTPError as error:
-        said = (error.server_message or "").replace(token, "***").splitlines()
-        raise InputError(_refusal(error.response.status_code, repo_id, "".join(said[:1]), advice)) from error
-    except httpx2.TransportError as error:
-        raise InputError(
-            f"the Hub at {endpoint} cannot be reached ({type(error).__name__}); check your connection; {advice}"
-        ) from error
-    except (OSError, ValueError, LookupError, RuntimeError) as error:  # of xet uploads and of answers that are none
-        reason = re.sub(r"\?\S+", "", first_line(error).replace(token, "***"))
-        raise InputError(
-            f"pushing to {repo_id} failed: {reason}; check that {endpoint} is a Hub; {advice}"
-        ) from error
+    except (httpx2.HTTPError, OSError, ValueError, LookupError, RuntimeError) as error:
+        # Failures of uploads come wrapped; what is no error of HTTP comes from xet, or from answers that are none.
+        cause = error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
+        problem = InputError(conceal(_problem(cause, repo_id, endpoint)))
+        # A server may repeat the token in its answer, which a traceback would show.
+        raise problem from (None if token in f"{error} {cause}" else error)
     finally:
-        logger.removeFilter(conceal)
+        logger.removeFilter(concealed)
+
+
+def _problem(error: Exception, repo_id: str, endpoint: str) -> str:
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    advice = "files here are as they were, and the same push can be repeated"
+    if isinstance(error, HfHubHTTPError):
+        said = (error.server_message or "").splitlines()
+        return _refusal(error.response.status_code, repo_id, "".join(said[:1]), advice)
+    if isinstance(error, httpx2.TransportError):
+        return f"the Hub at {endpoint} cannot be reached ({type(error).__name__}); check your connection; {advice}"
+    if isinstance(error, (json.JSONDecodeError, LookupError)):
+        return f"{endpoint} does not answer as a Hub does; check HF_ENDPOINT and your proxy; {advice}"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"pushing to {repo_id} failed: {reason}; {advice}"
 
 
 def _refusal(status: int, repo_id: str, reason: str, advice: str) -> str:

@@ -21,11 +21,13 @@ from samed_peft.io import list_folder, naming_unreadable, read_json, read_text, 
 ADAPTER_FILES = (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE)
 """What makes an adapter; checkpoints and whatever else lies beside it stay here."""
 
-_REST = r"""[^\s|`"'<>()\[\]{},;]*"""
+_WORD = r"""[^\s|`"'<>()\[\]{},;]"""
+_REST = rf"{_WORD}*(?:(?: (?![/\\~])(?:(?![:/\\]){_WORD})+){{1,3}}[/\\]{_WORD}*)*"
+"""To the end of a path: up to three words before a separator are taken for a part of it, to be safe."""
 _PLACE = re.compile(
     rf"file://{_REST}|(?<![\w.:/<~\\-])(?:~[\w.-]*/|/(?=[\w.])|[A-Za-z]:[\\/]|\\\\(?=[\w.-]+\\)){_REST}", re.ASCII
 )
-"""Absolute paths of any system in running text; dates, units, URLs and closing tags are none."""
+"""Absolute paths of any system in running text; fractions, units, URLs and closing tags are none."""
 
 _SAFE_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 """Of a PNG, what its pixels need; the others may say who made it from what, and when."""
@@ -155,7 +157,7 @@ def without_places(text: str, known: Iterable[str] = ()) -> str:
 
 def _without_words(text: str, words: Iterable[str]) -> str:
     for word in words:
-        text = re.sub(rf"(?<![\w.-]){re.escape(word)}(?![\w-])", "[...]", text)
+        text = re.sub(rf"(?<![\w.-]){re.escape(word)}(?![\w-])", "(left out)", text)
     return text
 
 
@@ -184,8 +186,9 @@ def _find_report(directory: Path, config: SamedConfig) -> tuple[Path, dict[str, 
 
 
 def _is_report_of(report: Mapping[str, Any], config: SamedConfig) -> bool:
-    complete = {"standard", "samed", "cases", "settings"} <= report.keys()
-    return complete and tuple(report["standard"]["classes"]) == config.class_names
+    kinds = {"standard": dict, "samed": dict, "cases": list, "settings": dict}
+    complete = all(isinstance(report.get(key), kind) for key, kind in kinds.items())
+    return complete and tuple(report["standard"].get("classes", ())) == config.class_names
 
 
 def _case_names(report: Mapping[str, Any]) -> list[str]:
@@ -206,7 +209,7 @@ def _published_report(report: Mapping[str, Any], config: SamedConfig, *, cases: 
     if config.base == TINY_SAM:
         settings["note"] = TINY_SAM_NOTE
     if cases and "failed_cases" in found:
-        settings["failed_cases"] = {case: "left out" for case in found["failed_cases"]}
+        settings["failed_cases"] = dict.fromkeys(found["failed_cases"], "left out")
     kept = ("mean", "mean_ci95", "classes")
     scores = {name: {key: report[name][key] for key in kept if key in report[name]} for name in ("standard", "samed")}
     rows = list(report["cases"]) if cases else []

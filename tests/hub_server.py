@@ -105,7 +105,7 @@ def _etag(path, data):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    half = False
+    fault = None
 
     def handle_any(self):
         kind = _kind(self.command, self.path)
@@ -119,10 +119,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         body = self.rfile.read(length)
+        self.fault = None
         if isinstance(fault, int):
             self.answer({"error": "no luck"}, fault)
             return
-        self.fault = fault
+        self.fault, self.authorised = fault, True  # anew for each request of a connection
         if kind not in ("upload", "validate") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             if kind in ("create", "preupload", "commit", "batch"):
                 said = self.headers.get("Authorization", "none")  # a server that repeats what it must not
@@ -131,16 +132,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.authorised = False
         getattr(self, f"on_{kind}")(urlsplit(unquote(self.path)).path, body)
 
-    do_GET = do_POST = do_PUT = do_HEAD = handle_any
-    authorised = True
+    do_GET = do_POST = do_PUT = do_HEAD = handle_any  # noqa: N815
 
     def answer(self, value, status=200, **headers):
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
-        if getattr(self, "fault", None) == "lose":
+        if self.fault == "lose":
             self.close_connection = True
             self.connection.close()
             return
-        if self.fault_is("short"):
+        if self.fault == "short":
             data = data[: len(data) // 2]
         self.send_response(status)
         if status == 429 and self.server.retry_after:
@@ -149,12 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), text)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data[: len(data) // 2] if self.fault_is("cut") else data)
-        if self.fault_is("cut"):
+            self.wfile.write(data[: len(data) // 2] if self.fault == "cut" else data)
+        if self.fault == "cut":
             self.close_connection = True
-
-    def fault_is(self, fault):
-        return getattr(self, "fault", None) == fault
 
     def on_create(self, path, body):
         asked = json.loads(body)
@@ -246,7 +243,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.server.blobs[value["oid"]]
         repository.commits.append(files)
         oid = repository.oid()
-        self.answer({"commitUrl": f"{self.server.endpoint}/commit/{oid}", "commitOid": oid})
+        repo_id = "/".join(path.split("/")[3:5])
+        self.answer({"commitUrl": f"{self.server.endpoint}/{repo_id}/commit/{oid}", "commitOid": oid})
 
     def on_head(self, path, body):
         self.resolve(path)

@@ -17,9 +17,7 @@ exit codes: 0 done, 2 wrong input, or the Hub cannot be reached or refuses"""
 
 def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     """Add the subcommand."""
-    parser = new_command(
-        commands, "push", help="adapter -> Hugging Face Hub", description=_DESCRIPTION, epilog=_EPILOG
-    )
+    parser = new_command(commands, "push", help="adapter -> Hugging Face Hub", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="adapter folder")
     parser.add_argument("repository", metavar="REPO", help="name/repository; it is made if there is none")
     parser.add_argument("--private", action="store_true", help="make it private; a public one is refused")
