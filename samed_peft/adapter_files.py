@@ -129,9 +129,7 @@ def _fetch_problem(source: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError) or (
         isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
     ):
-        return (
-            f"{problem}it is not there, or not for you; check its name, and HF_TOKEN or hf auth login if it is private"
-        )
+        return f"{problem}it is not there, or not for you; check its name, and your token if it is private"
     return f"{problem}{first_line(error)}; check its name, your connection and HF_TOKEN, or give its folder"
 
 
