@@ -22,12 +22,14 @@ ADAPTER_FILES = (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE)
 """What makes an adapter; checkpoints and whatever else lies beside it stay here."""
 
 _WORD = r"""[^\s|`"'<>()\[\]{},;]"""
-_REST = rf"{_WORD}*(?:(?: (?![/\\~])(?:(?![:/\\]){_WORD})+){{1,3}}[/\\]{_WORD}*)*"
+_REST = rf"{_WORD}*(?:(?: (?![/\\~])(?:(?![:=/\\]){_WORD})+){{1,3}}[/\\]{_WORD}*)*"
 """To the end of a path: up to three words before a separator are taken for a part of it, to be safe."""
 _PLACE = re.compile(
-    rf"file://{_REST}|(?<![\w.:/<~\\-])(?:~[\w.-]*/|/(?=[\w.])|[A-Za-z]:[\\/]|\\\\(?=[\w.-]+\\)){_REST}", re.ASCII
+    rf"(?:file|smb|nfs|ssh|sftp|s3|gs)://{_REST}|[\w.+-]+@[\w.-]+:(?=[/~]){_REST}|"
+    rf"(?<![\w./<~\\-])(?:~[\w.-]*/|/(?=[\w.])|[A-Za-z]:[\\/]|\\\\(?=[\w.-]+\\)){_REST}",
+    re.ASCII,
 )
-"""Absolute paths of any system in running text; fractions, units, URLs and closing tags are none."""
+"""Absolute paths of any system in running text; fractions, units, web addresses and closing tags are none."""
 
 _SAFE_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 """Of a PNG, what its pixels need; the others may say who made it from what, and when."""
@@ -61,10 +63,7 @@ def published_files(directory: str | Path, *, pictures: bool = False, cases: boo
         CARD_FILE: _card(directory, config, names),
     }
     if report:
-        report = _published_report(report, config, cases=cases)
-        published["report.json"] = _json(report)
-        if (folder / "report.md").is_file():
-            published["report.md"] = _markdown(report).encode()
+        published |= _report_files(folder, report, config, cases=cases)
     if pictures:
         published |= _pictures(folder / "pictures", named=cases)
     return published
@@ -142,9 +141,10 @@ def _without_places_in(value: Any) -> Any:
 
 def _card(directory: Path, config: SamedConfig, cases: Iterable[str]) -> bytes:
     known = [config.base, os.path.abspath(directory), str(Path.home())]
-    text = without_places(read_text(directory / CARD_FILE), [place for place in known if _is_place(place)])
-    clean = _without_words(text, [*_telling(cases, config), *_host_names()])
-    return _read(directory / CARD_FILE) if clean == read_text(directory / CARD_FILE) else clean.encode()
+    text = read_text(directory / CARD_FILE)
+    clean = without_places(text, [place for place in known if _is_place(place)])
+    clean = _without_words(clean, [*_telling(cases, config), *_host_names()])
+    return _read(directory / CARD_FILE) if clean == text else clean.encode()
 
 
 def without_places(text: str, known: Iterable[str] = ()) -> str:
@@ -191,12 +191,25 @@ def _is_report_of(report: Mapping[str, Any], config: SamedConfig) -> bool:
     return complete and tuple(report["standard"].get("classes", ())) == config.class_names
 
 
+def _report_files(folder: Path, report: Mapping[str, Any], config: SamedConfig, *, cases: bool) -> dict[str, bytes]:
+    try:
+        chosen = _published_report(report, config, cases=cases)
+        texts = {"report.json": _json(chosen), "report.md": _markdown(chosen).encode()}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"expected a report of this package in {folder / 'report.json'}, found another ({error!r}); make it again, "
+            "or move it elsewhere"
+        ) from error
+    return {name: text for name, text in texts.items() if (folder / name).is_file()}
+
+
 def _case_names(report: Mapping[str, Any]) -> list[str]:
     if not report:
         return []
     settings = report["settings"]
     others = [settings.get(key, ()) for key in ("cases_without_spacing", "cases_without_image", "failed_cases")]
-    return [row["case"] for row in report["cases"]] + [case for names in others for case in names]
+    rows = [str(row.get("case")) for row in report["cases"] if isinstance(row, dict)]
+    return rows + [str(case) for names in others for case in names]
 
 
 def _published_report(report: Mapping[str, Any], config: SamedConfig, *, cases: bool) -> dict[str, Any]:
@@ -211,9 +224,21 @@ def _published_report(report: Mapping[str, Any], config: SamedConfig, *, cases: 
     if cases and "failed_cases" in found:
         settings["failed_cases"] = dict.fromkeys(found["failed_cases"], "left out")
     kept = ("mean", "mean_ci95", "classes")
-    scores = {name: {key: report[name][key] for key in kept if key in report[name]} for name in ("standard", "samed")}
+    scores = {name: _figures({key: report[name].get(key) for key in kept}) for name in ("standard", "samed")}
     rows = list(report["cases"]) if cases else []
     return {**scores, "cases": rows, "n_cases": len(report["cases"]), "settings": settings}
+
+
+def _figures(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that are numbers, lists of numbers or undefined, at any depth."""
+    figures: dict[str, Any] = {}
+    for name, value in scores.items():
+        entries = value if isinstance(value, list) else [value]
+        if isinstance(value, dict):
+            figures[name] = _figures(value)
+        elif all(entry is None or isinstance(entry, int | float) for entry in entries):
+            figures[name] = value
+    return figures
 
 
 def _markdown(report: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Sharing adapters: what is sent, what never is, and what happens when the Hub or the connection fails."""
 
+import functools
 import hashlib
 import io
 import json
@@ -237,6 +238,24 @@ def test_cases_are_sent_on_demand_and_places_never(adapter):
         assert secret not in everything
 
 
+def test_of_a_report_only_figures_are_sent(adapter):
+    path = adapter.parent / "report.json"
+    report = json.loads(path.read_text())
+    report["standard"]["classes"]["liver"] |= {"worst": "patient-0042", "worst_two": ["patient-0042", 0.5]}
+    report["standard"]["notes"] = "patient-0042"
+    path.write_text(json.dumps(report))
+    assert b"patient" not in published_files(adapter)["report.json"]
+
+
+@pytest.mark.parametrize("changes", [{"cases": [1]}, {"samed": {"mean": 1}}, {"standard": {"classes": {"liver": 1}}}])
+def test_a_report_that_is_none_is_not_sent_in_parts(adapter, changes):
+    edit_json(adapter.parent / "report.json", **changes)
+    if "standard" in changes:
+        edit_json(adapter / "samed_config.json", class_names=["liver"])
+    with pytest.raises(InputError, match=r"expected a report of this package in .*report\.json, found another"):
+        published_files(adapter, cases=True)
+
+
 def test_pictures_have_pixels_and_numbers_only(adapter):
     folder = adapter.parent / "pictures"
     note = PngImagePlugin.PngInfo()
@@ -281,6 +300,8 @@ def test_the_tiny_sam_and_its_note_are_named(adapter):
         ("`/data/x`|~/y/z|C:\\Users\\a|\\\\host\\share\\c", "`x`|z|a|c"),
         ("file:///home/a/b", "b"),
         ("https://huggingface.co/a/b and/or 3/4, n/a, Dice / HD95, </p>, <br/>, name/repo", None),
+        ("jdoe@gpu03.example.org:/data/a.nii, host:/data/b.nii", "a.nii, host:b.nii"),
+        ("smb://server/share/a.nii from=/data/b.nii", "a.nii from=b.nii"),
         ("in /my own/place with blanks", "in place with blanks"),
         ("in /mnt/John Q Public/scans/a.nii it is", "in a.nii it is"),
     ],
@@ -516,20 +537,44 @@ for source in (folder, repo):
 """
 
 
+def run_program(server, home, *arguments, **changes):
+    """A new Python that takes the server for the Hub, with everything it knows from the environment."""
+    environment = os.environ | {
+        **{"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home / "home"), "HF_TOKEN": TOKEN},
+        **{"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "ACCELERATE_USE_CPU": "true"},
+        **changes,
+    }
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=home, capture_output=True, encoding="utf-8", timeout=240)
+
+
+@pytest.mark.slow
+def test_a_recipe_pushes_its_adapter_and_names_no_case(hub, tmp_path):
+    for case in range(4):
+        picture = np.random.default_rng(case).integers(0, 255, (32, 32), dtype=np.uint8)
+        for kind, pixels in (("images", picture), ("masks", (picture > 128).astype(np.uint8))):
+            (tmp_path / "jdoe" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "jdoe" / kind / f"patient-004{case}.png")
+    options = ["--data_dir", "jdoe", "--class_names", "ball", "--test_cases", "patient-0041", "--output_dir", "out"]
+    options += ["--base", "tiny-sam", "--image_size", "64", "--epochs", "1", "--batch_size", "3", "--num_workers", "0"]
+    recipe = Path(__file__).parents[1] / "recipes" / "finetune.py"
+    done = run_program(hub, tmp_path, recipe, *options, "--push_to_hub", REPO)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"{hub.endpoint}/{REPO}\n")
+    (files,) = commits(hub)
+    assert set(files) == {*ADAPTER_FILES, "report.json", "report.md"}
+    everything = b"\n".join(files.values())
+    for secret in (b"patient", b"jdoe", str(tmp_path).encode()):
+        assert secret not in everything
+    assert json.loads(files["report.json"])["n_cases"] == 1
+
+
 @pytest.mark.slow
 def test_push_predict_and_stock_peft_as_programs(hub, adapter, tmp_path):
     np.savez(tmp_path / "scan.npz", image=np.random.default_rng(1).random((64, 64), dtype=np.float32))
     base = str(GOLDEN / "sam_base.pth")
 
-    def python(*arguments, **changes):
-        environment = os.environ | {
-            **{"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN},
-            **{"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
-            **changes,
-        }
-        command = [sys.executable, *map(str, arguments)]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, encoding="utf-8")
-
+    python = functools.partial(run_program, hub, tmp_path)
     before = content_of(adapter.parent)
     sent = python("-m", "samed_peft", "push", adapter, REPO, "--private", "--pictures")
     assert sent.returncode == 0, sent.stderr
