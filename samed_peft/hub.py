@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,7 +15,7 @@ from samed_peft.errors import InputError
 from samed_peft.hub_content import ADAPTER_FILES, published_files
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, RepoUrl
 
 __all__ = ["ADAPTER_FILES", "WAITS_S", "check_repo_id", "push_to_hub", "send_files"]
 
@@ -85,7 +86,6 @@ def send_files(
     Raises:
         InputError: `repo_id` is malformed, or the Hub cannot be reached or refuses.
     """
-    import httpx2
     from huggingface_hub import HfApi, constants
 
     check_repo_id(repo_id)
@@ -94,16 +94,24 @@ def send_files(
     token = _token(token)
     api = HfApi(token=token)
     with _clear_errors(repo_id, api.endpoint, token):
-        # Without a connection there is no sense in waiting; later, it has been lost and may come back.
-        made = lambda: api.create_repo(repo_id, private=private or None, exist_ok=True)  # noqa: E731
-        repo = _retried(made, waits_s, hopeless=(httpx2.ConnectError,))
-        if private and not _retried(lambda: api.model_info(repo.repo_id), waits_s).private:
-            raise InputError(
-                f"expected a private repository, but {repo_id} exists and is public; nothing was sent. Make it private "
-                "in its settings on the Hub, choose another name, or push without private"
-            )
+        repo = _open_repository(api, repo_id, waits_s, private=private)
         _commit(api, repo.repo_id, files, waits_s)
     return str(repo)
+
+
+def _open_repository(api: "HfApi", repo_id: str, waits_s: Sequence[float], *, private: bool) -> "RepoUrl":
+    """The repository, made if there is none; one that should be private is."""
+    import httpx2
+
+    make = partial(api.create_repo, repo_id, private=private or None, exist_ok=True)
+    # Without a connection there is no sense in waiting; later, it has been lost and may come back.
+    repo = _retried(make, waits_s, hopeless=(httpx2.ConnectError,))
+    if private and not _retried(partial(api.model_info, repo.repo_id), waits_s).private:
+        raise InputError(
+            f"expected a private repository, but {repo_id} exists and is public; nothing was sent. Make it private "
+            "in its settings on the Hub, choose another name, or push without private"
+        )
+    return repo
 
 
 def _commit(api: "HfApi", repo_id: str, files: Mapping[str, bytes], waits_s: Sequence[float]) -> None:
