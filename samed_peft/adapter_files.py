@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import httpx2
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import LoraConfig, PeftConfig, PeftType
 from torch import Tensor
 
@@ -93,25 +94,48 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
             )
 
 
-def adapter_folder(source: str | Path) -> Path:
-    """Where an adapter's files are; those of a Hub id are fetched.
+def adapter_folder(source: str | Path, *, revision: str | None = None) -> Path:
+    """Where an adapter's files are; those of a Hub id are fetched, or found in the cache without a connection.
+
+    Args:
+        source: folder or Hub id.
+        revision: branch, tag or commit of the Hub's repository; None for its main branch.
 
     Raises:
         InputError: `source` is neither a folder nor a Hub id, or cannot be fetched.
     """
     folder = Path(source)
     if folder.is_dir():
+        if revision is not None:
+            raise InputError(
+                f"expected no revision for the folder {source}, found {revision!r}: only repositories on the Hub have "
+                "revisions; leave it out"
+            )
         return folder
     if not is_hub_id(str(source)):
         raise InputError(f"{source} is neither an adapter directory nor a Hub id such as name/adapter")
     files = [WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE]
     try:
-        return Path(snapshot_download(str(source), allow_patterns=files))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"the adapter {source} cannot be fetched from the Hub: {str(error).splitlines()[0]}; check its name, "
-            "your connection and HF_TOKEN, or give its folder"
-        ) from error
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=files))
+    except (httpx2.HTTPError, OSError, RuntimeError) as error:  # the last from xet
+        raise InputError(_fetch_problem(str(source), revision, error)) from error
+
+
+def _fetch_problem(source: str, revision: str | None, error: Exception) -> str:
+    fetched = f"the adapter {source}" + ("" if revision is None else f" at revision {revision}")
+    problem = f"{fetched} cannot be fetched from the Hub: "
+    if isinstance(error, RevisionNotFoundError):
+        return f"{problem}it has no such revision; give one of its branches, tags or commits"
+    if isinstance(error, RepositoryNotFoundError) or (
+        isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
+    ):
+        return f"{problem}it is not there, or not for you; check its name, and your token if it is private"
+    return f"{problem}{first_line(error)}; check its name, your connection and HF_TOKEN, or give its folder"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def read_peft_config(folder: Path, config: SamedConfig) -> PeftConfig:

@@ -171,6 +171,7 @@ def load_adapter(
     merge: bool = False,
     trainable: bool = False,
     device: str | torch.device | None = None,
+    revision: str | None = None,
 ) -> PeftModel | SamForSemanticSegmentation:
     """A model with a saved adapter, ready for `predict_volume`.
 
@@ -180,11 +181,12 @@ def load_adapter(
         merge: add the low-rank updates to the base's weights and return the plain model.
         trainable: leave the adapter trainable, in training mode.
         device: where to put the model.
+        revision: branch, tag or commit of an adapter on the Hub.
 
     Raises:
         InputError: `source` is no adapter, a file is damaged, or base, rank, classes or sizes do not match.
     """
-    folder = adapter_folder(source)
+    folder = adapter_folder(source, revision=revision)
     config = read_config(folder)
     peft_config = read_peft_config(folder, config)
     if base is None:

@@ -37,6 +37,7 @@ def load_segmenter(
     base: str | None = None,
     dtype: str | None = None,
     device: str | torch.device | None = None,
+    revision: str | None = None,
 ) -> Segmenter:
     """An adapter as it predicts fastest: in float32 merged into its base, where PEFT can merge its kind.
 
@@ -50,6 +51,7 @@ def load_segmenter(
         base: as for `load_adapter`.
         dtype: "float32", "bfloat16" or "float16".
         device: in place of the accelerator's.
+        revision: as for `load_adapter`.
 
     Raises:
         InputError: as `load_adapter`.
@@ -59,8 +61,8 @@ def load_segmenter(
     if products == torch.float32:
         # PEFT's word for kinds that are no change of a weight, such as Lily; by then it has taken the model apart.
         with contextlib.suppress(NotImplementedError):
-            return load_adapter(source, base=base, merge=True, device=place)
-    model = load_adapter(source, base=base)
+            return load_adapter(source, base=base, merge=True, device=place, revision=revision)
+    model = load_adapter(source, base=base, revision=revision)
     hold_frozen_weights(model, products)
     return model.to(place)
 

@@ -44,6 +44,7 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
         help="folder for CASE.nii.gz (.nrrd, .mha and pictures keep their kind), or the name of a single scan's mask",
     )
     parser.add_argument("--base", help="its SAM, where it is not to be had under its recorded name")
+    parser.add_argument("--revision", help="branch, tag or commit of an adapter on the Hub")
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="slices at once, %(default)s by default")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; Accelerate's choice by default")
     parser.add_argument(
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         require_writable_folder(first.overlay.parent)
     accelerator = Accelerator(cpu=args.device == "cpu")
     place = {"accelerator": accelerator, "device": _device(args.device, accelerator)}
-    model = load_segmenter(args.adapter, base=args.base, dtype=args.dtype, **place)
+    model = load_segmenter(args.adapter, base=args.base, dtype=args.dtype, revision=args.revision, **place)
     channel = settings_of(model).channel if args.channel is None else args.channel
     scans = plan_masks(sources, args.output, channel=channel, dicom_seg=args.dicom_seg)
     outcome = predict_files(model, scans, options=options, accelerator=accelerator)
