@@ -19,7 +19,7 @@ from datasets import Dataset
 from samed_peft import SamedConfig, TrainingConfig, push_to_hub
 from samed_peft.adapters import write_card
 from samed_peft.bases import recorded_base
-from samed_peft.config import TINY_SAM, add_options, from_options, lower_stop_epoch
+from samed_peft.config import TINY_SAM, add_options, from_options, lower_stop_epoch, option_values
 from samed_peft.datasets import CaseVolumes, msd, splits
 from samed_peft.errors import exit_on_error
 from samed_peft.evaluation import format_table
@@ -31,7 +31,18 @@ from samed_peft.layouts import LabelledFolder, open_folder
 from samed_peft.training import state
 from samed_peft.training.fit import Run, fit
 
-SHAPE = ("image_size", "input_size", "rank", "decoder")
+SHAPE = (
+    "image_size",
+    "input_size",
+    "method",
+    "rank",
+    "alpha",
+    "targets",
+    "layers",
+    "rank_pattern",
+    "decoder",
+    "dropout",
+)
 
 
 def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
@@ -101,7 +112,7 @@ def load_rows(
         window=tuple(args.window) if args.window else msd.choose_window(folder),
         orientation=msd.choose_orientation(folder, plane=args.plane),
         channel=folder.channel,
-        **{name: vars(args)[name] for name in SHAPE},
+        **option_values(args, SamedConfig, SHAPE),
     )
     options = {"num_classes": len(config.class_names), "window": config.window}
     slices = {"orientation": config.orientation, "empty_share": args.empty_share}

@@ -18,7 +18,14 @@ from datasets import Dataset
 from samed_peft import SamedConfig, TrainingConfig, push_to_hub
 from samed_peft.adapters import write_card
 from samed_peft.bases import recorded_base
-from samed_peft.config import SYNAPSE_CLASSES, TINY_SAM, add_options, from_options, lower_stop_epoch
+from samed_peft.config import (
+    SYNAPSE_CLASSES,
+    TINY_SAM,
+    add_options,
+    from_options,
+    lower_stop_epoch,
+    option_values,
+)
 from samed_peft.datasets import CaseVolumes, common_orientation, load_synapse, write_phantom
 from samed_peft.datasets.synapse_files import require_disjoint, split_cases
 from samed_peft.errors import exit_on_error
@@ -31,7 +38,18 @@ from samed_peft.presets import DEMO, PRESETS
 from samed_peft.training import state
 from samed_peft.training.fit import Run, fit
 
-SHAPE = ("image_size", "input_size", "rank", "decoder")
+SHAPE = (
+    "image_size",
+    "input_size",
+    "method",
+    "rank",
+    "alpha",
+    "targets",
+    "layers",
+    "rank_pattern",
+    "decoder",
+    "dropout",
+)
 
 
 def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
@@ -88,7 +106,7 @@ def main() -> None:
     state.require_replicas(accelerator)
     out = args.output_dir
     train_rows, test_rows, validation_rows = splits = load_data(args, accelerator)
-    shape = {name: vars(args)[name] for name in (*SHAPE, "preset")}
+    shape = option_values(args, SamedConfig, (*SHAPE, "preset"))
     config = SamedConfig(recorded_base(args.base), SYNAPSE_CLASSES, orientation=common_orientation(train_rows), **shape)
     # The fingerprints of all files are in the names of the prepared splits.
     data = tuple(rows.config_name for rows in splits if rows is not None)

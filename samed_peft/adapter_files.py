@@ -8,6 +8,7 @@ import httpx2
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import LoraConfig, PeftConfig, PeftType
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor
 
 from samed_peft.config import SamedConfig, is_hub_id
@@ -164,12 +165,17 @@ def read_peft_config(folder: Path, config: SamedConfig) -> PeftConfig:
         peft_config = PeftConfig.from_pretrained(str(folder))
     except PEFT_ERRORS as error:
         raise unusable(folder, error) from error
-    if isinstance(peft_config, LoraConfig) and peft_config.r != config.rank:
+    if isinstance(peft_config, LoraConfig) and peft_config.r != config.rank and not _has_own_ranks(peft_config, config):
         raise InputError(
             f"{folder}: {CONFIG_FILE} says rank {config.rank}, {PEFT_FILE} says {peft_config.r}; "
             "the files of two adapters are mixed up"
         )
     return peft_config
+
+
+def _has_own_ranks(peft_config: PeftConfig, config: SamedConfig) -> bool:
+    # PiSSA and OLoRA are kept as LoRA of twice the rank, AdaLoRA as LoRA of what each layer got.
+    return config.method == "adalora" or (config.method in ("pissa", "olora") and peft_config.r % 2 == 0)
 
 
 def unusable(folder: Path, error: Exception) -> InputError:
@@ -193,7 +199,11 @@ def check_ranks(peft_config: PeftConfig, folder: Path) -> None:
     shapes = tensor_shapes(folder / WEIGHTS_FILE)
     lora = {shape[0] for name, shape in shapes.items() if ".lora_A." in name and shape}
     stored = lora if isinstance(peft_config, LoraConfig) else {size for shape in shapes.values() for size in shape}
-    asked = [*patterns.values(), *([values["r"]] if "r" in values else [])]
+    has_layers = values.get("target_modules") != DUMMY_TARGET_MODULES
+    # A pattern for each layer leaves none to the rank of all others.
+    rank = values.get("r") if has_layers else None  # 0 is OFT's, whose blocks have a size
+    is_left = bool(rank) and not (patterns and isinstance(rank, int) and rank < max(stored, default=0))
+    asked = [*patterns.values(), *([rank] if is_left else [])]
     absent = [rank for rank in asked if type(rank) is not int or rank not in stored]
     if absent:
         raise InputError(

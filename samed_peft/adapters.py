@@ -1,4 +1,4 @@
-"""LoRA on SAM's query and value projections through PEFT; adapters saved, checked and loaded."""
+"""LoRA and its relatives on SAM's encoder through PEFT; adapters saved, checked and loaded."""
 
 import dataclasses
 import warnings
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import set_peft_model_state_dict
 
 from samed_peft.adapter_files import (
     CARD_FILE,
@@ -34,6 +34,7 @@ from samed_peft.io import (
     write_json,
     write_text,
 )
+from samed_peft.methods import adapter_tensors, initial_updates, is_kept_as_lora, merged, peft_settings, save_as_lora
 from samed_peft.model_card import model_card
 from samed_peft.modeling import SamForSemanticSegmentation, load_sam
 from samed_peft.precision import DTYPES
@@ -52,34 +53,27 @@ def add_lora(model: SamForSemanticSegmentation, config: SamedConfig, *, also_sav
     """Make a SAM adaptable as SAMed does: LoRA in the encoder, mask decoder and `no_mask_embed` trained in full.
 
     The rest of the encoder and the IoU head, which no loss reaches, are frozen. With `config.decoder` "lora", as in
-    SAMed_s, the decoder's transformer is frozen and has LoRA as well.
+    SAMed_s, the decoder's transformer is frozen and has LoRA as well. `config.method` puts another method in LoRA's
+    place.
 
     Args:
         model: from `load_sam`; it is changed in place.
-        config: rank, alpha, targets, decoder and dropout; classes and size must be the model's.
+        config: method, rank, alpha, targets, layers, decoder and dropout; classes and size must be the model's.
         also_save: frozen parts, of `UNUSED_PROMPTS`, that the adapter has its own weights for.
 
     Raises:
-        InputError: the model was loaded with other classes or another image size than `config` names.
+        InputError: the model was loaded with other classes or another image size than `config` names, or does not
+            have one of its layers.
     """
     _check_fits(model, config)
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.rank if config.alpha is None else config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=_adapted_layers(config),
-        modules_to_save=["no_mask_embed", *_decoder_parts(model, config), *also_save],
+    settings = peft_settings(
+        config,
+        trained_in_full=["no_mask_embed", *_decoder_parts(model, config), *also_save],
+        num_layers=model.config.vision_config.num_hidden_layers,
     )
-    return _attach(model, lora, config)
-
-
-def _adapted_layers(config: SamedConfig) -> str:
-    """Regular expression of the linear layers that get LoRA."""
-    attention = r"vision_encoder\.layers\.\d+\.attn"
-    if config.decoder == "lora":
-        kinds = "self_attn|cross_attn_token_to_image|cross_attn_image_to_token"
-        attention = rf"({attention}|mask_decoder\.transformer\.(layers\.\d+\.({kinds})|final_attn_token_to_image))"
-    return rf"{attention}\.({'|'.join(config.targets)})"
+    adapted = _attach(model, settings, config)
+    model.initial_updates = initial_updates(adapted)
+    return adapted
 
 
 def _decoder_parts(model: SamForSemanticSegmentation, config: SamedConfig) -> list[str]:
@@ -108,8 +102,9 @@ def _attach(model: SamForSemanticSegmentation, peft_config: PeftConfig, config: 
 
 
 def _freeze_unused(model: PeftModel) -> None:
-    # PEFT unfreezes whole modules_to_save; a trainable weight without gradient stops data-parallel training.
-    unused = [f".{part}." for part in (_IOU_HEAD, *UNUSED_PROMPTS)]
+    # PEFT unfreezes whole modules_to_save, and with "all" biases those of what they stand in for; a trainable weight
+    # without gradient stops data-parallel training.
+    unused = [f".{part}." for part in (_IOU_HEAD, "original_module", *UNUSED_PROMPTS)]
     for name, parameter in model.named_parameters():
         if any(part in name for part in unused):
             parameter.requires_grad_(False)
@@ -140,7 +135,11 @@ def save_adapter(
     config = dataclasses.replace(config, base_sha256=model.base_sha256)
     require_adapter_target(Path(directory))
     with atomic_dir(Path(directory)) as folder:
-        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        if is_kept_as_lora(model):
+            save_as_lora(model, folder / WEIGHTS_FILE)
+        else:
+            held = {name: tensor for name, tensor in model.state_dict().items() if ".original_module." not in name}
+            model.save_pretrained(folder, state_dict=held, save_embedding_layers=False)
         if dtype != "float32":
             _store_as(folder / WEIGHTS_FILE, DTYPES[dtype])
         write_json(folder / CONFIG_FILE, config.to_dict())
@@ -210,11 +209,11 @@ def load_adapter(
     except PEFT_ERRORS as error:
         raise unusable(folder, error) from error
     tensors = load_tensors(folder / WEIGHTS_FILE)
-    check_tensors(tensors, get_peft_model_state_dict(adapted, save_embedding_layers=False), folder / WEIGHTS_FILE)
+    check_tensors(tensors, adapter_tensors(adapted), folder / WEIGHTS_FILE)
     set_peft_model_state_dict(adapted, tensors)
     if not trainable:
         adapted.requires_grad_(False)
-    loaded = adapted.merge_and_unload() if merge else adapted
+    loaded = merged(adapted) if merge else adapted
     loaded.train(trainable)
     return loaded if device is None else loaded.to(device)
 

@@ -55,10 +55,12 @@ class SamSplitAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Attend within windows of (B, H, W, C)."""
+        grid = hidden_states.shape[1:3]
+        tokens = hidden_states.flatten(1, 2)  # PEFT's OFT takes what has four axes for the input of a convolution
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (self._heads(project(hidden_states)) for project in projections)
+        query, key, value = (self._heads(project(tokens)).unflatten(1, grid) for project in projections)
         pad_key = pad_value = None
-        if any(size % self.window for size in hidden_states.shape[1:3]):
+        if any(size % self.window for size in grid):
             zero = hidden_states.new_zeros(1, hidden_states.shape[-1])
             pad_key, pad_value = self._heads(self.k_proj(zero))[0], self._heads(self.v_proj(zero))[0]
         table = self._table(query.dtype) if self.use_rel_pos else None
@@ -67,7 +69,7 @@ class SamSplitAttention(nn.Module):
             output = TiledAttention.apply(self.window, *tensors)
         else:
             output = fused_attention(self.window, *tensors)
-        return self.proj(output.flatten(3))
+        return self.proj(output.flatten(3).flatten(1, 2)).unflatten(1, grid)
 
     def _heads(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (self.num_heads, self.head_dim))

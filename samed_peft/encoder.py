@@ -42,7 +42,8 @@ class SamEncoderLayer(GradientCheckpointingLayer):
         # every norm has to copy its input. Here it is changed once, in the first layer.
         hidden_states = hidden_states.contiguous()
         hidden_states = hidden_states + self.attn(self.layer_norm1(hidden_states).to(dtype))
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states).to(dtype))
+        tokens = self.layer_norm2(hidden_states).to(dtype).flatten(1, 2)
+        return hidden_states + self.mlp(tokens).view_as(hidden_states)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

@@ -107,6 +107,7 @@ class SamForSemanticSegmentation(PreTrainedModel):
         samed_config: the settings that prediction needs.
         base_sha256: fingerprint of the base's frozen weights.
         base_revision: commit of a base from the Hub.
+        initial_updates: what an adapter took out of the base's weights when it was new (PiSSA, OLoRA).
     """
 
     config_class = SamConfig
@@ -129,6 +130,7 @@ class SamForSemanticSegmentation(PreTrainedModel):
         self.samed_config: SamedConfig | None = None
         self.base_sha256: str | None = None
         self.base_revision: str | None = None
+        self.initial_updates: dict[str, tuple[Tensor, Tensor]] = {}
         self.post_init()
 
     @classmethod

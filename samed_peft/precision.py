@@ -2,6 +2,7 @@
 
 import torch
 from accelerate import Accelerator
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -29,11 +30,15 @@ def hold_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """
     if dtype == torch.float32:
         return
+    # DoRA divides by norms of its layers' weights, which autocast would not have rounded.
+    normed = [m.get_base_layer() for m in model.modules() if isinstance(m, LoraLayer) and any(m.use_dora.values())]
+    kept = {id(module) for module in normed}
     for name, module in model.named_modules():
         if "vision_encoder" not in name.split("."):
             continue
-        if isinstance(module, nn.Linear | nn.Conv2d) and not any(p.requires_grad for p in module.parameters()):
-            module.to(dtype)
+        if isinstance(module, nn.Linear | nn.Conv2d) and id(module) not in kept:
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                module.to(dtype)
         elif isinstance(module, BaseTunerLayer):
             # PEFT would convert what goes into an adapter to float32, and autocast back again.
             module.cast_input_dtype_enabled = False

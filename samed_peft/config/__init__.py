@@ -1,11 +1,14 @@
 """What an adapter is (`SamedConfig`) and how it is trained (`TrainingConfig`)."""
 
 from samed_peft.config.adapter import CT_WINDOW_HU, SYNAPSE_CLASSES, TINY_SAM, TINY_SAM_NOTE, SamedConfig, is_hub_id
-from samed_peft.config.options import add_options, from_options, lower_stop_epoch
+from samed_peft.config.methods import METHOD_FIELDS, METHODS
+from samed_peft.config.options import add_options, from_options, lower_stop_epoch, option_values
 from samed_peft.config.training import TrainingConfig
 
 __all__ = [
     "CT_WINDOW_HU",
+    "METHODS",
+    "METHOD_FIELDS",
     "SYNAPSE_CLASSES",
     "TINY_SAM",
     "TINY_SAM_NOTE",
@@ -15,4 +18,5 @@ __all__ = [
     "from_options",
     "is_hub_id",
     "lower_stop_epoch",
+    "option_values",
 ]

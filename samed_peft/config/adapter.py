@@ -1,9 +1,12 @@
 """What an adapter is."""
 
+import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from samed_peft.config import methods
 from samed_peft.config.fields import JsonFields, require, short
 
 SYNAPSE_CLASSES = (
@@ -49,6 +52,14 @@ def _is_orientation(codes: str) -> bool:
     return len(codes) == 3 and all(sum(code in axis for code in codes) == 1 for axis in axes)
 
 
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+_OF_DECODER = ("q_proj", "k_proj", "v_proj")
+"""Targets that the mask decoder's attention has too."""
+
+
 @dataclass(frozen=True)
 class SamedConfig(JsonFields):
     """What an adapter is: everything needed, besides its weights, to predict with it.
@@ -64,9 +75,12 @@ class SamedConfig(JsonFields):
         orientation: axis codes of the (x, y, z) voxel axes of the training scans, "LAS" for example, or None.
         channel: number of the channel it was trained on, of 4-D scans or of files named as nnU-Net's, or None.
         preset: name of the published recipe these settings follow.
+        method: how the encoder is adapted, of `METHODS`.
         rank: rank of the low-rank updates.
-        alpha: numerator of LoRA's scaling alpha / rank; None means `rank`, that is no scaling, as in SAMed.
-        targets: linear layers of attention that are adapted.
+        alpha: numerator of LoRA's scaling alpha / rank; None for no scaling, as in SAMed (2 / sqrt(rank) for rslora).
+        targets: linear layers that are adapted, of q_proj, k_proj, v_proj and proj of attention, lin1 and lin2 of MLPs.
+        layers: numbers of the encoder's layers that are adapted, counted from 0; None for all.
+        rank_pattern: ranks of layers whose names end in a regular expression, such as 'layers.11.attn.q_proj=8'.
         decoder: "full" trains the whole mask decoder, as SAMed; "lora" adapts its frozen transformer, as SAMed_s.
         dropout: dropout in front of LoRA's A.
 
@@ -84,9 +98,12 @@ class SamedConfig(JsonFields):
     orientation: str | None = None
     channel: int | None = None
     preset: str = "samed"
+    method: str = "lora"
     rank: int = 4
     alpha: int | None = None
     targets: tuple[str, ...] = ("q_proj", "v_proj")
+    layers: tuple[int, ...] | None = None
+    rank_pattern: dict[str, int] | None = None
     decoder: str = "full"
     dropout: float = 0.0
 
@@ -119,15 +136,53 @@ class SamedConfig(JsonFields):
             f"orientation must be three letters, one each of L or R, A or P, S or I, LAS for example; "
             f"found {self.orientation!r}",
         )
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """What is adapted, and how."""
+        known = _listed(methods.METHODS)
+        require(self.method in methods.METHODS, f"method must be one of {known}; found {self.method!r}")
         require(self.alpha is None or self.alpha > 0, f"alpha must be at least 1 or None; found {self.alpha}")
         require(self.rank > 0, f"rank must be at least 1; found {self.rank}")
-        allowed = ("q_proj", "k_proj", "v_proj")
+        require(self.method != "oft" or self.rank > 1, "rank, the size of oft's blocks, must be at least 2; found 1")
+        allowed = (*methods.ATTENTION_TARGETS, *methods.MLP_TARGETS)
         require(
-            bool(self.targets) and set(self.targets) <= set(allowed),
-            f"targets must be some of {', '.join(allowed)}; found {list(self.targets)}",
+            bool(self.targets) and set(self.targets) <= set(allowed) and len(set(self.targets)) == len(self.targets),
+            f"targets must be some of {_listed(allowed)}; found {list(self.targets)}",
+        )
+        require(
+            self.layers is None or (bool(self.layers) and min(self.layers) >= 0),
+            f"layers must be numbers from 0 on, or None; found {self.layers}",
         )
         require(self.decoder in ("full", "lora"), f"decoder must be full or lora; found {self.decoder!r}")
         require(0 <= self.dropout < 1, f"dropout must be in [0, 1); found {self.dropout}")
+        self._check_rank_pattern()
+        for name, having in (
+            ("alpha", methods.LOW_RANK),
+            ("rank_pattern", methods.WITH_RANK_PATTERN),
+            ("dropout", methods.WITH_DROPOUT),
+            ("layers", [method for method in methods.METHODS if method not in methods.WITHOUT_LAYERS]),
+        ):
+            require(
+                not vars(self)[name] or self.method in having,
+                f"{name} means nothing to {self.method}, only to {_listed(having)}; leave it out",
+            )
+        require(
+            self.decoder == "full" or self.method not in methods.DECODER_IN_FULL,
+            f"decoder must be full with {self.method}; found {self.decoder!r}",
+        )
+        require(
+            self.decoder == "full" or bool(set(self.targets) & set(_OF_DECODER)),
+            f"decoder lora adapts {_listed(_OF_DECODER)}, of which targets must have one; found {list(self.targets)}",
+        )
+
+    def _check_rank_pattern(self) -> None:
+        for pattern, rank in (self.rank_pattern or {}).items():
+            require(rank > 0, f"rank_pattern must give ranks of at least 1; found {rank} for {pattern!r}")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                require(False, f"rank_pattern has an expression that is none, {pattern!r}: {error}")
 
     @property
     def num_labels(self) -> int:

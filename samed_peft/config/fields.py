@@ -21,7 +21,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of an annotated type: a plain one, a tuple of some, or a choice of these.
+    """Whether a value is of an annotated type: a plain one, a tuple or dict of some, or a choice of these.
 
     Whole numbers pass for floats, truth values for no number.
     """
@@ -30,6 +30,9 @@ def _is_of(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
         return isinstance(value, tuple | list) and all(_is_of(element, item) for element in value)
+    if get_origin(kind) is dict:
+        key, item = get_args(kind)
+        return isinstance(value, dict) and all(_is_of(k, key) and _is_of(v, item) for k, v in value.items())
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:

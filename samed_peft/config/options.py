@@ -4,7 +4,8 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from samed_peft.config.fields import JsonFields
 
@@ -27,9 +28,36 @@ def add_options(parser: argparse.ArgumentParser, kind: type[ConfigT], names: Seq
         flag, shown = f"--{field.name}", described[field.name].replace("%", "%%") + " (default: %(default)s)"
         if types[field.name] is bool:
             parser.add_argument(flag, default=field.default, action=argparse.BooleanOptionalAction, help=shown)
-        else:
-            plain = next(t for t in (*get_args(types[field.name]), types[field.name]) if t is not type(None))
-            parser.add_argument(flag, default=field.default, type=plain, help=shown)
+            continue
+        plain = _plain(types[field.name])
+        several: dict[str, Any] = {"nargs": "+"} if get_origin(plain) else {}
+        if get_origin(plain) is dict:
+            plain, several["metavar"] = _pair, "NAME=NUMBER"
+        elif several:
+            plain = get_args(plain)[0]
+        parser.add_argument(flag, default=field.default, type=plain, help=shown, **several)
+
+
+def _plain(kind: Any) -> Any:
+    """A field's type, without the None that it may be as well."""
+    choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return next(choice for choice in choices if choice is not type(None))
+
+
+def _pair(text: str) -> tuple[str, int]:
+    name, _, number = text.rpartition("=")  # a name may hold further equals signs
+    if not (name and number.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER, found {text!r}")
+    return name, int(number)
+
+
+def option_values(args: argparse.Namespace, kind: type[ConfigT], names: Sequence[str]) -> dict[str, Any]:
+    """Values of options of `add_options` as the fields of a configuration take them."""
+    types, values = get_type_hints(kind), {}
+    for name in names:
+        value, several = vars(args)[name], get_origin(_plain(types[name]))
+        values[name] = several(value) if several and value is not None else value
+    return values
 
 
 def lower_stop_epoch(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -40,4 +68,5 @@ def lower_stop_epoch(args: argparse.Namespace, parser: argparse.ArgumentParser) 
 
 def from_options(args: argparse.Namespace, kind: type[ConfigT]) -> ConfigT:
     """The configuration that options of `add_options` give."""
-    return kind(**{field.name: vars(args)[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return kind(**option_values(args, kind, names))

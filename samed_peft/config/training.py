@@ -13,6 +13,7 @@ class TrainingConfig(JsonFields):
 
     Attributes:
         learning_rate: peak rate of AdamW.
+        lora_plus_ratio: learning rate of LoRA's B over that of all else (LoRA+, arXiv 2402.12354); 1 for none.
         weight_decay: decoupled weight decay.
         warmup_steps: optimizer steps of linear warm-up; 0 for none.
         decay_power: exponent of the polynomial decay.
@@ -33,6 +34,7 @@ class TrainingConfig(JsonFields):
     """
 
     learning_rate: float = 0.005
+    lora_plus_ratio: float = 1.0
     weight_decay: float = 0.1
     warmup_steps: int = 250
     decay_power: float = 0.9
@@ -56,10 +58,9 @@ class TrainingConfig(JsonFields):
         for name in ("warmup_steps", "num_workers", "validate_epochs", "seed", "weight_decay"):
             value = dataclasses.asdict(self)[name]
             require(value >= 0, f"{name} must not be negative; found {value}")
-        require(
-            self.learning_rate > 0 and math.isfinite(self.learning_rate),
-            f"learning_rate must be positive; found {self.learning_rate}",
-        )
+        for name in ("learning_rate", "lora_plus_ratio"):
+            value = dataclasses.asdict(self)[name]
+            require(value > 0 and math.isfinite(value), f"{name} must be positive; found {value}")
         require(
             self.stop_epoch <= self.epochs,
             f"stop_epoch ({self.stop_epoch}) must not exceed epochs ({self.epochs}); give stop_epoch, --stop_epoch on "

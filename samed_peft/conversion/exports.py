@@ -19,7 +19,8 @@ from samed_peft.adapter_files import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
 from samed_peft.adapters import load_adapter
 from samed_peft.bases import without_connection
 from samed_peft.checkpoints import resize_positions, semantic_config
-from samed_peft.conversion.samed_format import write_tensors
+from samed_peft.config import SamedConfig
+from samed_peft.conversion.samed_format import require_plain_lora, write_tensors
 from samed_peft.errors import InputError
 from samed_peft.io import (
     atomic_dir,
@@ -40,7 +41,7 @@ _FUSED_FILES = "|".join(re.escape(name) for name in (WEIGHTS_FILE, PEFT_FILE, CO
 _MOST_ONNX_BYTES = (2 << 30) - (64 << 20)
 """An ONNX file is one protobuf message, which ends at 2 GiB; the graph needs some of it."""
 
-_ENCODER_LAYERS = r"vision_encoder\.layers\.\d+\.attn\.qkv"
+_ENCODER_LAYERS = r"vision_encoder\.layers\.{}\.attn\.qkv"
 _LORA_NAME = "base_model.model.vision_encoder.layers.{index}.attn.qkv.lora_{letter}.weight"
 
 
@@ -133,10 +134,7 @@ def export_peft_fused(source: str | Path, directory: str | Path, *, base: str | 
     config = adapted.samed_config
     assert config is not None, "load_adapter fills it"
     lora = adapted.peft_config["default"]
-    if not isinstance(lora, LoraConfig) or lora.use_dora:
-        raise InputError(
-            f"only plain LoRA can be fused, found {type(lora).__name__} in {source}; export it with --format merged"
-        )
+    require_plain_lora(adapted, source, targets=("q_proj", "k_proj", "v_proj"))
     tensors = {}
     for index, projections in _encoder_layers(adapted).items():
         a, b = _fused(projections, width=adapted.get_base_model().config.vision_config.hidden_size)
@@ -144,13 +142,13 @@ def export_peft_fused(source: str | Path, directory: str | Path, *, base: str | 
         tensors[_LORA_NAME.format(index=index, letter="B")] = b
     saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     tensors |= {key: value for key, value in saved.items() if not (".lora_" in key and ".vision_encoder." in key)}
-    rank = tensors[_LORA_NAME.format(index=0, letter="A")].shape[0]
+    rank = next(iter(tensors.values())).shape[0]
     decoder_rank, decoder_alpha = _decoder_rank_and_alpha(adapted) if config.decoder == "lora" else (0, 0)
     decoder = [rf"mask_decoder\.transformer\..+\.({'|'.join(config.targets)})"] if config.decoder == "lora" else []
     fused = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules="|".join((_ENCODER_LAYERS, *decoder)),
+        target_modules="|".join((_ENCODER_LAYERS.format(_numbers(config)), *decoder)),
         rank_pattern=dict.fromkeys(decoder, decoder_rank),
         alpha_pattern=dict.fromkeys(decoder, decoder_alpha),
         modules_to_save=list(lora.modules_to_save or ()),
@@ -170,6 +168,10 @@ def _require_fused_target(directory: Path, source: str | Path) -> None:
     require_replaceable(directory, marker=_SAM_FILE, allowed=_FUSED_FILES)
     require_replaceable(directory, marker=PEFT_FILE)
     require_writable(directory)
+
+
+def _numbers(config: SamedConfig) -> str:
+    return r"\d+" if config.layers is None else f"({'|'.join(map(str, config.layers))})"
 
 
 def _decoder_rank_and_alpha(adapted: PeftModel) -> tuple[int, float]:

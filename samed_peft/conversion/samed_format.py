@@ -260,11 +260,11 @@ def write_tensors(source: str | Path, *, base: str | None = None) -> dict[str, T
     adapted = load_adapter(source, base=base)
     config = adapted.samed_config
     assert config is not None, "load_adapter fills it"
-    lora = adapted.peft_config["default"]
-    if not isinstance(lora, LoraConfig) or lora.use_dora or set(config.targets) != {"q_proj", "v_proj"}:
+    require_plain_lora(adapted, source, targets=("q_proj", "v_proj"))
+    if set(config.targets) != {"q_proj", "v_proj"} or config.layers is not None:
         raise InputError(
-            f"SAMed's format holds plain LoRA on q_proj and v_proj, found {type(lora).__name__} on "
-            f"{', '.join(config.targets)} in {source}; export it with --format merged"
+            f"SAMed's format holds LoRA on q_proj and v_proj of all layers, found {', '.join(config.targets)} of "
+            f"{'all' if config.layers is None else list(config.layers)} in {source}; export it with --format merged"
         )
     sam_config = adapted.get_base_model().config
     modules = {name.removeprefix(_PEFT_PREFIX): m for name, m in adapted.named_modules() if isinstance(m, LoraLayer)}
@@ -281,6 +281,29 @@ def write_tensors(source: str | Path, *, base: str | None = None) -> dict[str, T
     last = groups.pop("fati a", {})
     ordered = {key: tensor for group in groups.values() for key, tensor in group.items()} | rest | last
     return {key: tensor.detach().float().clone().contiguous() for key, tensor in ordered.items()}
+
+
+def require_plain_lora(adapted: PeftModel, source: str | Path, *, targets: Sequence[str]) -> None:
+    """Refuse adapters that other programs' formats have no place for.
+
+    Raises:
+        InputError: the encoder has no LoRA, another kind of it, on other layers, or of several ranks.
+    """
+    lora = adapted.peft_config["default"]
+    layers = [(n, m) for n, m in adapted.named_modules() if isinstance(m, LoraLayer) and ".vision_encoder." in n]
+    if not isinstance(lora, LoraConfig) or lora.use_dora or lora.bias != "none" or not layers:
+        kind = type(lora).__name__ if layers else f"none ({adapted.samed_config.method})"
+        raise InputError(
+            f"this format holds plain LoRA alone, found {kind} in {source}; export it with --format merged"
+        )
+    others = {name.rpartition(".")[2] for name, _ in layers} - set(targets)
+    ranks = {layer.r["default"] for _, layer in layers}
+    if others or len(ranks) > 1:
+        found = f"some on {', '.join(sorted(others))}" if others else f"ranks {', '.join(map(str, sorted(ranks)))}"
+        raise InputError(
+            f"this format holds LoRA of one rank on {', '.join(targets)}, found {found} in {source}; "
+            "export it with --format merged"
+        )
 
 
 def _pair(layer: LoraLayer) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,8 @@ from samed_peft.io import Volume
 from samed_peft.modeling import load_sam
 from samed_peft.precision import hold_frozen_weights, product_dtype
 from samed_peft.training import state
-from samed_peft.training.loop import Step, build_optimizer, training_steps
+from samed_peft.training.adalora import share_out_ranks
+from samed_peft.training.loop import Step, build_optimizer, steps_per_epoch, training_steps
 
 Volumes = Mapping[str, Volume]
 
@@ -77,7 +78,9 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     model = add_lora(sam, run.config)
     hold_frozen_weights(model, product_dtype(accelerator))
     config = sam.samed_config or run.config  # with the base's fingerprint and revision
-    optimizer = build_optimizer(model, weight_decay=training.weight_decay)
+    optimizer = build_optimizer(model, weight_decay=training.weight_decay, lora_plus_ratio=training.lora_plus_ratio)
+    per_epoch = steps_per_epoch(len(run.rows), training, accelerator)
+    share_out_ranks(model, optimizer, steps=per_epoch * training.stop_epoch)
     trained = prepared, optimizer = accelerator.prepare(model, optimizer)
     seed = training.seed if training.augment else None
     slices = TrainingSlices(run.rows, image_size=config.image_size, label_size=sam.logits_size, seed=seed)

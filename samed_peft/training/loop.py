@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from samed_peft.batches import TrainingSlices, batch_loader, epoch_batches
 from samed_peft.config import TrainingConfig
-from samed_peft.errors import NonFiniteLossError
+from samed_peft.errors import InputError, NonFiniteLossError
 from samed_peft.losses import loss_parts
 from samed_peft.schedules import learning_rate
+from samed_peft.training.adalora import orthogonality
 
 Batch = dict[str, Tensor]
 
@@ -59,10 +60,35 @@ class Step:
         }
 
 
-def build_optimizer(model: nn.Module, *, weight_decay: float) -> torch.optim.AdamW:
-    """SAMed's AdamW over the trainable weights; `train_step` sets the learning rate before each step."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trainable, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
+def build_optimizer(model: nn.Module, *, weight_decay: float, lora_plus_ratio: float = 1.0) -> torch.optim.AdamW:
+    """SAMed's AdamW over the trainable weights; `train_step` sets the learning rate before each step.
+
+    Args:
+        model: with an adapter.
+        weight_decay: decoupled weight decay.
+        lora_plus_ratio: learning rate of LoRA's B over that of all else (LoRA+, arXiv 2402.12354).
+
+    Raises:
+        InputError: there is no B for `lora_plus_ratio` to mean anything.
+    """
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    faster = [p for name, p in trainable if ".lora_B." in name] if lora_plus_ratio != 1 else []
+    if lora_plus_ratio != 1 and not faster:
+        raise InputError(f"lora_plus_ratio means nothing to a method without LoRA's B; found {lora_plus_ratio}, use 1")
+    faster_ids = {id(parameter) for parameter in faster}
+    groups = [{"params": [p for _, p in trainable if id(p) not in faster_ids], "lr_ratio": 1.0}]
+    if faster:
+        groups.append({"params": faster, "lr_ratio": lora_plus_ratio})
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
+
+
+def _micro_batches(num_slices: int, training: TrainingConfig, accelerator: Accelerator) -> int:
+    return math.ceil(num_slices / (training.batch_size * accelerator.num_processes))
+
+
+def steps_per_epoch(num_slices: int, training: TrainingConfig, accelerator: Accelerator) -> int:
+    """Optimizer steps that one pass over all slices takes."""
+    return math.ceil(_micro_batches(num_slices, training, accelerator) / training.accumulation_steps)
 
 
 def training_steps(
@@ -89,8 +115,8 @@ def training_steps(
     """
     split = {"process": accelerator.process_index, "num_processes": accelerator.num_processes}
     size, accumulation = training.batch_size, training.accumulation_steps
-    micro_batches = math.ceil(len(slices) / (size * accelerator.num_processes))
-    per_epoch = math.ceil(micro_batches / accumulation)
+    micro_batches = _micro_batches(len(slices), training, accelerator)
+    per_epoch = steps_per_epoch(len(slices), training, accelerator)
     rate = partial(
         learning_rate,
         peak=training.learning_rate,
@@ -153,7 +179,7 @@ def train_step(
     """
     model.train()
     for parameters in optimizer.param_groups:
-        parameters["lr"] = learning_rate
+        parameters["lr"] = learning_rate * parameters.get("lr_ratio", 1.0)
     parts = _accumulate(model, group, accelerator=accelerator, dice_weight=dice_weight)
     if not math.isfinite(parts[0]):
         optimizer.zero_grad()
@@ -182,8 +208,9 @@ def _accumulate(
                 dice_weight=dice_weight,
                 sum_over_processes=_global_sum(accelerator),
             )
+            penalty = orthogonality(model)
             if torch.isfinite(parts.total):
-                accelerator.backward(parts.total / len(group))
+                accelerator.backward((parts.total if penalty is None else parts.total + penalty) / len(group))
         totals += torch.stack(parts).detach() / len(group)
     return tuple(totals.tolist())
 

@@ -20,9 +20,20 @@ from torch import nn
 from samed_peft.config import TINY_SAM, TINY_SAM_NOTE, SamedConfig, TrainingConfig
 from samed_peft.errors import InputError
 from samed_peft.io import atomic_dir, load_tensors, read_json, require_replaceable, save_tensors, write_json
+from samed_peft.training.adalora import allocation_tensors, restore_allocation
 
 RUN_FILE = "run.json"
 """Record of a run's settings, by which its folder is known."""
+
+_DEFAULTS = {
+    field.name: field.default
+    for kind in (SamedConfig, TrainingConfig)
+    for field in dataclasses.fields(kind)
+    if field.name in ("method", "layers", "rank_pattern", "lora_plus_ratio")
+}
+"""Options that came later than the first runs."""
+
+_ALLOCATION_FILE = "ranks.safetensors"
 
 _WITHOUT_EFFECT = ("num_workers", "checkpoint_steps")
 """Training settings that may change between a run and its resumption: they do not touch the result."""
@@ -115,6 +126,8 @@ def save_checkpoint(
     with atomic_dir(target) as folder:
         save_tensors({name: parameter.detach() for name, parameter in trainable.items()}, folder / "model.safetensors")
         save_tensors(moments, folder / "optimizer.safetensors")
+        if allocation := allocation_tensors(model):
+            save_tensors(allocation, folder / _ALLOCATION_FILE)
         write_json(folder / "state.json", {"progress": vars(progress), "scaler": scaler})
     for path in older:
         if path != target:
@@ -147,6 +160,8 @@ def load_checkpoint(
         parameter = trainable[name]
         # AdamW keeps its step counter on the CPU.
         optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+    if (path / _ALLOCATION_FILE).is_file():
+        restore_allocation(model, load_tensors(path / _ALLOCATION_FILE))
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     return Progress(**state["progress"])
@@ -212,7 +227,7 @@ def claim_run_folder(directory: Path, settings: dict[str, Any], *, resume: bool,
 def _claim(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
     record = directory / RUN_FILE
     if record.is_file():
-        found = read_json(record)
+        found = {**_DEFAULTS, **read_json(record)}  # a run of a time before there was some option had its default
         keys = sorted(set(settings) | set(found))
         differing = [
             f"{k}: {found.get(k)} there, {settings.get(k)} now" for k in keys if found.get(k) != settings.get(k)
