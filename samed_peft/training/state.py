@@ -227,7 +227,8 @@ def claim_run_folder(directory: Path, settings: dict[str, Any], *, resume: bool,
 def _claim(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
     record = directory / RUN_FILE
     if record.is_file():
-        found = {**_DEFAULTS, **read_json(record)}  # a run of a time before there was some option had its default
+        # A run of a time before there was some option had its default.
+        found = {name: value for name, value in _DEFAULTS.items() if name in settings} | read_json(record)
         keys = sorted(set(settings) | set(found))
         differing = [
             f"{k}: {found.get(k)} there, {settings.get(k)} now" for k in keys if found.get(k) != settings.get(k)
