@@ -24,6 +24,7 @@ from samed_peft.precision import hold_frozen_weights, product_dtype
 from samed_peft.training import state
 from samed_peft.training.adalora import share_out_ranks
 from samed_peft.training.loop import Step, build_optimizer, steps_per_epoch, training_steps
+from samed_peft.training.resources import StepClock, write_resources
 
 Volumes = Mapping[str, Volume]
 
@@ -36,7 +37,8 @@ class Run:
         config: what the adapter is to be.
         training: how it is trained.
         rows: training slices, from `load_synapse` or `load_slices`.
-        output_dir: gets `adapter`, `adapter_best` with a validation, `checkpoints`, `logs` and `run.json`.
+        output_dir: gets `adapter`, `adapter_best` with a validation, `checkpoints`, `logs`, `run.json` and
+            `resources.json`.
         data: names of all data that decide the result, kept in `run.json`.
         validation: scans and references to validate on, or None.
     """
@@ -94,8 +96,10 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
             warnings.warn(f"nothing to resume in {out}: it has no checkpoint, so the run begins anew", stacklevel=2)
     steps = training_steps(prepared, optimizer, slices, training=training, accelerator=accelerator, start=progress.step)
     bar = tqdm(steps, desc="training", initial=progress.step, unit="step", disable=not accelerator.is_main_process)
+    clock = StepClock()
     with state.tracked(accelerator, start=progress.step), state.StopSignal() as stop_signal:
         for step in bar:
+            clock.step_done()
             progress = progress.at(step.number)
             accelerator.log(step.scalars(), step=step.number)
             _show(bar, step, total=step.steps_per_epoch * training.stop_epoch)
@@ -112,6 +116,8 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
                 state.save_checkpoint(out / "checkpoints", *trained, progress=progress, accelerator=accelerator)
             if stopping:
                 raise RunInterruptedError(f"stopped by a signal after step {step.number}; --resume goes on from there")
+    if accelerator.is_main_process:
+        write_resources(out, model, clock, accelerator=accelerator)
     return out / ("adapter" if progress.best_epoch is None else "adapter_best"), settings
 
 
