@@ -2,7 +2,7 @@ r"""Which rank, which layers, which method? Runs of a recipe side by side, on sc
 
     python benchmarks/lora_rank.py --data_dir Task04_Hippocampus --base tiny-sam --output_dir runs/ranks --baselines \
         -- --plane sagittal --image_size 64 --batch_size 32 --epochs 1 --learning_rate 0.002 --no-augment
-    python benchmarks/tabulate.py benchmarks/results/lora_rank
+    python benchmarks/rank_table.py benchmarks/results/lora_rank
 
 Each of the ranks, placements, methods and baselines is a run of `accelerate launch recipes/finetune.py` for each seed,
 with what follows `--` as its further options, and one JSON in --results_dir: scores per case and class in both
@@ -268,6 +268,12 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def _reason(lines: Sequence[str]) -> str:
+    """The recipe's own message, where it has one; accelerate launch writes a traceback behind it."""
+    own = [line for line in lines if line.startswith("error: ")]
+    return (own or [line for line in lines if line.strip()] or ["no output"])[-1]
+
+
 @exit_on_error
 def main() -> None:
     """Run what is not finished."""
@@ -288,8 +294,8 @@ def main() -> None:
         if code:
             failed.append(run)
             log = run.output.with_suffix(".log")
-            last = log.read_text(errors="replace").strip().splitlines()[-1:]
-            print(f"[{number}/{len(left)}] {run.result.stem} failed with {code}: {''.join(last)} ({log})", flush=True)
+            reason = _reason(log.read_text(errors="replace").splitlines())
+            print(f"[{number}/{len(left)}] {run.result.stem} failed with {code}: {reason} ({log})", flush=True)
             continue
         finished.append(run)
         dice = read_json(run.result)["standard"]["mean"]["dice"]

@@ -27,13 +27,20 @@ class CompiledSegmenter(nn.Module):
     def __init__(self, model: PeftModel | SamForSemanticSegmentation, batch_size: int) -> None:
         super().__init__()
         _require_compiler(next(model.parameters()).device)
+        self.training = model.training
         self.samed_config = model.samed_config
         self.batch_size = batch_size
         self.compiled = torch.compile(model, dynamic=False)
 
     def forward(self, pixel_values: Tensor) -> SemanticSegmenterOutput:
-        """Logits (B, K + 1, h, w) of (B, 3, S, S)."""
+        """Logits (B, K + 1, h, w) of (B, 3, S, S).
+
+        Raises:
+            InputError: B exceeds the size it was compiled for.
+        """
         count = len(pixel_values)
+        if count > self.batch_size:
+            raise InputError(f"the model was compiled for batches of {self.batch_size}, found one of {count}")
         padded = F.pad(pixel_values, (0, 0) * 3 + (0, self.batch_size - count))
         return SemanticSegmenterOutput(logits=self.compiled(pixel_values=padded).logits[:count])
 

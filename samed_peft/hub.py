@@ -191,8 +191,9 @@ def _clear_errors(repo_id: str, endpoint: str, token: str) -> Iterator[None]:
         # Failures of uploads come wrapped; what is no error of HTTP comes from xet, or from answers that are none.
         cause = error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
         problem = InputError(conceal(_problem(cause, repo_id, endpoint)))
-        # A server may repeat the token in its answer, which a traceback would show.
-        raise problem from (None if token in f"{error} {cause}" else error)
+        # A server may repeat the token in its answer, and addresses may be signed, which a traceback would show.
+        said = f"{error} {cause}"
+        raise problem from (None if token in said or "?" in said else error)
     finally:
         logger.removeFilter(concealed)
 

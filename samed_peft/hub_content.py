@@ -26,8 +26,8 @@ _REST = rf"{_WORD}*(?:(?: (?![/\\~])(?:(?![:=/\\]){_WORD})+){{1,3}}[/\\]{_WORD}*
 """To the end of a path: up to three words before a separator are taken for a part of it, to be safe."""
 _PLACE = re.compile(
     rf"(?:file|smb|nfs|ssh|sftp|s3|gs)://{_REST}|[\w.+-]+@[\w.-]+:(?=[/~]){_REST}|"
-    rf"(?<![\w./<~\\-])(?:~[\w.-]*/|/(?=[\w.])|[A-Za-z]:[\\/]|\\\\(?=[\w.-]+\\)){_REST}",
-    re.ASCII,
+    rf"(?<![\w./<~\\-])(?:~[\w.-]*/|\$\w+/|/(?=[\w.@$%+-])|(?<!:)//(?=[\w.-]+/)|[A-Za-z]:[\\/]|"
+    rf"\\\\(?=[\w.-]+\\)){_REST}"
 )
 """Absolute paths of any system in running text; fractions, units, web addresses and closing tags are none."""
 

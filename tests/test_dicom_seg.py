@@ -1,6 +1,7 @@
 """DICOM SEG: read back slice by slice, with names and references to the series."""
 
 import sys
+import warnings
 
 import numpy as np
 import pydicom
@@ -103,6 +104,18 @@ def test_a_series_without_frame_of_reference_is_told(tmp_path):
         header.save_as(path)
     with pytest.raises(InputError, match="that a DICOM SEG can refer to"):
         io.write_dicom_seg(labels(), io.read_volume(folder), tmp_path / "seg.dcm")
+
+
+def test_other_threads_are_heard_while_a_seg_is_written(series, tmp_path, monkeypatch):
+    build = highdicom.seg.Segmentation
+
+    def while_building(*args, **kwargs):
+        warnings.warn("of another thread", UserWarning, stacklevel=1)  # filters are shared by all threads
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(highdicom.seg, "Segmentation", while_building)
+    with pytest.warns(UserWarning, match="of another thread"):
+        io.write_dicom_seg(labels(), io.read_volume(series), tmp_path / "seg.dcm")
 
 
 def test_without_highdicom_the_command_is_named(series, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from conftest import write_balls
 from PIL import Image
 
 from samed_peft.io import read_labels
@@ -40,19 +41,7 @@ def run(tmp_path_factory):
 def scans(tmp_path_factory):
     """Four MR scans with a bright ball, in two orientations, two of one patient."""
     root = tmp_path_factory.mktemp("data") / "nnunet"
-    for kind in ("imagesTr", "labelsTr"):
-        (root / kind).mkdir(parents=True)
-    names = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "ball": 1}, "file_ending": ".nii.gz"}
-    (root / "dataset.json").write_text(json.dumps(names))
-    grid = np.stack(np.meshgrid(*map(np.arange, (20, 24, 6)), indexing="ij"))
-    for number, case in enumerate(("p1_a", "p1_b", "p2_a", "p3_a")):
-        centre = np.array([8 + number, 12, 3])[:, None, None, None]
-        label = (((grid - centre) / [[[[5]]], [[[5]]], [[[2]]]]) ** 2).sum(0) < 1
-        noise = np.random.default_rng(number).normal(0, 20, label.shape)
-        affine = np.diag([-1.0 if number % 2 else 1.0, 1, 4, 1])
-        image = (100 * (number + 1) * (1 + label) + noise).astype(np.float32)
-        nibabel.save(nibabel.Nifti1Image(image, affine), root / "imagesTr" / f"{case}_0000.nii.gz")
-        nibabel.save(nibabel.Nifti1Image(label.astype(np.uint8), affine), root / "labelsTr" / f"{case}.nii.gz")
+    write_balls(root)
     return root
 
 

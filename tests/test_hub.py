@@ -304,6 +304,8 @@ def test_the_tiny_sam_and_its_note_are_named(adapter):
         ("smb://server/share/a.nii from=/data/b.nii", "a.nii from=b.nii"),
         ("in /my own/place with blanks", "in place with blanks"),
         ("in /mnt/John Q Public/scans/a.nii it is", "in a.nii it is"),
+        ("on //nas01/patients/smith/ct and /Übung/Müller/ct", "on ct and ct"),
+        ("/@snap/smith/a, $HOME/smith/b, in Bögen/Kästen or m/s", "a, b, in Bögen/Kästen or m/s"),
     ],
 )
 def test_places_in_running_text(text, expected):

@@ -28,7 +28,7 @@ from samed_peft.training import (
     save_checkpoint,
     training_steps,
 )
-from samed_peft.training.adalora import share_out_ranks
+from samed_peft.training.adalora import allocation_tensors, share_out_ranks
 
 CONFIG = SamedConfig("tiny-sam", ("body", "head"), image_size=64, window=None)
 EVERY = [(method, "full") for method in METHODS] + [(m, "lora") for m in METHODS if m not in DECODER_IN_FULL]
@@ -291,6 +291,23 @@ def test_adalora_resumes_to_the_bit(stop, tmp_path):
         pass
     expected = dict(model.named_parameters())
     assert all(parameter.equal(expected[name]) for name, parameter in again.named_parameters())
+
+
+def test_an_overflow_of_float16_leaves_the_share_out_alone():
+    model = fresh(dataclasses.replace(CONFIG, method="adalora"))
+    optimizer = build_optimizer(model, weight_decay=0.1)
+    share_out_ranks(model, optimizer, steps=20)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for infinite in (True, False):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.full_like(parameter, torch.inf if infinite else 1.0)
+        scaler.scale(torch.ones(()))
+        scaler.step(optimizer)
+        scaler.update()
+        gathered = allocation_tensors(model)
+        assert bool(gathered) is not infinite
+    assert all(tensor.isfinite().all() for tensor in gathered.values())
 
 
 def test_a_run_of_a_time_before_there_were_methods_can_be_resumed(tmp_path):

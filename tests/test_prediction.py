@@ -20,6 +20,7 @@ from test_io import AFFINE, write_dicom, write_itk
 from samed_peft import io, postprocessing
 from samed_peft.adapters import add_lora, load_adapter, save_adapter
 from samed_peft.cli import main
+from samed_peft.compiled import CompiledSegmenter
 from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.inference import predict_volume
@@ -518,6 +519,16 @@ def test_a_compiled_model_gives_the_same_masks(model, tmp_path):
     for scan in scans:
         mask = io.read_labels(scan.mask).array
         assert (mask != expected_mask(model, scan.source)).mean() < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler; g++ is not installed")
+def test_a_compiled_model_keeps_its_mode_and_its_size_of_batch(model):
+    model.eval()
+    compiled = CompiledSegmenter(model, batch_size=2)
+    assert not compiled.training
+    with pytest.raises(InputError, match="compiled for batches of 2, found one of 3"):
+        compiled(pixel_values=torch.zeros(3, 3, 64, 64))
 
 
 def test_json_of_a_png_is_plain(predict, tmp_path):

@@ -127,6 +127,21 @@ def test_a_checkpoint_holds_no_base_and_replaces_the_older_one(fresh_model, gold
     assert size < 4 * 3 * trainable + 150_000
 
 
+def test_all_of_a_checkpoint_goes_where_the_weights_are(accelerator, tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path, model, optimizer, progress=Progress(1), accelerator=accelerator)
+    elsewhere = torch.nn.Linear(2, 2, device="meta")
+    optimizer = torch.optim.AdamW(elsewhere.parameters())
+    load_checkpoint(tmp_path, elsewhere, optimizer, accelerator=accelerator)
+    kinds = optimizer.state[elsewhere.weight]
+    assert {kind: value.device.type for kind, value in kinds.items()} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_sq"), "meta"
+    )
+
+
 def test_a_damaged_checkpoint_is_named(fresh_model, golden_batches, accelerator, tmp_path):
     optimizer, progress = train(fresh_model, golden_batches[:1], accelerator)
     save_checkpoint(tmp_path, fresh_model, optimizer, progress=progress, accelerator=accelerator)

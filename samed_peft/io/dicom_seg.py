@@ -65,7 +65,8 @@ def write_dicom_seg(
     described = [_segment(highdicom, label, names.get(label, f"label {label}")) for label in range(1, last + 1)]
     with warnings.catch_warnings():
         # What scanners write into names and numbers is often not to the letter of the standard, and not ours to mend.
-        warnings.simplefilter("ignore")
+        # Filters are shared by all threads, and other warnings of other threads are to be seen.
+        warnings.filterwarnings("ignore", module=r"(pydicom|highdicom)\b")
         try:
             seg = _segmentation(highdicom, slices, mask, described)
         except (AttributeError, KeyError, ValueError) as error:

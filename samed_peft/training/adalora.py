@@ -30,10 +30,21 @@ def share_out_ranks(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps
     settings.total_step = steps
     settings.tinit, settings.tfinal = int(START_SHARE * steps), int(END_SHARE * steps)
     counted = optimizer.param_groups[0]["params"][0]
+    before = 0
+
+    def done(stepping: torch.optim.Optimizer) -> int:
+        return int(stepping.state[counted].get("step", 0))
+
+    def before_step(stepping: torch.optim.Optimizer, *_: object) -> None:
+        nonlocal before
+        before = done(stepping)
 
     def after_step(stepped: torch.optim.Optimizer, *_: object) -> None:
-        tuner.update_and_allocate(int(stepped.state[counted]["step"]))
+        # A step that float16 overflowed in changes no weight, and its gradients would spoil what is gathered.
+        if done(stepped) > before:
+            tuner.update_and_allocate(done(stepped))
 
+    optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(after_step)
 
 

@@ -158,8 +158,7 @@ def load_checkpoint(
     for key, value in moments.items():
         name, kind = key.rsplit("|", 1)
         parameter = trainable[name]
-        # AdamW keeps its step counter on the CPU.
-        optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+        optimizer.state[parameter][kind] = value.to(parameter.device)  # fused AdamW counts steps there too
     if (path / _ALLOCATION_FILE).is_file():
         restore_allocation(model, load_tensors(path / _ALLOCATION_FILE))
     if accelerator.scaler is not None and state["scaler"] is not None:

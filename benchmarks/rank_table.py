@@ -1,0 +1,261 @@
+"""Table and plots of what lora_rank.py measured.
+
+    python benchmarks/rank_table.py benchmarks/results/lora_rank
+
+prints Markdown and writes `lora_rank-DATA.md` and three plots beside the folder: Dice and HD95 against the rank, with
+95 % intervals over seeds and cases; Dice against stored size; Dice against peak memory. Ranks are compared with each
+other by Wilcoxon's signed-rank test on cases, each the mean over its seeds, p values after Holm.
+"""
+
+import argparse
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from measure import markdown
+from scipy.stats import wilcoxon
+
+from samed_peft.config import TINY_SAM, TINY_SAM_NOTE
+from samed_peft.errors import InputError, exit_on_error
+from samed_peft.io import read_json, write_text
+from samed_peft.metrics.summary import mean_defined
+
+RESAMPLES = 5000
+KINDS = ("rank", "placement", "method", "baseline")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant.
+
+    Attributes:
+        kind: "rank", "placement", "method" or "baseline".
+        name: its name.
+        scores: metric -> (seeds, cases), each the mean over the classes that are defined, NaN where none is.
+        runs: its results, one a seed.
+    """
+
+    kind: str
+    name: str
+    scores: Mapping[str, np.ndarray]
+    runs: Sequence[Mapping[str, Any]]
+
+    @property
+    def label(self) -> str:
+        """Name in tables."""
+        return self.name if self.kind != "placement" else f"on {self.name}"
+
+    def mean(self, metric: str) -> float:
+        """Mean over seeds and cases."""
+        return float(np.nanmean(self.scores[metric]))
+
+    def of_class(self, name: str, metric: str) -> float:
+        """Mean over seeds of a class's mean, `standard` convention."""
+        return float(np.mean([run["standard"]["classes"][name][metric] for run in self.runs]))
+
+    def median(self, field: str) -> float:
+        """Median over seeds of what a run took."""
+        return float(np.median([run[field] for run in self.runs]))
+
+    def seeds_deviation(self, metric: str) -> float:
+        """Standard deviation between seeds of the mean over cases; NaN with one seed."""
+        return float(np.std(np.nanmean(self.scores[metric], axis=1), ddof=1)) if len(self.runs) > 1 else float("nan")
+
+
+def case_means(run: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """Mean of a metric over the classes of each case, `standard` convention; undefined ones are left out."""
+    means = {}
+    for case in run["cases"]:
+        values = [scores["standard"][metric] for scores in case["classes"].values()]
+        defined = [value for value in values if value is not None]
+        means[case["case"]] = float(np.mean(defined)) if defined else float("nan")
+    return means
+
+
+def rows_of(results: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Results by variant, in the order of kinds and ranks.
+
+    Raises:
+        InputError: variants were scored on different cases.
+    """
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for run in sorted(results, key=lambda run: run["seed"]):
+        groups.setdefault((run["kind"], run["variant"]), []).append(run)
+    cases = sorted(case_means(results[0], "dice"))
+    rows = []
+    for (kind, name), runs in groups.items():
+        scores = {}
+        for metric in ("dice", "hd95"):
+            by_case = [case_means(run, metric) for run in runs]
+            if any(sorted(found) != cases for found in by_case):
+                raise InputError(
+                    f"{name} was scored on other cases than the first result; tabulate one data set at a time"
+                )
+            scores[metric] = np.array([[found[case] for case in cases] for found in by_case])
+        rows.append(Row(kind, name, scores, runs))
+    return sorted(rows, key=_place)
+
+
+def _place(row: Row) -> tuple[int, int]:
+    return KINDS.index(row.kind), row.runs[0]["config"]["rank"] if row.kind == "rank" else 0
+
+
+def interval(scores: np.ndarray, *, rng: np.random.Generator) -> tuple[float, float]:
+    """95 % percentile bootstrap of the mean over seeds and cases, both drawn anew.
+
+    Args:
+        scores: (seeds, cases), NaN where undefined.
+        rng: equal states give equal intervals.
+    """
+    seeds, cases = scores.shape
+    drawn = ((rng.integers(seeds, size=seeds), rng.integers(cases, size=cases)) for _ in range(RESAMPLES))
+    draws = [mean_defined(scores[np.ix_(*places)].ravel().tolist()) for places in drawn]
+    low, high = np.nanquantile(draws, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values adjusted for their number (Holm 1979)."""
+    order = np.argsort(p_values)
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def paired_tests(rows: Sequence[Row], metric: str) -> list[tuple[Row, Row, float, float]]:
+    """(one, other, mean difference other - one, adjusted p) of every pair, on cases."""
+    pairs = list(itertools.combinations(rows, 2))
+    found = []
+    for one, other in pairs:
+        differences = np.nanmean(other.scores[metric], axis=0) - np.nanmean(one.scores[metric], axis=0)
+        differences = differences[~np.isnan(differences)]
+        p = float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0
+        found.append((float(differences.mean()), p))
+    adjusted = holm([p for _, p in found])
+    return [(*pair, difference, p) for pair, (difference, _), p in zip(pairs, found, adjusted, strict=True)]
+
+
+def table(rows: Sequence[Row], *, rng: np.random.Generator) -> list[str]:
+    """The main table."""
+    classes = list(rows[0].runs[0]["standard"]["classes"])
+    head = ["", "Dice (95 %)", "between seeds", *classes, "HD95 mm (95 %)", "trainable", "stored", "s a step", "peak"]
+    lines = []
+    for row in rows:
+        bounds = {metric: interval(row.scores[metric], rng=rng) for metric in ("dice", "hd95")}
+        memory = "peak_gpu_gb" if row.runs[0]["peak_gpu_gb"] is not None else "peak_resident_gb"
+        lines.append(
+            [
+                row.label,
+                f"{row.mean('dice'):.3f} ({bounds['dice'][0]:.3f}-{bounds['dice'][1]:.3f})",
+                f"{row.seeds_deviation('dice'):.3f}" if len(row.runs) > 1 else "",
+                *(f"{row.of_class(name, 'dice'):.3f}" for name in classes),
+                f"{row.mean('hd95'):.2f} ({bounds['hd95'][0]:.2f}-{bounds['hd95'][1]:.2f})",
+                f"{row.median('trainable_parameters') / 1e3:,.0f} k",
+                f"{row.median('stored_bytes') / 1e6:.2f} MB",
+                f"{row.median('seconds_per_step'):.3f}",
+                f"{row.median(memory):.2f} GB",
+            ]
+        )
+    return markdown(head, lines)
+
+
+def tests_table(rows: Sequence[Row]) -> list[str]:
+    """Differences between ranks, the row's less the column's, and whether chance explains them."""
+    found = {(one.name, other.name): (d, p) for one, other, d, p in paired_tests(rows, "dice")}
+    lines = []
+    for other in rows[1:]:
+        cells = [found.get((one.name, other.name)) for one in rows[:-1]]
+        lines.append([other.name, *("" if cell is None else f"{cell[0]:+.3f} (p {cell[1]:.2g})" for cell in cells)])
+    return markdown(["", *(row.name for row in rows[:-1])], lines)
+
+
+def plot_ranks(rows: Sequence[Row], baselines: Sequence[Row], path: Path, *, rng: np.random.Generator) -> None:
+    """Dice and HD95 against the rank."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    ranks = [row.runs[0]["config"]["rank"] for row in rows]
+    for axis, metric, label in zip(axes, ("dice", "hd95"), ("Dice", "HD95, mm"), strict=True):
+        means = np.array([row.mean(metric) for row in rows])
+        bounds = np.array([interval(row.scores[metric], rng=rng) for row in rows]).T
+        axis.errorbar(
+            ranks, means, yerr=np.abs(bounds - means), marker="o", capsize=4, label="mean, 95 % over seeds and cases"
+        )
+        for index, row in enumerate(rows):
+            seeds = np.nanmean(row.scores[metric], axis=1)
+            label_of_seeds = "each seed" if index == 0 else None
+            axis.plot([ranks[index]] * len(seeds), seeds, "k.", markersize=4, alpha=0.5, label=label_of_seeds)
+        for color, row in enumerate(baselines, start=1):
+            axis.axhline(row.mean(metric), color=f"C{color}", linestyle="--", label=row.label)
+        axis.set(xscale="log", xlabel="rank of LoRA on q and v", ylabel=label)
+        axis.set_xticks(ranks, [str(rank) for rank in ranks])
+        axis.minorticks_off()
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_costs(rows: Sequence[Row], path: Path) -> None:
+    """Dice against what is stored and what is held in memory."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    memory = "peak_gpu_gb" if rows[0].runs[0]["peak_gpu_gb"] is not None else "peak_resident_gb"
+    for axis, field, label, unit in (
+        (axes[0], "stored_bytes", "adapter on disk, MB", 1e6),
+        (axes[1], memory, "peak memory of training, GB", 1),
+    ):
+        for color, kind in enumerate(KINDS):
+            of_kind = [row for row in rows if row.kind == kind]
+            places = [(row.median(field) / unit, row.mean("dice")) for row in of_kind]
+            axis.scatter(*zip(*places, strict=True), color=f"C{color}", label=kind) if places else None
+            for row, place in zip(of_kind, places, strict=True):
+                axis.annotate(row.label, place, xytext=(4, 3), textcoords="offset points", fontsize=7)
+        axis.set(xlabel=label, ylabel="Dice", xscale="log" if field == "stored_bytes" else "linear")
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+@exit_on_error
+def main() -> None:
+    """Read results, print and plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="folder of lora_rank.py's JSONs, of one data set")
+    parser.add_argument("--output_dir", type=Path, help="default: beside that folder")
+    args = parser.parse_args()
+    mpl.use("Agg")
+    files = sorted(args.results.glob("*.json"))
+    if not files:
+        raise InputError(f"expected results of lora_rank.py in {args.results}, found none")
+    results = [read_json(file) for file in files]
+    data = sorted({run["data"] for run in results})
+    if len(data) > 1:
+        raise InputError(
+            f"expected results of one data set in {args.results}, found {', '.join(data)}; sort them apart"
+        )
+    rows = rows_of(results)
+    ranks = [row for row in rows if row.kind == "rank"]
+    out = args.output_dir or args.results.parent
+    out.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    seeds, cases = sorted({run["seed"] for run in results}), rows[0].scores["dice"].shape[1]
+    lines = [f"{data[0]}, base {results[0]['base']}, {len(seeds)} seeds, {cases} cases held out."]
+    lines += [TINY_SAM_NOTE] if any(run["base"] == TINY_SAM for run in results) else []
+    lines += ["", *table(rows, rng=rng)]
+    stem = f"lora_rank-{data[0]}"
+    if ranks:
+        plot_ranks(ranks, [row for row in rows if row.kind == "baseline"], out / f"{stem}-ranks.png", rng=rng)
+    if len(ranks) > 1:
+        lines += ["", "Dice of a row's rank less that of a column's:", "", *tests_table(ranks)]
+    plot_costs(rows, out / f"{stem}-costs.png")
+    text = "\n".join(lines) + "\n"
+    write_text(out / f"{stem}.md", text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
