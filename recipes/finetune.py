@@ -19,7 +19,7 @@ from datasets import Dataset
 from samed_peft import SamedConfig, TrainingConfig, push_to_hub
 from samed_peft.adapters import write_card
 from samed_peft.bases import recorded_base
-from samed_peft.config import TINY_SAM, add_options, from_options, lower_stop_epoch, option_values
+from samed_peft.config import METHOD_FIELDS, TINY_SAM, add_options, from_options, lower_stop_epoch, option_values
 from samed_peft.datasets import CaseVolumes, msd, splits
 from samed_peft.errors import exit_on_error
 from samed_peft.evaluation import format_table
@@ -31,18 +31,7 @@ from samed_peft.layouts import LabelledFolder, open_folder
 from samed_peft.training import state
 from samed_peft.training.fit import Run, fit
 
-SHAPE = (
-    "image_size",
-    "input_size",
-    "method",
-    "rank",
-    "alpha",
-    "targets",
-    "layers",
-    "rank_pattern",
-    "decoder",
-    "dropout",
-)
+SHAPE = ("image_size", "input_size", *METHOD_FIELDS)
 
 
 def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
@@ -142,6 +131,7 @@ def main() -> None:
     run = Run(config, training, rows, out, data, validation)
     adapter, settings = fit(run, accelerator=accelerator, resume=args.resume)
 
+    settings |= {"dataset": folder.name} if folder.name else {}
     # What is tested is what was saved, read back from disk.
     tested = load_segmenter(adapter, accelerator=accelerator)
     report = score_held_out(tested, *pairs(folder, test_cases), out, accelerator=accelerator, settings=settings)

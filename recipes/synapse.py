@@ -19,7 +19,9 @@ from samed_peft import SamedConfig, TrainingConfig, push_to_hub
 from samed_peft.adapters import write_card
 from samed_peft.bases import recorded_base
 from samed_peft.config import (
+    METHOD_FIELDS,
     SYNAPSE_CLASSES,
+    SYNAPSE_NAME,
     TINY_SAM,
     add_options,
     from_options,
@@ -38,18 +40,7 @@ from samed_peft.presets import DEMO, PRESETS
 from samed_peft.training import state
 from samed_peft.training.fit import Run, fit
 
-SHAPE = (
-    "image_size",
-    "input_size",
-    "method",
-    "rank",
-    "alpha",
-    "targets",
-    "layers",
-    "rank_pattern",
-    "decoder",
-    "dropout",
-)
+SHAPE = ("image_size", "input_size", *METHOD_FIELDS)
 
 
 def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
@@ -114,6 +105,8 @@ def main() -> None:
     run = Run(config, training, train_rows, out, data, validation)
     adapter, settings = fit(run, accelerator=accelerator, resume=args.resume)
 
+    if args.demo or not args.test_cases:  # cases of one's own may be of anywhere
+        settings |= {"dataset": "synthetic CT of samed_peft" if args.demo else SYNAPSE_NAME}
     # What is tested is what was saved, read back from disk.
     tested = load_segmenter(adapter, accelerator=accelerator)
     report = score_held_out(tested, *CaseVolumes.pairs(test_rows), out, accelerator=accelerator, settings=settings)

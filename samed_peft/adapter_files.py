@@ -4,22 +4,15 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import httpx2
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import LoraConfig, PeftConfig, PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor
 
-from samed_peft.config import SamedConfig, is_hub_id
+from samed_peft.adapter_source import CARD_FILE, CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
+from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.io import read_json, require_replaceable, tensor_shapes
 from samed_peft.modeling import require_base
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-PEFT_FILE = "adapter_config.json"
-CONFIG_FILE = "samed_config.json"
-CARD_FILE = "README.md"
 
 _OWN_FILES = "|".join(re.escape(name) for name in (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE))
 _OWN_FILES += r"|report\.(json|csv|html|md)|pictures"
@@ -55,23 +48,6 @@ def require_recorded_base(config: SamedConfig, folder: Path) -> None:
         ) from error
 
 
-def read_config(folder: Path) -> SamedConfig:
-    """`samed_config.json` of an adapter directory.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    if not (folder / CONFIG_FILE).is_file():
-        raise InputError(
-            f"{folder} is no adapter directory: it lacks {CONFIG_FILE}; save_adapter writes one, and SAMed's own "
-            ".pth files must be converted first"
-        )
-    try:
-        return SamedConfig.from_dict(read_json(folder / CONFIG_FILE))
-    except InputError as error:
-        raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
-
-
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
     """Refuse tensors whose names or shapes are not the expected ones.
 
@@ -93,50 +69,6 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
                 f"{path}: {key} should be {tuple(tensor.shape)} for this base, these classes and this rank, "
                 f"but is {tuple(found[key].shape)}"
             )
-
-
-def adapter_folder(source: str | Path, *, revision: str | None = None) -> Path:
-    """Where an adapter's files are; those of a Hub id are fetched, or found in the cache without a connection.
-
-    Args:
-        source: folder or Hub id.
-        revision: branch, tag or commit of the Hub's repository; None for its main branch.
-
-    Raises:
-        InputError: `source` is neither a folder nor a Hub id, or cannot be fetched.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        if revision is not None:
-            raise InputError(
-                f"expected no revision for the folder {source}, found {revision!r}: only repositories on the Hub have "
-                "revisions; leave it out"
-            )
-        return folder
-    if not is_hub_id(str(source)):
-        raise InputError(f"{source} is neither an adapter directory nor a Hub id such as name/adapter")
-    files = [WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE]
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=files))
-    except (httpx2.HTTPError, OSError, RuntimeError) as error:  # the last from xet
-        raise InputError(_fetch_problem(str(source), revision, error)) from error
-
-
-def _fetch_problem(source: str, revision: str | None, error: Exception) -> str:
-    fetched = f"the adapter {source}" + ("" if revision is None else f" at revision {revision}")
-    problem = f"{fetched} cannot be fetched from the Hub: "
-    if isinstance(error, RevisionNotFoundError):
-        return f"{problem}it has no such revision; give one of its branches, tags or commits"
-    if isinstance(error, RepositoryNotFoundError) or (
-        isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
-    ):
-        return f"{problem}it is not there, or not for you; check its name, and your token if it is private"
-    return f"{problem}{first_line(error)}; check its name, your connection and HF_TOKEN, or give its folder"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its kind where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def read_peft_config(folder: Path, config: SamedConfig) -> PeftConfig:

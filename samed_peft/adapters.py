@@ -11,19 +11,15 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 
 from samed_peft.adapter_files import (
-    CARD_FILE,
-    CONFIG_FILE,
     PEFT_ERRORS,
-    WEIGHTS_FILE,
-    adapter_folder,
     check_ranks,
     check_tensors,
-    read_config,
     read_peft_config,
     require_adapter_target,
     require_recorded_base,
     unusable,
 )
+from samed_peft.adapter_source import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, adapter_folder, read_config
 from samed_peft.bases import without_connection
 from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.errors import InputError

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from samed_peft.adapter_files import first_line
+from samed_peft.adapter_source import ADAPTER_FILES, first_line
 from samed_peft.errors import InputError
-from samed_peft.hub_content import ADAPTER_FILES, published_files
+from samed_peft.hub_content import published_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, RepoUrl

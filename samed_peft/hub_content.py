@@ -13,13 +13,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from samed_peft.adapter_files import CARD_FILE, CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE, read_config
+from samed_peft.adapter_source import (
+    ADAPTER_FILES,
+    CARD_FILE,
+    CONFIG_FILE,
+    PEFT_FILE,
+    WEIGHTS_FILE,
+    find_report,
+    read_config,
+)
 from samed_peft.config import TINY_SAM, TINY_SAM_NOTE, SamedConfig, is_hub_id
 from samed_peft.errors import InputError
 from samed_peft.io import list_folder, naming_unreadable, read_json, read_text, tensor_shapes
-
-ADAPTER_FILES = (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE)
-"""What makes an adapter; checkpoints and whatever else lies beside it stay here."""
 
 _WORD = r"""[^\s|`"'<>()\[\]{},;]"""
 _REST = rf"{_WORD}*(?:(?: (?![/\\~])(?:(?![:=/\\]){_WORD})+){{1,3}}[/\\]{_WORD}*)*"
@@ -54,7 +59,7 @@ def published_files(directory: str | Path, *, pictures: bool = False, cases: boo
     _require_complete(directory)
     config = read_config(directory)
     tensor_shapes(directory / WEIGHTS_FILE)
-    folder, report = _find_report(directory, config)
+    folder, report = find_report(directory, config)
     names = [] if cases else _case_names(report)
     published = {
         WEIGHTS_FILE: _plain_weights(_read(directory / WEIGHTS_FILE)),
@@ -171,24 +176,6 @@ def _host_names() -> list[str]:
     host = platform.node()  # such as gpu03.example.org or DESKTOP-1A2B; a plain word may be meant otherwise
     names = {host, host.split(".")[0]}
     return [name for name in sorted(names, key=len, reverse=True) if len(name) > 3 and re.search(r"[\d.-]", name)]
-
-
-def _find_report(directory: Path, config: SamedConfig) -> tuple[Path, dict[str, Any]]:
-    """The folder and content of the adapter's report; an empty one if there is none."""
-    around = Path(os.path.abspath(directory)).parent
-    scored = "model-index:" in read_text(directory / CARD_FILE)
-    for folder in (directory, *([around] if scored else [])):
-        if (folder / "report.json").is_file():
-            report = read_json(folder / "report.json")
-            if isinstance(report, dict) and _is_report_of(report, config):
-                return folder, report
-    return directory, {}
-
-
-def _is_report_of(report: Mapping[str, Any], config: SamedConfig) -> bool:
-    kinds = {"standard": dict, "samed": dict, "cases": list, "settings": dict}
-    complete = all(isinstance(report.get(key), kind) for key, kind in kinds.items())
-    return complete and tuple(report["standard"].get("classes", ())) == config.class_names
 
 
 def _report_files(folder: Path, report: Mapping[str, Any], config: SamedConfig, *, cases: bool) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ from samed_peft.errors import InputError
 from samed_peft.io import list_folder, read_json, suffix_of
 
 DATASET_FILE = "dataset.json"
+DECATHLON = "Medical Segmentation Decathlon"
 
 _ADVICE = "give the dataset.json of the Decathlon or of nnU-Net"
 
@@ -34,6 +35,8 @@ class LabelledFolder:
         images: case -> scan.
         labels: case -> label map.
         channel: number of the chosen channel where scans have several.
+        name: what `dataset.json` calls the data, with "Medical Segmentation Decathlon" before it in a folder named as
+            that's tasks are; None where nothing says.
     """
 
     root: Path
@@ -42,6 +45,7 @@ class LabelledFolder:
     images: Mapping[str, Path]
     labels: Mapping[str, Path]
     channel: int | None = None
+    name: str | None = None
 
 
 def open_folder(
@@ -90,7 +94,16 @@ def _open_listed(root: Path, channel: str | None, class_names: Sequence[str] | N
         images, labels = _listed_files(content["training"], root)
     # Of a single channel nothing is noted, so that a 4-D scan given to the adapter later is not taken silently.
     chosen = number if len(channels) > 1 else None
-    return LabelledFolder(root, names, channels[number], images, _partners(images, labels, root), chosen)
+    partners = _partners(images, labels, root)
+    return LabelledFolder(root, names, channels[number], images, partners, chosen, _name(content, root))
+
+
+def _name(content: Mapping[str, Any], root: Path) -> str | None:
+    name = content.get("name")
+    if not isinstance(name, str) or not name.strip():
+        return None
+    is_task = re.fullmatch(r"Task\d\d_\w+", root.name) is not None
+    return f"{DECATHLON}, {name.strip()}" if is_task else name.strip()
 
 
 def _one_file_a_channel(content: Mapping[str, Any], root: Path) -> bool:

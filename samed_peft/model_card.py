@@ -4,28 +4,56 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from samed_peft.config import TINY_SAM, SamedConfig, is_hub_id
+from samed_peft.config import METHODS, SYNAPSE_NAME, TINY_SAM, SamedConfig, is_hub_id
+from samed_peft.layouts import DECATHLON
 
-_TAGS = ["samed", "segment-anything", "lora", "medical", "image-segmentation"]
+_TAGS = ["samed", "segment-anything", "medical", "image-segmentation"]
 _CONVENTIONS = {
     "standard": "`standard`: millimetres; undefined scores are left out of the means.",
     "samed": "`samed`: voxels, absent organs scored as in the code of SAMed.",
 }
-_CITATIONS = """\
-```bibtex
+_USES_NO = {
+    "bitfit": ("rank", "targets"),
+    "decoder": ("rank", "targets"),
+    "full": ("rank", "targets"),
+    "ia3": ("rank",),
+}
+"""Settings that mean nothing to a method and are left out of its card."""
+
+_CITATIONS = {
+    "samed": """\
 @article{zhang2023samed,
   title   = {Customized Segment Anything Model for Medical Image Segmentation},
   author  = {Zhang, Kaidong and Liu, Dong},
   journal = {arXiv preprint arXiv:2304.13785},
   year    = {2023}
-}
+}""",
+    "sam": """\
 @article{kirillov2023segment,
   title   = {Segment Anything},
   author  = {Kirillov, Alexander and others},
   journal = {arXiv preprint arXiv:2304.02643},
   year    = {2023}
+}""",
+    SYNAPSE_NAME: """\
+@misc{landman2015btcv,
+  title  = {Multi-Atlas Labeling Beyond the Cranial Vault: Workshop and Challenge},
+  author = {Landman, Bennett and others},
+  doi    = {10.7303/syn3193805},
+  year   = {2015}
+}""",
+    DECATHLON: """\
+@article{antonelli2022decathlon,
+  title   = {The Medical Segmentation Decathlon},
+  author  = {Antonelli, Michela and others},
+  journal = {Nature Communications},
+  volume  = {13},
+  pages   = {4128},
+  doi     = {10.1038/s41467-022-30695-9},
+  year    = {2022}
+}""",
 }
-```"""
+"""BibTeX of what every adapter rests on, and of known data by the beginning of their names."""
 
 
 def model_card(
@@ -47,21 +75,21 @@ def model_card(
     parts = [
         _front_matter(config, report),
         f"# SAMed adapter of {base}",
-        f"A low-rank (LoRA) adapter that makes the Segment Anything Model `{base}` segment "
-        f"{len(config.class_names)} classes in medical scans, as proposed by SAMed (arXiv 2304.13785).",
+        f"An adapter that makes the Segment Anything Model `{base}` segment {_counted(config)} in medical scans, slice "
+        f"by slice and without prompts, as proposed by SAMed (arXiv 2304.13785). Method: {METHODS[config.method]}.",
         *_warnings(config),
         "## How to use",
         _usage(config),
         "## Classes",
         _table(("Label", "Class"), list(enumerate(config.class_names, start=1))),
-        "## Settings",
-        _table(("Setting", "Value"), _settings(config)),
     ]
     if report is not None:
         parts += ["## Scores", *_scores(report)]
+    parts += ["## Intended use and limits", _limits(config), "## Settings"]
+    parts.append(_table(("Setting", "Value"), _settings(config)))
     if training:
-        parts += ["## Training", _table(("Setting", "Value"), list(training.items()))]
-    parts += ["## Citation", _CITATIONS]
+        parts += ["## Training", *_trained_on(report), _table(("Setting", "Value"), list(training.items()))]
+    parts += ["## Citation", _citations(report)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -74,10 +102,42 @@ def _base_label(config: SamedConfig) -> str:
     return config.base if is_hub_id(config.base) else re.split(r"[/\\]", config.base.rstrip("/\\"))[-1]
 
 
+def _counted(config: SamedConfig) -> str:
+    number = len(config.class_names)
+    return "one class" if number == 1 else f"{number} classes"
+
+
+def _dataset(report: Mapping[str, Any] | None) -> str | None:
+    found = None if report is None else report["settings"].get("dataset")
+    return None if found is None else _text(found)
+
+
+def _trained_on(report: Mapping[str, Any] | None) -> list[str]:
+    dataset = _dataset(report)
+    return [] if dataset is None else [f"Trained on other cases of {dataset} than those scored above."]
+
+
+def _citations(report: Mapping[str, Any] | None) -> str:
+    dataset = _dataset(report) or ""
+    known = [text for name, text in _CITATIONS.items() if name in ("samed", "sam") or dataset.startswith(name)]
+    return "\n".join(["```bibtex", *known, "```"])
+
+
+def _limits(config: SamedConfig) -> str:
+    seen = "pictures and scans" if config.window is None else f"scans with intensities in {list(config.window)}"
+    lying = "" if config.orientation is None else f", whose slices lie as in {config.orientation} volumes"
+    return (
+        f"For research on {seen} like those it was trained on{lying}. Other scanners, protocols, patients and "
+        "pathologies than those it was scored on can give masks that are wrong without any sign of it. Whatever is "
+        "none of the classes above is background to it, and neighbouring slices know nothing of each other."
+    )
+
+
 def _front_matter(config: SamedConfig, report: Mapping[str, Any] | None) -> str:
     from huggingface_hub import ModelCardData
 
-    fields: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "image-segmentation", "tags": _TAGS}
+    tags = [*_TAGS, config.method]
+    fields: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "image-segmentation", "tags": tags}
     if is_hub_id(config.base):
         fields["base_model"] = config.base
     results = [] if report is None else _eval_results(report)
@@ -87,25 +147,31 @@ def _front_matter(config: SamedConfig, report: Mapping[str, Any] | None) -> str:
 
 
 def _eval_results(report: Mapping[str, Any]) -> list[Any]:
-    """Means in both conventions for the Hub's model-index; undefined ones are left out."""
+    """For the Hub's model-index: means, and Dice and HD95 of each class, both conventions; undefined ones left out."""
     from huggingface_hub import EvalResult
 
-    name = _text(report["settings"].get("dataset", "held-out cases"))
-    results = []
+    dataset = _dataset(report) or "held-out cases"
+    found = []
     for convention in _CONVENTIONS:
-        for metric, value in report[convention]["mean"].items():
-            if _is_defined(value):
-                results.append(
-                    EvalResult(
-                        task_type="image-segmentation",
-                        dataset_type="medical-scans",
-                        dataset_name=name,
-                        metric_type=metric,
-                        metric_name=f"{metric} ({convention})",
-                        metric_value=round(value, 4),
-                    )
-                )
-    return results
+        summary = report[convention]
+        found += [(metric, f"{metric} ({convention})", value) for metric, value in summary["mean"].items()]
+        found += [
+            (metric, f"{metric} of {name} ({convention})", scores[metric])
+            for name, scores in summary["classes"].items()
+            for metric in ("dice", "hd95")
+        ]
+    return [
+        EvalResult(
+            task_type="image-segmentation",
+            dataset_type="medical-scans",
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_name=name,
+            metric_value=round(value, 4),
+        )
+        for metric, name, value in found
+        if _is_defined(value)
+    ]
 
 
 def _warnings(config: SamedConfig) -> list[str]:
@@ -139,7 +205,8 @@ def _usage(config: SamedConfig) -> str:
 def _settings(config: SamedConfig) -> list[tuple[str, Any]]:
     values = config.to_dict()
     values["base"] = _base_label(config)
-    del values["class_names"]  # they have a table of their own
+    for name in ("class_names", *_USES_NO.get(config.method, ())):  # classes have a table of their own
+        del values[name]
     return [(name, value) for name, value in values.items() if value is not None]
 
 

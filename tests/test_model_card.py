@@ -2,6 +2,8 @@ import math
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig, is_hub_id
 from samed_peft.model_card import model_card
@@ -26,7 +28,7 @@ def test_the_front_matter_is_what_the_hub_reads():
     assert _front_matter(model_card(_config())) == {
         "library_name": "peft",
         "base_model": "facebook/sam-vit-base",
-        "tags": ["samed", "segment-anything", "lora", "medical", "image-segmentation"],
+        "tags": ["samed", "segment-anything", "medical", "image-segmentation", "lora"],
         "pipeline_tag": "image-segmentation",
     }
 
@@ -38,20 +40,56 @@ def test_scores_reach_the_model_index_and_a_table():
     (result,) = entry["results"]
     assert result["dataset"]["name"] == "Synapse test"
     assert [(m["name"], m["value"]) for m in result["metrics"]] == [
-        ("dice (standard)", 0.8188),
-        ("hd95 (standard)", 4.5),
-        ("dice (samed)", 0.8188),
-        ("hd95 (samed)", 4.5),
+        (name.format(convention), value)
+        for convention in ("standard", "samed")
+        for name, value in (
+            ("dice ({})", 0.8188),
+            ("hd95 ({})", 4.5),
+            ("dice of liver ({})", 0.8188),
+            ("hd95 of liver ({})", 4.5),
+        )
     ]
     assert "| liver | 0.8188 | 4.50 | 3/4 | 0.8188 | 4.50 |" in card
     assert "4 cases of Synapse test." in card
+
+
+def test_the_hubs_own_reader_understands_the_card():
+    card = ModelCard(model_card(_config(method="dora"), report=_report(), training={"epochs": 3}))
+    assert card.data.base_model == "facebook/sam-vit-base"
+    assert card.data.tags[-1] == "dora"
+    assert len(card.data.eval_results) == 8
+    again = ModelCard(str(card))
+    assert again.data.to_dict() == card.data.to_dict()
+    name, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert (name, len(results)) == ("SAMed adapter of facebook/sam-vit-base", 8)
+
+
+def test_method_and_data_are_named_and_cited():
+    card = model_card(_config(method="dora"), report=_report())
+    assert "arXiv 2402.09353" in card
+    assert "landman2015btcv" not in card
+    for dataset, cited in (
+        ("Synapse multi-organ CT (BTCV)", "landman2015btcv"),
+        ("Medical Segmentation Decathlon, Hippocampus", "antonelli2022decathlon"),
+    ):
+        report = _report()
+        report["settings"]["dataset"] = dataset
+        card = model_card(_config(), report=report, training={"epochs": 3})
+        assert cited in card
+        assert f"Trained on other cases of {dataset}" in card
+
+
+def test_settings_without_a_meaning_are_left_out():
+    assert "| rank | 4 |" in model_card(_config(method="oft"))
+    assert "| rank |" not in model_card(_config(method="bitfit"))
+    assert "| targets |" not in model_card(_config(method="full"))
 
 
 @pytest.mark.parametrize("undefined", [None, math.nan])
 def test_undefined_scores_are_left_out_of_the_model_index(undefined):
     card = model_card(_config(), report=_report(hd95=undefined))
     metrics = _front_matter(card)["model-index"][0]["results"][0]["metrics"]
-    assert [metric["type"] for metric in metrics] == ["dice", "dice"]
+    assert [metric["type"] for metric in metrics] == ["dice"] * 4
     assert "| liver | 0.8188 | n/a | 3/4 | 0.8188 | n/a |" in card
 
 

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from samed_peft.cli import convert, evaluate, export, predict, push
+from samed_peft.cli import convert, evaluate, export, info, predict, push
 from samed_peft.errors import exit_on_error
 
 
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog="exit codes: 0 done, 1 some cases failed, 2 wrong input",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (predict, evaluate, convert, export, push):
+    for command in (predict, evaluate, convert, export, push, info):
         command.add_parser(commands)
     args = parser.parse_args(arguments)
     args.run(args)

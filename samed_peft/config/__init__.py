@@ -1,6 +1,14 @@
 """What an adapter is (`SamedConfig`) and how it is trained (`TrainingConfig`)."""
 
-from samed_peft.config.adapter import CT_WINDOW_HU, SYNAPSE_CLASSES, TINY_SAM, TINY_SAM_NOTE, SamedConfig, is_hub_id
+from samed_peft.config.adapter import (
+    CT_WINDOW_HU,
+    SYNAPSE_CLASSES,
+    SYNAPSE_NAME,
+    TINY_SAM,
+    TINY_SAM_NOTE,
+    SamedConfig,
+    is_hub_id,
+)
 from samed_peft.config.methods import METHOD_FIELDS, METHODS
 from samed_peft.config.options import add_options, from_options, lower_stop_epoch, option_values
 from samed_peft.config.training import TrainingConfig
@@ -10,6 +18,7 @@ __all__ = [
     "METHODS",
     "METHOD_FIELDS",
     "SYNAPSE_CLASSES",
+    "SYNAPSE_NAME",
     "TINY_SAM",
     "TINY_SAM_NOTE",
     "SamedConfig",

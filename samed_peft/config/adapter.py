@@ -21,6 +21,9 @@ SYNAPSE_CLASSES = (
 )
 """The eight organs of Synapse multi-organ CT in SAMed's order; label k is `SYNAPSE_CLASSES[k - 1]`."""
 
+SYNAPSE_NAME = "Synapse multi-organ CT (BTCV)"
+"""What reports and model cards call that data."""
+
 CT_WINDOW_HU = (-125.0, 275.0)
 """Hounsfield units that SAMed (arXiv 2304.13785) clips to before scaling to [0, 1]."""
 

@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import SamModel
 
-from samed_peft.adapter_files import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
+from samed_peft.adapter_source import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
 from samed_peft.adapters import load_adapter
 from samed_peft.bases import without_connection
 from samed_peft.checkpoints import resize_positions, semantic_config

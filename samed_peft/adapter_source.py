@@ -1,0 +1,106 @@
+"""Where an adapter's files are, on this disk or on the Hub, and what it says of itself; without PyTorch."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+from samed_peft.config import SamedConfig, is_hub_id
+from samed_peft.errors import InputError
+from samed_peft.io import read_json, read_text
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_FILE = "adapter_config.json"
+CONFIG_FILE = "samed_config.json"
+CARD_FILE = "README.md"
+REPORT_FILE = "report.json"
+
+ADAPTER_FILES = (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE)
+"""What makes an adapter; checkpoints and whatever else lies beside it are no part of it."""
+
+
+def read_config(folder: Path) -> SamedConfig:
+    """`samed_config.json` of an adapter directory.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(
+            f"{folder} is no adapter directory: it lacks {CONFIG_FILE}; save_adapter writes one, and SAMed's own "
+            ".pth files must be converted first"
+        )
+    try:
+        return SamedConfig.from_dict(read_json(folder / CONFIG_FILE))
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
+
+
+def adapter_folder(source: str | Path, *, revision: str | None = None) -> Path:
+    """Where an adapter's files are; those of a Hub id are fetched, or found in the cache without a connection.
+
+    Args:
+        source: folder or Hub id.
+        revision: branch, tag or commit of the Hub's repository; None for its main branch.
+
+    Raises:
+        InputError: `source` is neither a folder nor a Hub id, or cannot be fetched.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise InputError(
+                f"expected no revision for the folder {source}, found {revision!r}: only repositories on the Hub have "
+                "revisions; leave it out"
+            )
+        return folder
+    if not is_hub_id(str(source)):
+        raise InputError(f"{source} is neither an adapter directory nor a Hub id such as name/adapter")
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=[*ADAPTER_FILES, REPORT_FILE]))
+    except (httpx2.HTTPError, OSError, RuntimeError) as error:  # the last from xet
+        raise InputError(_fetch_problem(str(source), revision, error)) from error
+
+
+def _fetch_problem(source: str, revision: str | None, error: Exception) -> str:
+    fetched = f"the adapter {source}" + ("" if revision is None else f" at revision {revision}")
+    problem = f"{fetched} cannot be fetched from the Hub: "
+    if isinstance(error, RevisionNotFoundError):
+        return f"{problem}it has no such revision; give one of its branches, tags or commits"
+    if isinstance(error, RepositoryNotFoundError) or (
+        isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
+    ):
+        return f"{problem}it is not there, or not for you; check its name, and your token if it is private"
+    return f"{problem}{first_line(error)}; check its name, your connection and HF_TOKEN, or give its folder"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def find_report(directory: Path, config: SamedConfig) -> tuple[Path, dict[str, Any]]:
+    """The folder and content of the adapter's report; an empty one if there is none.
+
+    A report counts as the adapter's if it names the same classes and lies in its folder, or in the folder around it
+    where the model card shows scores.
+    """
+    around = Path(os.path.abspath(directory)).parent
+    card = directory / CARD_FILE
+    scored = card.is_file() and "model-index:" in read_text(card)
+    for folder in (directory, *([around] if scored else [])):
+        if (folder / REPORT_FILE).is_file():
+            report = read_json(folder / REPORT_FILE)
+            if isinstance(report, dict) and _is_report_of(report, config):
+                return folder, report
+    return directory, {}
+
+
+def _is_report_of(report: Mapping[str, Any], config: SamedConfig) -> bool:
+    kinds = {"standard": dict, "samed": dict, "cases": list, "settings": dict}
+    complete = all(isinstance(report.get(key), kind) for key, kind in kinds.items())
+    return complete and tuple(report["standard"].get("classes", ())) == config.class_names

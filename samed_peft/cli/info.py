@@ -1,0 +1,34 @@
+"""`samed info`: what an adapter is, in one screen."""
+
+import argparse
+
+from samed_peft.cli.options import Commands, new_command
+
+_DESCRIPTION = """\
+Shows what an adapter is: its classes, base, method, input and sizes, and its scores where it was evaluated. Nothing but
+the adapter's own files is read."""
+
+_EPILOG = """\
+samed info runs/synapse/adapter
+samed info NAME/REPOSITORY --json
+
+exit codes: 0 done, 2 wrong input"""
+
+
+def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
+    """Add the subcommand."""
+    parser = new_command(commands, "info", help="what an adapter is", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder, or Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of an adapter on the Hub")
+    parser.add_argument("--json", action="store_true", help="everything as one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print one adapter's description."""
+    import json
+
+    from samed_peft.adapter_info import adapter_info, info_text
+
+    info = adapter_info(args.adapter, revision=args.revision)
+    print(json.dumps(info, indent=2, ensure_ascii=False) if args.json else info_text(info))
