@@ -34,6 +34,7 @@ from samed_peft.methods import adapter_tensors, initial_updates, is_kept_as_lora
 from samed_peft.model_card import model_card
 from samed_peft.modeling import SamForSemanticSegmentation, load_sam
 from samed_peft.precision import DTYPES
+from samed_peft.quantization import quantize_layers
 
 UNUSED_PROMPTS = (
     *(f"prompt_encoder.point_embed.{index}" for index in range(4)),
@@ -87,6 +88,8 @@ def _attach(model: SamForSemanticSegmentation, peft_config: PeftConfig, config: 
         base_sha256=model.base_sha256,
         base_revision=config.base_revision or model.base_revision,
     )
+    if config.method == "qlora":
+        quantize_layers(model.vision_encoder.layers)
     peft_config.base_model_name_or_path = None  # PEFT warns where it finds a name other than its own guess
     with warnings.catch_warnings():
         # PEFT 0.21 asks Transformers 5.23 by a name that is on its way out; users can do nothing about it.

@@ -47,6 +47,8 @@ class SamEncoderLayer(GradientCheckpointingLayer):
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Type that a product with `weight` is computed in: autocast's where it is on, else the weight's own."""
+    """Type that a product with `weight` is computed in: autocast's where it is on, else its own, float32 for 4 bits."""
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype if weight.is_floating_point() else torch.float32

@@ -17,6 +17,7 @@ from samed_peft.config import SamedConfig
 from samed_peft.config.methods import ATTENTION_TARGETS, MLP_TARGETS, WITHOUT_LAYERS
 from samed_peft.errors import InputError
 from samed_peft.io import save_tensors
+from samed_peft.quantization import dequantize_layers
 
 STARTS_FROM_WEIGHTS = ("pissa", "olora")
 """Methods that take their start out of the base's weights, and are written as LoRA of twice the rank."""
@@ -130,13 +131,14 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
 
 
 def merged(model: PeftModel) -> nn.Module:
-    """The base with an adapter added to its weights, and nothing of PEFT left.
+    """The base with an adapter added to its weights, and nothing of PEFT left; 4-bit weights are unpacked.
 
     PEFT's own `merge_and_unload` does not get past modules trained in full with most methods but LoRA.
 
     Raises:
         NotImplementedError: the method is no change of weights.
     """
+    dequantize_layers(model)
     model.base_model.merge_adapter()
     base = model.get_base_model()
     for name, module in list(base.named_modules()):

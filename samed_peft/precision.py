@@ -36,7 +36,7 @@ def hold_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
     for name, module in model.named_modules():
         if "vision_encoder" not in name.split("."):
             continue
-        if isinstance(module, nn.Linear | nn.Conv2d) and id(module) not in kept:
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.is_floating_point() and id(module) not in kept:
             if not any(parameter.requires_grad for parameter in module.parameters()):
                 module.to(dtype)
         elif isinstance(module, BaseTunerLayer):

@@ -31,7 +31,8 @@ from samed_peft.training import (
 from samed_peft.training.adalora import allocation_tensors, share_out_ranks
 
 CONFIG = SamedConfig("tiny-sam", ("body", "head"), image_size=64, window=None)
-EVERY = [(method, "full") for method in METHODS] + [(m, "lora") for m in METHODS if m not in DECODER_IN_FULL]
+WITHOUT_EXTRAS = [method for method in METHODS if method != "qlora"]  # that one has a file of its own
+EVERY = [(m, "full") for m in WITHOUT_EXTRAS] + [(m, "lora") for m in WITHOUT_EXTRAS if m not in DECODER_IN_FULL]
 STORED_AS_LORA = ("pissa", "olora", "adalora")
 
 
@@ -206,7 +207,7 @@ def test_what_is_plain_lora_in_the_end_is_exported(method, pixels, tmp_path):
         ({"method": "dora"}, "holds plain LoRA alone"),
         ({"method": "decoder"}, "found none \\(decoder\\)"),
         ({"method": "bitfit"}, "found none \\(bitfit\\)"),
-        ({"method": "vera"}, "found VeraConfig|found none"),
+        ({"method": "vera"}, "found none \\(vera\\)"),
         ({"rank_pattern": {"q_proj": 2}}, "found ranks 2, 4"),
         ({"targets": ("q_proj", "lin1")}, "found some on lin1"),
     ],

@@ -11,6 +11,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "pissa": "LoRA that starts from the largest singular values of the weights (arXiv 2404.02948)",
         "olora": "LoRA that starts from a QR decomposition of the weights (arXiv 2406.01775)",
         "adalora": "LoRA whose ranks are shared out between layers in training (arXiv 2303.10512)",
+        "qlora": "LoRA on an encoder held in 4 bits (arXiv 2305.14314)",
         "vera": "fixed random matrices shared by all layers, trained vectors between them (arXiv 2310.11454)",
         "oft": "block-diagonal rotations of the inputs, the rank is the size of a block (arXiv 2306.07280)",
         "ia3": "a factor for each output (arXiv 2205.05638)",
@@ -21,11 +22,10 @@ METHODS: Mapping[str, str] = MappingProxyType(
 )
 """What `SamedConfig.method` can be; the mask decoder is trained with each of them."""
 
-LOW_RANK = ("lora", "rslora", "dora", "pissa", "olora", "adalora")
+LOW_RANK = ("lora", "rslora", "dora", "pissa", "olora", "adalora", "qlora")
 """Methods that add a product of two matrices, with `alpha`."""
 
-WITH_RANK = (*LOW_RANK, "vera", "oft")
-WITH_RANK_PATTERN = ("lora", "rslora", "dora", "pissa", "olora")
+WITH_RANK_PATTERN = ("lora", "rslora", "dora", "pissa", "olora", "qlora")
 WITH_DROPOUT = (*LOW_RANK, "vera", "oft")
 WITHOUT_LAYERS = ("bitfit", "decoder", "full")
 """Methods that choose no linear layers, so that `targets` and `layers` mean nothing to them."""

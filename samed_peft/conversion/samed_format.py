@@ -291,8 +291,10 @@ def require_plain_lora(adapted: PeftModel, source: str | Path, *, targets: Seque
     """
     lora = adapted.peft_config["default"]
     layers = [(n, m) for n, m in adapted.named_modules() if isinstance(m, LoraLayer) and ".vision_encoder." in n]
-    if not isinstance(lora, LoraConfig) or lora.use_dora or lora.bias != "none" or not layers:
-        kind = type(lora).__name__ if layers else f"none ({adapted.samed_config.method})"
+    method = adapted.samed_config.method
+    is_plain = isinstance(lora, LoraConfig) and not lora.use_dora and lora.bias == "none" and method != "qlora"
+    if not is_plain or not layers:
+        kind = f"{type(lora).__name__} of {method}" if layers else f"none ({method})"
         raise InputError(
             f"this format holds plain LoRA alone, found {kind} in {source}; export it with --format merged"
         )
