@@ -207,7 +207,8 @@ def _settings(config: SamedConfig) -> list[tuple[str, Any]]:
     values["base"] = _base_label(config)
     for name in ("class_names", *_USES_NO.get(config.method, ())):  # classes have a table of their own
         del values[name]
-    return [(name, value) for name, value in values.items() if value is not None]
+    listed = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
+    return [(name, value) for name, value in listed.items() if value is not None]
 
 
 def _scores(report: Mapping[str, Any]) -> list[str]:

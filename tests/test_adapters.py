@@ -108,6 +108,12 @@ def test_plain_peft_opens_the_folder(saved, golden_config, golden_model, pixels)
     assert logits(PeftModel.from_pretrained(base, saved).eval(), pixels).equal(logits(golden_model, pixels))
 
 
+def test_weights_are_as_readable_as_any_file(saved, tmp_path):
+    (tmp_path / "any").touch()
+    modes = {path.stat().st_mode for path in (*saved.iterdir(), tmp_path / "any")}
+    assert len(modes) == 1
+
+
 def test_saving_again_replaces_the_adapter(saved, fresh_model, golden_config, pixels):
     load_samed_weights(fresh_model, GOLDEN / "train_end.pth")
     save_adapter(fresh_model, saved, config=golden_config)

@@ -279,6 +279,22 @@ def test_adalora_ends_with_the_mean_rank_asked_for(pixels, tmp_path):
         export_samed(tmp_path / "adapter", tmp_path / "samed.pth")
 
 
+@pytest.mark.parametrize("method", ["dora", "pissa", "vera", "oft", "bitfit", "full"])
+def test_others_resume_to_the_bit_as_well(method, tmp_path):
+    config, training = dataclasses.replace(CONFIG, method=method), dataclasses.replace(TRAINING, epochs=2, stop_epoch=2)
+    accelerator, found = Accelerator(cpu=True), []
+    for resumed in (False, True):
+        model = fresh(config)
+        model, optimizer = accelerator.prepare(model, build_optimizer(model, weight_decay=0.1))
+        start = load_checkpoint(tmp_path, model, optimizer, accelerator=accelerator).step if resumed else 0
+        for step in steps(model, optimizer, training, start=start, accelerator=accelerator):
+            if step.number == 3 and not resumed:
+                save_checkpoint(tmp_path, model, optimizer, progress=Progress(3), accelerator=accelerator)
+        assert start == (3 if resumed else 0)
+        found.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    assert all(tensor.equal(found[1][name]) for name, tensor in found[0].items())
+
+
 @pytest.mark.parametrize("stop", [1, 9, 17])  # before, within and after the share-out
 def test_adalora_resumes_to_the_bit(stop, tmp_path):
     accelerator = Accelerator(cpu=True)

@@ -33,6 +33,16 @@ def _temporary_sibling(path: Path) -> Path:
     return path.with_name(f".tmp-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
+def _let_others_read(file: Path) -> None:
+    """Give a file the permissions of any new one: safetensors makes its files for their owner alone."""
+    probe = _temporary_sibling(file)
+    probe.touch()
+    usual = probe.stat().st_mode & 0o777
+    probe.unlink()
+    if file.stat().st_mode & 0o777 != usual:
+        file.chmod(usual)
+
+
 def _process_is_alive(pid: int) -> bool:
     if os.name == "nt":
         return True  # os.kill(pid, 0) would end the process there
@@ -133,6 +143,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     temporary = _temporary_sibling(path)
     try:
         yield temporary
+        _let_others_read(temporary)
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -166,6 +177,7 @@ def recover_dir(path: str | Path) -> None:
 def _sync_tree(directory: Path) -> None:
     for root, _, names in os.walk(directory):
         for name in names:
+            _let_others_read(Path(root, name))
             _sync(Path(root, name))
         _sync(Path(root))
 
