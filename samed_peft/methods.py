@@ -45,8 +45,8 @@ def peft_settings(config: SamedConfig, *, trained_in_full: list[str], num_layers
     match config.method:
         case "ia3":
             # Factors belong to what an MLP holds between its two layers: to the input of the second.
-            between = adapted_layers(dataclasses.replace(config, targets=("lin2",))) if "lin2" in config.targets else []
-            return IA3Config(feedforward_modules=between, **shared)
+            between = adapted_layers(dataclasses.replace(config, targets=("lin2",), decoder="full"))
+            return IA3Config(feedforward_modules=between if "lin2" in config.targets else [], **shared)
         case "oft":
             return OFTConfig(r=0, oft_block_size=config.rank, module_dropout=config.dropout, **shared)
         case "vera":

@@ -134,6 +134,16 @@ def test_layers_targets_and_patterns_choose_what_is_adapted(pixels, tmp_path):
     assert logits(load_adapter(tmp_path / "adapter"), pixels).equal(logits(model, pixels))
 
 
+def test_factors_of_an_mlp_are_of_its_second_inputs(pixels, tmp_path):
+    config = dataclasses.replace(CONFIG, method="ia3", targets=("v_proj", "lin1", "lin2"), decoder="lora")
+    model = trained(config)
+    sizes = {n.split(".")[-3]: p.numel() for n, p in model.named_parameters() if "ia3_l" in n and "vision_encoder" in n}
+    vision = model.config.vision_config
+    assert sizes == {"v_proj": vision.hidden_size, "lin1": vision.mlp_dim, "lin2": vision.mlp_dim}
+    save_adapter(model, tmp_path / "adapter", config=config)
+    assert logits(load_adapter(tmp_path / "adapter"), pixels).equal(logits(model, pixels))
+
+
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_a_pattern_of_ranks_survives_the_way_to_lora(method, pixels, tmp_path):
     pattern = {r"q_proj": 2}
@@ -277,6 +287,17 @@ def test_adalora_ends_with_the_mean_rank_asked_for(pixels, tmp_path):
     torch.testing.assert_close(logits(loaded, pixels), logits(model.eval(), pixels), atol=1e-6, rtol=0)
     with pytest.raises(InputError, match="found ranks"):
         export_samed(tmp_path / "adapter", tmp_path / "samed.pth")
+
+
+@pytest.mark.parametrize("number_of_steps", [1, 2, 4])
+def test_adalora_takes_the_shortest_trainings(number_of_steps):
+    model, optimizer = adalora(number_of_steps)
+    short = dataclasses.replace(TRAINING, batch_size=8 if number_of_steps == 1 else 4, epochs=1, stop_epoch=1)
+    if number_of_steps == 4:
+        short = dataclasses.replace(short, epochs=2, stop_epoch=2)
+    assert len(list(steps(model, optimizer, short))) == number_of_steps
+    kept = sum(int((layer.lora_E["default"] != 0).sum()) for layer in adapted(model).values())
+    assert kept == 12 * (CONFIG.rank if number_of_steps > 1 else round(1.5 * CONFIG.rank))
 
 
 @pytest.mark.parametrize("method", ["dora", "pissa", "vera", "oft", "bitfit", "full"])

@@ -16,7 +16,7 @@ def _tuner(model: nn.Module) -> AdaLoraModel | None:
 def share_out_ranks(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int) -> None:
     """Have ranks given up after steps of an optimizer, so that the mean rank falls from 1.5 times to the one asked for.
 
-    Nothing is done for other methods than AdaLoRA.
+    Nothing is done for other methods than AdaLoRA, nor in a single step, which has nothing to go by.
 
     Args:
         model: from `add_lora`, prepared or not.
@@ -24,7 +24,7 @@ def share_out_ranks(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps
         steps: of the whole training, those before a resumption included.
     """
     tuner = _tuner(model)
-    if tuner is None:
+    if tuner is None or steps < 2:
         return
     settings = tuner.peft_config["default"]
     settings.total_step = steps
