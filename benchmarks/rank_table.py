@@ -195,7 +195,7 @@ def plot_ranks(rows: Sequence[Row], baselines: Sequence[Row], path: Path, *, rng
         axis.set(xscale="log", xlabel="rank of LoRA on q and v", ylabel=label)
         axis.set_xticks(ranks, [str(rank) for rank in ranks])
         axis.minorticks_off()
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -212,9 +212,17 @@ def plot_costs(rows: Sequence[Row], path: Path) -> None:
             of_kind = [row for row in rows if row.kind == kind]
             places = [(row.median(field) / unit, row.mean("dice")) for row in of_kind]
             axis.scatter(*zip(*places, strict=True), color=f"C{color}", label=kind) if places else None
-            for row, place in zip(of_kind, places, strict=True):
-                axis.annotate(row.label, place, xytext=(4, 3), textcoords="offset points", fontsize=7)
-        axis.set(xlabel=label, ylabel="Dice", xscale="log" if field == "stored_bytes" else "linear")
+        # Left and right in turn, from the worst up, so that names of neighbours lie apart.
+        for number, row in enumerate(sorted(rows, key=lambda row: row.mean("dice"))):
+            place, side = (row.median(field) / unit, row.mean("dice")), 1 if number % 2 else -1
+            style = {"ha": "left" if side > 0 else "right", "va": "center", "fontsize": 7}
+            axis.annotate(row.label, place, xytext=(6 * side, 0), textcoords="offset points", **style)
+        axis.margins(x=0.15)
+        axis.set(xlabel=label, ylabel="Dice")
+        if field == "stored_bytes":
+            axis.set_xscale("log")
+            for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+                ticks(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else "")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
