@@ -127,8 +127,8 @@ def _limits(config: SamedConfig) -> str:
     seen = "pictures and scans" if config.window is None else f"scans with intensities in {list(config.window)}"
     lying = "" if config.orientation is None else f", whose slices lie as in {config.orientation} volumes"
     return (
-        f"For research on {seen} like those it was trained on{lying}. Other scanners, protocols, patients and "
-        "pathologies than those it was scored on can give masks that are wrong without any sign of it. Whatever is "
+        f"For research on {seen} like those it was trained on{lying}. Other scanners, protocols, people and "
+        "diseases than those it was scored on can give masks that are wrong without any sign of it. Whatever is "
         "none of the classes above is background to it, and neighbouring slices know nothing of each other."
     )
 

@@ -4,8 +4,8 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,39 +25,60 @@ from samed_peft.modeling import load_sam  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Start lora_rank.py on four small scans; returns the process."""
+def options_of(tmp_path_factory):
+    """Options of lora_rank.py for four small scans."""
     root = tmp_path_factory.mktemp("ranks")
     write_balls(root / "balls")
-    # One thread: two that wait for each other stand still on a busy machine.
-    environment = os.environ | {"HF_DATASETS_CACHE": str(root / "cache"), "ACCELERATE_USE_CPU": "true"}
-    environment["OMP_NUM_THREADS"] = "1"
 
-    def start(folder, *options, epochs=1):
+    def options_of(folder, *options, epochs=1):
         where = {"--data_dir": root / "balls", "--output_dir": folder, "--results_dir": folder / "r"}
         small = {"--image_size": 64, "--batch_size": 4, "--epochs": epochs, "--num_workers": 0, "--warmup_steps": 2}
         small |= {"--test_cases": "p3_a", "--checkpoint_steps": 1}
         own, recipes = (itertools.chain.from_iterable(options.items()) for options in (where, small))
-        command = [sys.executable, BENCHMARKS / "lora_rank.py", "--base", "tiny-sam", *own, *options, "--", *recipes]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-        return subprocess.Popen([*map(str, command)], env=environment, **pipes)
+        return [*map(str, ["--base", "tiny-sam", *own, *options, "--", *recipes])]
 
-    return start
+    return options_of
 
 
-FEW = ["--placements", "--methods", "--seeds", "0"]
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    # One thread: two that wait for each other stand still on a busy machine.
+    for name, value in (
+        ("HF_DATASETS_CACHE", tmp_path / "cache"),
+        ("ACCELERATE_USE_CPU", "true"),
+        ("OMP_NUM_THREADS", 1),
+    ):
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.fixture
+def call(environment, monkeypatch, capsys):
+    """Call lora_rank.py's main; returns (exit code, stdout, stderr)."""
+
+    def call(options):
+        monkeypatch.setattr(sys, "argv", ["lora_rank.py", *options])
+        code, before = 0, signal.getsignal(signal.SIGTERM)
+        try:
+            lora_rank.main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.mark.slow
-def test_runs_are_written_once_and_failed_ones_tried_again(start, tmp_path):
+def test_runs_are_written_once_and_failed_ones_tried_again(call, options_of, tmp_path):
     options = ["--ranks", "1", "--placements", "--methods", "oft", "--rank", "1", "--seeds", "0"]
-    planned, _ = start(tmp_path, *options, "--dry_run").communicate(timeout=100)
-    assert planned.startswith("2 runs, 0 finished; their time is known once one of them has finished\n")
+    code, printed, _ = call(options_of(tmp_path, *options, "--dry_run"))
+    assert code == 0
+    assert printed.startswith("2 runs, 0 finished; their time is known once one of them has finished\n")
     assert not (tmp_path / "r").exists()
 
-    process = start(tmp_path, *options)  # oft has no blocks of 1
-    printed, _ = process.communicate(timeout=250)
-    assert process.returncode == 1
+    code, printed, _ = call(options_of(tmp_path, *options))  # oft has no blocks of 1
+    assert code == 1
     assert "[1/2] balls-rank-rank_1-seed0: Dice " in printed
     assert "[2/2] balls-method-oft-seed0 failed with 1: error: rank, the size of oft's blocks, must be" in printed
     (path,) = (tmp_path / "r").iterdir()
@@ -72,33 +93,34 @@ def test_runs_are_written_once_and_failed_ones_tried_again(start, tmp_path):
     assert result["machine"]["versions"]["peft"]
     assert str(tmp_path) not in path.read_text()
 
-    process = start(tmp_path, *options)
-    printed, _ = process.communicate(timeout=100)
-    assert process.returncode == 1
+    code, printed, _ = call(options_of(tmp_path, *options, "--dry_run"))
     assert printed.startswith("2 runs, 1 finished; about ")
-    process = start(tmp_path, *options, epochs=2)
-    assert "is of a run with other options" in process.communicate(timeout=100)[1]
-    assert process.returncode == 2
+    assert len(printed.splitlines()) == 2
+    code, _, errors = call(options_of(tmp_path, *options, epochs=2))
+    assert code == 2
+    assert "is of a run with other options" in errors
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_from_its_checkpoint(start, tmp_path):
-    process = start(tmp_path, "--ranks", "1", *FEW, epochs=40)
-    run, deadline = tmp_path / "balls-rank-rank_1-seed0", time.monotonic() + 100
-    while not list(run.glob("checkpoints/step-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
+def test_a_stopped_run_goes_on_from_its_checkpoint(call, options_of, tmp_path):
+    options = options_of(tmp_path, "--ranks", "1", "--placements", "--methods", "--seeds", "0", epochs=16)
+    run, steps = tmp_path / "balls-rank-rank_1-seed0", 16 * 5
+
+    def stop_after_a_checkpoint():
+        while not list(run.glob("checkpoints/step-*")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_after_a_checkpoint, daemon=True).start()
+    code, _, errors = call(options)
+    assert code == 75, errors
     assert "the same command goes on with it" in errors
     (stopped,) = run.glob("checkpoints/step-*")
     assert not (tmp_path / "r").exists()
-    done, total = int(stopped.name.removeprefix("step-")), int(40 * np.ceil(18 / 4))
-    process = start(tmp_path, "--ranks", "1", *FEW, epochs=40)
-    assert process.wait(timeout=200) == 0
-    assert 0 < done < total
-    resources = json.loads((run / "resources.json").read_text())
-    assert resources["steps"] == total - done
+    done = int(stopped.name.removeprefix("step-"))
+    assert 0 < done < steps
+    assert call(options)[0] == 0
+    assert json.loads((run / "resources.json").read_text())["steps"] == steps - done
     assert len(list((tmp_path / "r").iterdir())) == 1
 
 
