@@ -2,12 +2,16 @@
 
 import json
 import os
+import runpy
+import sys
 from pathlib import Path
 
+import datasets
 import nibabel
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 
 from samed_peft.adapters import add_lora
@@ -89,6 +93,26 @@ def npz(name: str) -> dict[str, np.ndarray]:
     """A golden `.npz`, read whole."""
     with np.load(GOLDEN / name) as data:
         return {key: data[key] for key in data.files}
+
+
+@pytest.fixture
+def call_recipe(monkeypatch, capsys, tmp_path_factory):
+    """Run a recipe in this process, which saves the seconds that its imports take; returns (exit code, stderr)."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    def call_recipe(path, *options):
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, options)])
+        code = 0
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        return code, capsys.readouterr().err
+
+    yield call_recipe
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_balls(root):

@@ -104,15 +104,16 @@ def test_from_colour_pictures_to_a_report(run, tmp_path):
         (("--output_dir", RECIPE, "--data_dir", "nowhere"), "found a file; choose another name"),
     ],
 )
-def test_bad_input_ends_with_one_message(run, scans, tmp_path, options, message):
-    code, _, stderr = run("--data_dir", scans, "--output_dir", tmp_path / "out", *SMALL, "--folds", 3, *options)
+def test_bad_input_ends_with_one_message(call_recipe, scans, tmp_path, options, message):
+    given = ("--data_dir", scans, "--output_dir", tmp_path / "out", *SMALL, "--folds", 3, *options)
+    code, stderr = call_recipe(RECIPE, *given)
     assert code == 2, stderr
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert re.search(message, line)
     assert not (tmp_path / "out").exists()
 
 
-def test_held_out_cases_are_read_before_the_training(run, scans, tmp_path):
+def test_held_out_cases_are_read_before_the_training(call_recipe, scans, tmp_path):
     shutil.copytree(scans, tmp_path / "data")
     path = tmp_path / "data" / "labelsTr" / "p3_a.nii.gz"
     label = nibabel.load(path)
@@ -120,6 +121,6 @@ def test_held_out_cases_are_read_before_the_training(run, scans, tmp_path):
     options = ("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", *SMALL)
     for held_out in (("--test_cases", "p3_a"), ("--test_cases", "p2_a", "--validation_cases", "p3_a")):
         epochs = ("--validate_epochs", "1") if len(held_out) > 2 else ()
-        code, _, stderr = run(*options, *held_out, *epochs)
+        code, stderr = call_recipe(RECIPE, *options, *held_out, *epochs)
         assert (code, "p3_a.nii.gz hold 2, but only 0..1" in stderr) == (2, True), stderr
         assert not (tmp_path / "out").exists()

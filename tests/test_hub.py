@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -415,8 +416,9 @@ def test_a_refused_upload_is_no_commit(hub):
     assert commits(hub) == [FILES]
 
 
-@pytest.mark.slow
-def test_an_upload_that_never_succeeds_ends(hub):
+def test_an_upload_that_never_succeeds_ends(hub, monkeypatch):
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.05)))
     hub.faults["upload"] = [503] * 99
     with pytest.raises(InputError, match=r"did not take the adapter for someone/liver \(503: no luck\)"):
         send_files(FILES, REPO)

@@ -204,7 +204,6 @@ def test_the_small_preset_trains_and_its_adapter_is_scored(run, scans, tmp_path)
     assert "must not be lost" in stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -218,34 +217,44 @@ def test_the_small_preset_trains_and_its_adapter_is_scored(run, scans, tmp_path)
         (["--data_dir", "{scans}", "--test_cases", "5"], r"cases \[5\] are in both the train and the test split"),
     ],
 )
-def test_bad_input_ends_with_one_message_and_writes_nothing(run, scans, tmp_path, options, message):
+def test_bad_input_ends_with_one_message_and_writes_nothing(call_recipe, scans, tmp_path, options, message):
     given = [option.format(scans=scans, golden=GOLDEN) for option in options]
-    code, _, stderr = run(*SMALL, "--output_dir", tmp_path / "run", *given)
+    code, stderr = call_recipe(RECIPES / "synapse.py", *SMALL, "--output_dir", tmp_path / "run", *given)
     assert code == 2, stderr
     assert re.search(message, stderr), stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_another_runs_folder_is_left_alone(finished, run, scans):
+def test_another_runs_folder_is_left_alone(finished, call_recipe, scans):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    code, _, stderr = run(
-        "--data_dir", scans, "--output_dir", finished, *SMALL, "--num_workers", 0, "--rank", 8, "--resume"
+    code, stderr = call_recipe(
+        RECIPES / "synapse.py",
+        "--data_dir",
+        scans,
+        "--output_dir",
+        finished,
+        *SMALL,
+        "--num_workers",
+        0,
+        "--rank",
+        8,
+        "--resume",
     )
     assert code == 2
     assert "rank: 4 there, 8 now" in stderr
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.slow
-def test_edited_scans_do_not_resume(finished, run, scans, tmp_path):
+def test_edited_scans_do_not_resume(finished, call_recipe, scans, tmp_path):
     edited = tmp_path / "btcv"
     shutil.copytree(scans, edited)
     path = edited / "Training" / "label" / "label0006.nii.gz"
     labels = read_labels(path)
     write_mask(np.where(labels.array == 1, 2, labels.array), labels, path)
-    code, _, stderr = run("--data_dir", edited, "--output_dir", finished, *SMALL, "--num_workers", 0, "--resume")
+    code, stderr = call_recipe(
+        RECIPES / "synapse.py", "--data_dir", edited, "--output_dir", finished, *SMALL, "--num_workers", 0, "--resume"
+    )
     assert code == 2
     assert "holds a run with other settings (data:" in stderr
 
@@ -290,25 +299,23 @@ def test_scores_are_those_of_the_adapters_own_window_and_can_be_repeated(run, sc
     assert (read_labels(out / "predictions" / "case0001.nii.gz").array == expected).all()
 
 
-@pytest.mark.slow
-def test_scoring_leaves_a_training_runs_folder_alone(run, scans, converted, tmp_path):
+def test_scoring_leaves_a_training_runs_folder_alone(call_recipe, scans, converted, tmp_path):
     for name in ("run.json", "report.json"):
         (tmp_path / name).write_text("{}")
     options = ("--adapter", converted, "--data_dir", scans, "--test_cases", 1, "--output_dir", tmp_path)
-    code, _, stderr = run(*options, recipe="score_synapse.py")
+    code, stderr = call_recipe(RECIPES / "score_synapse.py", *options)
     assert code == 2
     assert "found other files run.json, which must not be lost" in stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "run.json"]
 
 
-@pytest.mark.slow
-def test_an_adapter_of_other_classes_is_not_scored(run, tmp_path):
+def test_an_adapter_of_other_classes_is_not_scored(call_recipe, tmp_path):
     adapter, out = tmp_path / "adapter", tmp_path / "out"
     names = [f"organ {label}" for label in range(8)]
     sizes = {"image_size": 128, "class_names": names}
     convert_samed(GOLDEN / "samed_adapter.pth", str(GOLDEN / "sam_base.pth"), adapter, **sizes)
     options = ("--adapter", adapter, "--data_dir", "nowhere", "--output_dir", out)
-    code, _, stderr = run(*options, recipe="score_synapse.py")
+    code, stderr = call_recipe(RECIPES / "score_synapse.py", *options)
     assert code == 2
     assert re.search("expected an adapter of Synapse's organs .*found .* of organ 0, organ 1", stderr), stderr
     assert not out.exists()
