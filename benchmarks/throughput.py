@@ -251,7 +251,9 @@ def main() -> None:
     """Measure, print tables and write the figures."""
     args = parse()
     os.environ |= QUIET
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("name", "results_dir")}
+    # Of places on this machine the last part says enough.
+    plain = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("name", "results_dir")}
+    plain["base"] = args.base and (Path(args.base).name if Path(args.base).exists() else args.base)
     result: Figures = {"date": str(date.today()), "machine": machine(PACKAGES), "settings": plain}
     processes(args.forked, preload=["throughput_peers", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as work:

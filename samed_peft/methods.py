@@ -147,6 +147,7 @@ def merged(model: PeftModel) -> nn.Module:
             base.get_submodule(parent).register_module(last, module.get_base_layer())
         elif isinstance(module, ModulesToSaveWrapper):
             base.get_submodule(parent).register_module(last, module.modules_to_save["default"])
+    del base.peft_config  # PEFT's mark of an adapted model, by which it would warn of a second adapter
     return base
 
 

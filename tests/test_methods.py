@@ -85,6 +85,15 @@ def test_saved_loaded_and_merged_logits_are_the_same(method, decoder, pixels, tm
         assert not torch.equal(merged.vision_encoder(pixels)[0], plain.vision_encoder(pixels)[0])
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_a_merged_model_can_be_adapted_again(method, pixels, tmp_path):
+    config = dataclasses.replace(CONFIG, method=method)
+    save_adapter(trained(config), tmp_path / "adapter", config=config)
+    merged = load_adapter(tmp_path / "adapter", merge=True)
+    expected = merged.vision_encoder(pixels)[0]
+    assert add_lora(merged, CONFIG).base_model.model.vision_encoder(pixels)[0].equal(expected)
+
+
 @pytest.mark.parametrize(("method", "decoder"), EVERY)
 def test_every_trainable_weight_gets_a_gradient_in_float32_and_bfloat16(method, decoder, pixels):
     config = dataclasses.replace(CONFIG, method=method, decoder=decoder)
