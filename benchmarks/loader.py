@@ -28,10 +28,10 @@ from scipy import ndimage
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from samed_peft.batches import TrainingSlices, batch_loader
 from samed_peft.datasets import load_synapse
-from samed_peft.inference import resized_slices, upsampled_argmax
 from samed_peft.io import write_json
+from samed_peft.prediction.inference import resized_slices, upsampled_argmax
+from samed_peft.training.batches import TrainingSlices, batch_loader
 
 IMAGE_SIZE, LABEL_SIZE, BOTTLENECK, CLASSES = 512, 128, 224, 9
 

@@ -44,8 +44,8 @@ from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.datasets import load_synapse, write_phantom
 from samed_peft.datasets.phantom import phantom_case
 from samed_peft.io import write_json
-from samed_peft.modeling import SamForSemanticSegmentation
-from samed_peft.precision import hold_frozen_weights
+from samed_peft.models.modeling import SamForSemanticSegmentation
+from samed_peft.models.precision import hold_frozen_weights
 from samed_peft.prediction import PredictionOptions, Scan, predict_files
 from samed_peft.training import build_optimizer, train_step
 

@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import SamConfig, SamModel
 
 from samed_peft import Volume, load_sam, read_volume
-from samed_peft.batches import TrainingSlices
-from samed_peft.checkpoints import rename_meta_keys
 from samed_peft.config import CT_WINDOW_HU, SYNAPSE_CLASSES
 from samed_peft.datasets import load_synapse, write_phantom
+from samed_peft.datasets.preprocessing import normalized_array
 from samed_peft.io import write_json, write_volume
-from samed_peft.modeling import TINY_SAM_DIR, SamForSemanticSegmentation
-from samed_peft.preprocessing import normalized_array
+from samed_peft.models.checkpoints import rename_meta_keys
+from samed_peft.models.modeling import TINY_SAM_DIR, SamForSemanticSegmentation
+from samed_peft.training.batches import TrainingSlices
 
 GEOMETRIES = {
     "vit_b": {},

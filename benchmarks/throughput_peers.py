@@ -18,14 +18,14 @@ from torch.nn import functional as F
 from transformers import SamModel
 
 from samed_peft import SamedConfig, Volume, add_lora, dice_ce_loss, load_sam, predict_volume, save_adapter
-from samed_peft.batches import TrainingSlices, batch_loader, epoch_batches
 from samed_peft.config import CT_WINDOW_HU, SYNAPSE_CLASSES
 from samed_peft.datasets import load_synapse
-from samed_peft.inference import load_segmenter
-from samed_peft.modeling import SamForSemanticSegmentation
-from samed_peft.precision import hold_frozen_weights, product_dtype
+from samed_peft.models.modeling import SamForSemanticSegmentation
+from samed_peft.models.precision import hold_frozen_weights, product_dtype
 from samed_peft.prediction import PredictionOptions, Scan, predict_files
+from samed_peft.prediction.inference import load_segmenter
 from samed_peft.training import build_optimizer, train_step
+from samed_peft.training.batches import TrainingSlices, batch_loader, epoch_batches
 
 METHODS = {"lora": add_lora}
 """How this package adapts; another method is another line here and in `PEFT_CONFIGS`."""

@@ -23,10 +23,10 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from samed_peft import SamedConfig, TrainingConfig, add_lora, load_sam, predict_volume, read_volume
-from samed_peft.batches import TrainingSlices
+from samed_peft.datasets.preprocessing import normalized_array
 from samed_peft.io import Volume, read_json, read_labels, write_json
 from samed_peft.metrics import score_case, summarise, without_nan
-from samed_peft.preprocessing import normalized_array
+from samed_peft.training.batches import TrainingSlices
 from samed_peft.training.loop import build_optimizer, training_steps
 
 CLASSES = ("anterior", "posterior")

@@ -17,17 +17,18 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from samed_peft import SamedConfig, TrainingConfig, push_to_hub
-from samed_peft.adapters import write_card
-from samed_peft.bases import recorded_base
+from samed_peft.adapters.save_load import write_card
 from samed_peft.config import METHOD_FIELDS, TINY_SAM, add_options, from_options, lower_stop_epoch, option_values
-from samed_peft.datasets import CaseVolumes, msd, splits
+from samed_peft.datasets import CaseVolumes, splits
+from samed_peft.datasets import slices as msd
+from samed_peft.datasets.layouts import LabelledFolder, open_folder
 from samed_peft.errors import exit_on_error
 from samed_peft.evaluation import format_table
-from samed_peft.evaluation.held_out import score_held_out
-from samed_peft.hub import check_repo_id
-from samed_peft.inference import load_segmenter
+from samed_peft.hub.push import check_repo_id
 from samed_peft.io import content_fingerprint, require_replaceable, require_writable_folder
-from samed_peft.layouts import LabelledFolder, open_folder
+from samed_peft.models.bases import recorded_base
+from samed_peft.prediction.held_out import score_held_out
+from samed_peft.prediction.inference import load_segmenter
 from samed_peft.training import state
 from samed_peft.training.fit import Run, fit
 

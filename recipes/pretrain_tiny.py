@@ -1,6 +1,6 @@
 """Pretrain the tiny SAM that ships with samed_peft, from synthetic images only.
 
-    python recipes/pretrain_tiny.py --output_dir samed_peft/assets/tiny_sam
+    python recipes/pretrain_tiny.py --output_dir samed_peft/models/tiny_sam
 
 A quarter of an hour on two cores; `pretraining.json` beside the weights records command, seed and time. No scan of any
 person is used: every image is a warped abdomen of ellipses, or a long organ with head and body, in contrasts drawn anew
@@ -19,16 +19,16 @@ import time
 from pathlib import Path
 
 import torch
+from pretrain_shapes import NUM_LABELS, SIZE, synthetic_batch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import SamConfig, SamModel
 
-from samed_peft.datasets.shapes import NUM_LABELS, SIZE, synthetic_batch
-from samed_peft.inference import upsampled_argmax
 from samed_peft.io import atomic_dir, require_replaceable, write_json
-from samed_peft.losses import dice_ce_loss
-from samed_peft.modeling import SamForSemanticSegmentation
+from samed_peft.models.losses import dice_ce_loss
+from samed_peft.models.modeling import SamForSemanticSegmentation
+from samed_peft.prediction.inference import upsampled_argmax
 
 CONFIG = SamConfig(
     vision_config={

@@ -21,8 +21,8 @@ from samed_peft.datasets import CaseVolumes, load_synapse
 from samed_peft.datasets.synapse_files import TEST_CASES
 from samed_peft.errors import InputError, exit_on_error
 from samed_peft.evaluation import format_table, write_report
-from samed_peft.inference import load_segmenter, segment_cases, settings_of
 from samed_peft.io import require_replaceable, require_writable_folder, write_json
+from samed_peft.prediction.inference import load_segmenter, segment_cases, settings_of
 
 MARKER = "scores.json"
 """Says of a folder that this recipe fills it, from the first mask on: a killed run is simply started again."""

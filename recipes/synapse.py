@@ -16,8 +16,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from samed_peft import SamedConfig, TrainingConfig, push_to_hub
-from samed_peft.adapters import write_card
-from samed_peft.bases import recorded_base
+from samed_peft.adapters.save_load import write_card
 from samed_peft.config import (
     METHOD_FIELDS,
     SYNAPSE_CLASSES,
@@ -28,15 +27,16 @@ from samed_peft.config import (
     lower_stop_epoch,
     option_values,
 )
+from samed_peft.config.presets import DEMO, PRESETS
 from samed_peft.datasets import CaseVolumes, common_orientation, load_synapse, write_phantom
 from samed_peft.datasets.synapse_files import require_disjoint, split_cases
 from samed_peft.errors import exit_on_error
 from samed_peft.evaluation import format_table
-from samed_peft.evaluation.held_out import score_held_out
-from samed_peft.hub import check_repo_id
-from samed_peft.inference import load_segmenter
+from samed_peft.hub.push import check_repo_id
 from samed_peft.io import require_replaceable, require_writable_folder
-from samed_peft.presets import DEMO, PRESETS
+from samed_peft.models.bases import recorded_base
+from samed_peft.prediction.held_out import score_held_out
+from samed_peft.prediction.inference import load_segmenter
 from samed_peft.training import state
 from samed_peft.training.fit import Run, fit
 

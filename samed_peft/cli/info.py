@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     """Print one adapter's description."""
     import json
 
-    from samed_peft.adapter_info import adapter_info, info_text
+    from samed_peft.adapters.info import adapter_info, info_text
 
     info = adapter_info(args.adapter, revision=args.revision)
     print(json.dumps(info, indent=2, ensure_ascii=False) if args.json else info_text(info))

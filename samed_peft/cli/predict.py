@@ -72,9 +72,9 @@ def run(args: argparse.Namespace) -> None:
     """Segment the scans and say what was written."""
     from accelerate import Accelerator
 
-    from samed_peft.inference import load_segmenter, settings_of
     from samed_peft.io import require_highdicom, require_writable_folder
     from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, predict_files
+    from samed_peft.prediction.inference import load_segmenter, settings_of
 
     names = ("batch_size", "dtype", "flips", "keep_largest", "overlay", "overwrite", "compile")
     options = PredictionOptions(**{name: vars(args)[name] for name in names})

@@ -28,8 +28,8 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Push one adapter and say what was sent."""
-    from samed_peft.hub import check_repo_id, send_files
-    from samed_peft.hub_content import published_files
+    from samed_peft.hub.content import published_files
+    from samed_peft.hub.push import check_repo_id, send_files
 
     check_repo_id(args.repository)
     files = published_files(args.adapter, pictures=args.pictures, cases=args.cases)

@@ -15,10 +15,8 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import SamModel
 
-from samed_peft.adapter_source import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
-from samed_peft.adapters import load_adapter
-from samed_peft.bases import without_connection
-from samed_peft.checkpoints import resize_positions, semantic_config
+from samed_peft.adapters.folder import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
+from samed_peft.adapters.save_load import load_adapter
 from samed_peft.config import SamedConfig
 from samed_peft.conversion.samed_format import require_plain_lora, write_tensors
 from samed_peft.errors import InputError
@@ -33,7 +31,9 @@ from samed_peft.io import (
     save_torch_weights,
     write_json,
 )
-from samed_peft.modeling import SamForSemanticSegmentation, open_sam
+from samed_peft.models.bases import without_connection
+from samed_peft.models.checkpoints import resize_positions, semantic_config
+from samed_peft.models.modeling import SamForSemanticSegmentation, open_sam
 
 _SAM_FILE = "config.json"
 _SAM_FILES = r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"

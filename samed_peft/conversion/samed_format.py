@@ -18,14 +18,14 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransfor
 from torch import Tensor
 from transformers import SamConfig
 
-from samed_peft.adapter_files import check_tensors, require_adapter_target
-from samed_peft.adapters import UNUSED_PROMPTS, add_lora, load_adapter, save_adapter
-from samed_peft.bases import recorded_base, without_connection
-from samed_peft.checkpoints import MOST_OUTPUTS, POSITIONS, rename_meta_keys
+from samed_peft.adapters.checks import check_tensors, require_adapter_target
+from samed_peft.adapters.save_load import UNUSED_PROMPTS, add_lora, load_adapter, save_adapter
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.io import load_torch_weights, require_writable
-from samed_peft.modeling import SamForSemanticSegmentation, load_sam
+from samed_peft.models.bases import recorded_base, without_connection
+from samed_peft.models.checkpoints import MOST_OUTPUTS, POSITIONS, rename_meta_keys
+from samed_peft.models.modeling import SamForSemanticSegmentation, load_sam
 
 _PEFT_PREFIX = "base_model.model."
 _DECODER_ATTENTIONS = {"sa": "self_attn", "cti": "cross_attn_token_to_image", "cit": "cross_attn_image_to_token"}

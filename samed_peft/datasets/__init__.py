@@ -1,18 +1,9 @@
-"""Labelled scans as Hugging Face Datasets, and analytic ones to try things on."""
+"""Labelled scans as Hugging Face Datasets: layouts, preprocessing, slices, splits and synthetic phantoms.
 
-from samed_peft.datasets.cases import CaseVolumes
-from samed_peft.datasets.phantom import phantom_case, write_phantom
-from samed_peft.datasets.rows import common_orientation
-from samed_peft.datasets.synapse import load_synapse
-from samed_peft.datasets.synapse_files import list_cases, require_disjoint, split_cases
+`__init__.pyi` lists the public names. Each is imported on first use: prediction takes the preprocessing from here
+without loading Datasets.
+"""
 
-__all__ = [
-    "CaseVolumes",
-    "common_orientation",
-    "list_cases",
-    "load_synapse",
-    "phantom_case",
-    "require_disjoint",
-    "split_cases",
-    "write_phantom",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -35,7 +35,7 @@ from samed_peft.metrics import (
     presence,
 )
 
-_ASSETS = Path(__file__).parent.parent / "assets" / "report"
+_ASSETS = Path(__file__).parent / "page_assets"
 
 MOST_PICTURES = 12
 """Pictures inside the page, about a quarter of a megabyte each; further ones are linked."""

@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from samed_peft.compiled import CompiledSegmenter
 from samed_peft.errors import InputError
 from samed_peft.evaluation.pictures import case_picture
-from samed_peft.inference import Segmenter, predict_volume, settings_of
 from samed_peft.io import DICOM_SEG_SUFFIX, Volume, read_volume, write_bytes, write_dicom_seg, write_mask
-from samed_peft.pipeline import overlap
-from samed_peft.precision import DTYPES
+from samed_peft.models.precision import DTYPES
+from samed_peft.prediction.compiled import CompiledSegmenter
+from samed_peft.prediction.inference import Segmenter, predict_volume, settings_of
+from samed_peft.prediction.pipeline import overlap
 from samed_peft.prediction.scans import Scan
 
 

@@ -11,20 +11,20 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from tqdm import tqdm
 
-from samed_peft.adapters import add_lora, save_adapter
-from samed_peft.bases import without_connection
-from samed_peft.batches import TrainingSlices
+from samed_peft.adapters.save_load import add_lora, save_adapter
 from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.datasets.rows import warn_of_absent_classes
 from samed_peft.errors import RunInterruptedError
-from samed_peft.evaluation.validation import mean_dice
 from samed_peft.io import Volume
-from samed_peft.modeling import load_sam
-from samed_peft.precision import hold_frozen_weights, product_dtype
+from samed_peft.models.bases import without_connection
+from samed_peft.models.modeling import load_sam
+from samed_peft.models.precision import hold_frozen_weights, product_dtype
 from samed_peft.training import state
 from samed_peft.training.adalora import share_out_ranks
+from samed_peft.training.batches import TrainingSlices
 from samed_peft.training.loop import Step, build_optimizer, steps_per_epoch, training_steps
 from samed_peft.training.resources import StepClock, write_resources
+from samed_peft.training.validation import mean_dice
 
 Volumes = Mapping[str, Volume]
 

@@ -12,12 +12,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from samed_peft.batches import TrainingSlices, batch_loader, epoch_batches
 from samed_peft.config import TrainingConfig
 from samed_peft.errors import InputError, NonFiniteLossError
-from samed_peft.losses import loss_parts
-from samed_peft.schedules import learning_rate
+from samed_peft.models.losses import loss_parts
 from samed_peft.training.adalora import orthogonality
+from samed_peft.training.batches import TrainingSlices, batch_loader, epoch_batches
+from samed_peft.training.schedules import learning_rate
 
 Batch = dict[str, Tensor]
 

@@ -1,0 +1,19 @@
+from . import datasets as datasets
+from . import metrics as metrics
+from .adapters.save_load import add_lora as add_lora
+from .adapters.save_load import load_adapter as load_adapter
+from .adapters.save_load import save_adapter as save_adapter
+from .config import SamedConfig as SamedConfig
+from .config import TrainingConfig as TrainingConfig
+from .errors import InputError as InputError
+from .evaluation import Report as Report
+from .evaluation import evaluate_cases as evaluate_cases
+from .hub.push import push_to_hub as push_to_hub
+from .io import Volume as Volume
+from .io import read_volume as read_volume
+from .io import write_mask as write_mask
+from .models.losses import dice_ce_loss as dice_ce_loss
+from .models.modeling import load_sam as load_sam
+from .prediction.inference import predict_volume as predict_volume
+
+__version__: str

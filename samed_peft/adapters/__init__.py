@@ -1,0 +1,1 @@
+"""SAM with LoRA or another PEFT method: add, save, load, check and describe adapters."""

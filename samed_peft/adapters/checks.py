@@ -1,0 +1,144 @@
+"""The files of an adapter directory, and what is believed of them."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig, PeftType
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import Tensor
+
+from samed_peft.adapters.folder import CARD_FILE, CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
+from samed_peft.config import SamedConfig
+from samed_peft.errors import InputError
+from samed_peft.io import read_json, require_replaceable, tensor_shapes
+from samed_peft.models.modeling import require_base
+
+_OWN_FILES = "|".join(re.escape(name) for name in (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE))
+_OWN_FILES += r"|report\.(json|csv|html|md)|pictures"
+_SYSTEM_FILES = r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs.*|\.ipynb_checkpoints"
+"""What file managers, NFS and Jupyter leave in folders that they show."""
+
+_PEFT_TYPES = [kind.value for kind in PeftType]
+PEFT_ERRORS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ImportError, re.error)
+"""What PEFT raises for settings it was not written for."""
+
+
+def require_adapter_target(directory: Path) -> None:
+    """Refuse to replace a folder with anything but an adapter in it, or an adapter and its report.
+
+    Raises:
+        InputError: naming the other files.
+    """
+    require_replaceable(directory, marker=CONFIG_FILE, allowed=f"{_OWN_FILES}|{_SYSTEM_FILES}")
+
+
+def require_recorded_base(config: SamedConfig, folder: Path) -> None:
+    """Whether the base that an adapter records can name a SAM here.
+
+    Raises:
+        InputError: saying whose base it is, and that another place can be named.
+    """
+    try:
+        require_base(config.base)
+    except InputError as error:
+        raise InputError(
+            f"{error}; it is what {folder / CONFIG_FILE} records: where the SAM lies elsewhere now, name that place as "
+            "base, or --base on the command line"
+        ) from error
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors whose names or shapes are not the expected ones.
+
+    Raises:
+        InputError: naming the first of them, with both shapes.
+    """
+    for problem, keys in (
+        ("lacks", expected.keys() - found.keys()),
+        ("has unknown", found.keys() - expected.keys()),
+    ):
+        if keys:
+            raise InputError(
+                f"{path} {problem} weights {', '.join(sorted(keys)[:3])} ({len(keys)} in all); "
+                "was it made for another base?"
+            )
+    for key, tensor in expected.items():
+        if tensor.shape != found[key].shape:
+            raise InputError(
+                f"{path}: {key} should be {tuple(tensor.shape)} for this base, these classes and this rank, "
+                f"but is {tuple(found[key].shape)}"
+            )
+
+
+def read_peft_config(folder: Path, config: SamedConfig) -> PeftConfig:
+    """`adapter_config.json` as PEFT's configuration; nothing in it is believed that PEFT would import.
+
+    Raises:
+        InputError: it is missing, damaged, or of another rank than `config`.
+    """
+    if not (folder / PEFT_FILE).is_file():
+        raise InputError(f"{folder} is no adapter directory: it lacks {PEFT_FILE}")
+    values = read_json(folder / PEFT_FILE)
+    if not isinstance(values, dict) or values.get("peft_type") not in _PEFT_TYPES:
+        found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
+        raise InputError(
+            f"expected an adapter's settings with a peft_type, LORA for example, in {folder / PEFT_FILE}, "
+            f"found {found!r}; save the adapter again"
+        )
+    if ".qkv" in str(values.get("target_modules")):
+        raise InputError(
+            f"{folder} is an export for stock PEFT (samed export --format peft-fused): it fits a plain SamModel, by "
+            "PeftModel.from_pretrained(sam, folder) as in the README; here, give the adapter it was exported from"
+        )
+    if values.get("megatron_config") is not None:  # PEFT imports whatever module `megatron_core` names
+        raise InputError(f"{folder / PEFT_FILE} asks for Megatron, which no SAM is built of; save the adapter again")
+    try:
+        peft_config = PeftConfig.from_pretrained(str(folder))
+    except PEFT_ERRORS as error:
+        raise unusable(folder, error) from error
+    if isinstance(peft_config, LoraConfig) and peft_config.r != config.rank and not _has_own_ranks(peft_config, config):
+        raise InputError(
+            f"{folder}: {CONFIG_FILE} says rank {config.rank}, {PEFT_FILE} says {peft_config.r}; "
+            "the files of two adapters are mixed up"
+        )
+    return peft_config
+
+
+def _has_own_ranks(peft_config: PeftConfig, config: SamedConfig) -> bool:
+    # PiSSA and OLoRA are kept as LoRA of twice the rank, AdaLoRA as LoRA of what each layer got.
+    return config.method == "adalora" or (config.method in ("pissa", "olora") and peft_config.r % 2 == 0)
+
+
+def unusable(folder: Path, error: Exception) -> InputError:
+    """What to raise where PEFT stumbles over an adapter's settings with one of `PEFT_ERRORS`."""
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return InputError(
+        f"PEFT cannot use the settings in {folder / PEFT_FILE}: {reason}; the file is damaged, save the adapter again"
+    )
+
+
+def check_ranks(peft_config: PeftConfig, folder: Path) -> None:
+    """Refuse ranks that the weights do not have, before PEFT makes room for them.
+
+    Raises:
+        InputError: naming the rank.
+    """
+    values = peft_config.to_dict()
+    patterns = values.get("rank_pattern") or {}
+    if not isinstance(patterns, dict) or not isinstance(values.get("alpha_pattern") or {}, dict):
+        raise InputError(f"rank_pattern and alpha_pattern must be objects in {folder / PEFT_FILE}; save it again")
+    shapes = tensor_shapes(folder / WEIGHTS_FILE)
+    lora = {shape[0] for name, shape in shapes.items() if ".lora_A." in name and shape}
+    stored = lora if isinstance(peft_config, LoraConfig) else {size for shape in shapes.values() for size in shape}
+    has_layers = values.get("target_modules") != DUMMY_TARGET_MODULES
+    # A pattern for each layer leaves none to the rank of all others.
+    rank = values.get("r") if has_layers else None  # 0 is OFT's, whose blocks have a size
+    is_left = bool(rank) and not (patterns and isinstance(rank, int) and rank < max(stored, default=0))
+    asked = [*patterns.values(), *([rank] if is_left else [])]
+    absent = [rank for rank in asked if type(rank) is not int or rank not in stored]
+    if absent:
+        raise InputError(
+            f"{folder / PEFT_FILE} asks for rank {absent[0]!r}, but the tensors of {WEIGHTS_FILE} have "
+            f"{', '.join(map(str, sorted(stored)[:5])) or 'none'}; the files of two adapters are mixed up"
+        )

@@ -1,0 +1,130 @@
+"""What an adapter is, read from its files alone: no base, no PyTorch."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from samed_peft.adapters.folder import ADAPTER_FILES, PEFT_FILE, WEIGHTS_FILE, adapter_folder, find_report, read_config
+from samed_peft.config import METHODS, TINY_SAM, TINY_SAM_NOTE, SamedConfig
+from samed_peft.errors import InputError
+from samed_peft.io import read_json, tensor_shapes
+
+_MOST_CLASSES = 14
+"""Rows of a table that leave a screen of 24 lines its head."""
+
+_TRAINING = ("epochs", "stop_epoch", "learning_rate", "batch_size", "num_processes", "mixed_precision", "seed")
+
+
+def adapter_info(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """What an adapter is.
+
+    Args:
+        source: adapter directory, or Hub id.
+        revision: branch, tag or commit of an adapter on the Hub.
+
+    Returns:
+        JSON values: `classes` (label -> name), `config` (that of `samed_config.json`), `method`, `peft_type`, `files`
+        (name -> bytes), `parameters` (stored in all, and of these the `encoder`'s), `scores` (`standard` and `samed`,
+        as in `report.json`), `cases` scored, `dataset`, `training` (settings of the run); None where nothing says.
+
+    Raises:
+        InputError: `source` is no adapter, or a file is missing or damaged.
+    """
+    folder = adapter_folder(source, revision=revision)
+    config = read_config(folder)
+    missing = [name for name in (WEIGHTS_FILE, PEFT_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"{folder} is no whole adapter: it lacks {' and '.join(missing)}; save it again")
+    peft = read_json(folder / PEFT_FILE)
+    if not isinstance(peft, dict):
+        raise InputError(f"expected an adapter's settings in {folder / PEFT_FILE}, found {type(peft).__name__}")
+    sizes = {name: math.prod(shape) for name, shape in tensor_shapes(folder / WEIGHTS_FILE).items()}
+    _, report = find_report(folder, config)
+    settings = report.get("settings", {})
+    return {
+        "source": str(source),
+        "classes": {str(label): name for label, name in enumerate(config.class_names, start=1)},
+        "config": config.to_dict(),
+        "method": METHODS[config.method],
+        "peft_type": peft.get("peft_type"),
+        "files": {name: (folder / name).stat().st_size for name in ADAPTER_FILES if (folder / name).is_file()},
+        "parameters": {
+            "stored": sum(sizes.values()),
+            "encoder": sum(size for name, size in sizes.items() if ".vision_encoder." in name or ".vera_" in name),
+        },
+        "scores": {name: {key: report[name].get(key) for key in ("mean", "classes")} for name in ("standard", "samed")}
+        if report
+        else None,
+        "cases": report.get("n_cases", len(report["cases"])) if report else None,
+        "dataset": settings.get("dataset"),
+        "training": {name: settings[name] for name in _TRAINING if name in settings} or None,
+    }
+
+
+def info_text(info: Mapping[str, Any]) -> str:
+    """The same for a terminal: one screen, unless there are many classes."""
+    config = SamedConfig.from_dict(info["config"])
+    stored, encoder = (info["parameters"][name] for name in ("stored", "encoder"))
+    lines = [
+        ("adapter", info["source"]),
+        ("base", _base(config)),
+        ("method", f"{config.method}: {info['method']}"),
+        ("adapts", _adapted(config)),
+        ("input", _input(config)),
+        ("size", f"{sum(info['files'].values()) / 1e6:.2f} MB, {stored:,} parameters, {encoder:,} of the encoder"),
+    ]
+    if info["training"] is not None:
+        lines.append(("training", ", ".join(f"{name} {value}" for name, value in info["training"].items())))
+    lines += [("note", TINY_SAM_NOTE)] if config.base == TINY_SAM else []
+    head = [f"{name:<9} {value}" for name, value in lines]
+    return "\n".join([*head, "", *_classes(info)])
+
+
+def _base(config: SamedConfig) -> str:
+    revision = f" at {config.base_revision}" if config.base_revision else ""
+    digest = f", weights {config.base_sha256[:12]}" if config.base_sha256 else ""
+    return f"{config.base}{revision}{digest}"
+
+
+def _adapted(config: SamedConfig) -> str:
+    decoder = {"full": "mask decoder in full", "lora": "mask decoder with LoRA"}[config.decoder]
+    if config.method in ("bitfit", "decoder", "full"):
+        return decoder
+    layers = "all layers" if config.layers is None else f"layers {', '.join(map(str, config.layers))}"
+    rank = "" if config.method == "ia3" else f"rank {config.rank}, "
+    return f"{rank}{', '.join(config.targets)} of {layers}; {decoder}"
+
+
+def _input(config: SamedConfig) -> str:
+    bottleneck = "" if config.input_size is None else f" through {config.input_size}"
+    window = "0.5-99.5 percentiles" if config.window is None else f"window {config.window[0]:g} to {config.window[1]:g}"
+    orientation = "" if config.orientation is None else f", slices as in {config.orientation}"
+    return f"{config.image_size} pixels{bottleneck}, {window}{orientation}"
+
+
+def _classes(info: Mapping[str, Any]) -> list[str]:
+    """Classes, with their scores where there are any."""
+    names = list(info["classes"].items())
+    shown, left = names[:_MOST_CLASSES], len(names) - _MOST_CLASSES
+    more = [f"  and {left} more, which --json lists"] if left > 0 else []
+    if info["scores"] is None:
+        return ["label class", *(f"{label:>5} {name}" for label, name in shown), *more, "", "not evaluated"]
+    of = "" if info["dataset"] is None else f" of {info['dataset']}"
+    width = max(12, *(len(name) for _, name in shown))
+    head = f"label {'class':<{width}}   Dice  HD95 mm  samed Dice  HD95 voxels   ({info['cases']} cases{of})"
+    standard, samed = (info["scores"][name] for name in ("standard", "samed"))
+    rows = [(label, name, standard["classes"][name], samed["classes"][name]) for label, name in shown]
+    rows.append(("", "mean", standard["mean"], samed["mean"]))
+    return [head, *(_row(label, f"{name:<{width}}", one, other) for label, name, one, other in rows), *more]
+
+
+def _row(label: str, name: str, standard: Mapping[str, Any], samed: Mapping[str, Any]) -> str:
+    return (
+        f"{label:>5} {name} {_figure(standard['dice'], 4):>6} {_figure(standard['hd95'], 2):>8} "
+        f"{_figure(samed['dice'], 4):>11} {_figure(samed['hd95'], 2):>12}"
+    )
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,234 @@
+"""LoRA and its relatives on SAM's encoder through PEFT; adapters saved, checked and loaded."""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import set_peft_model_state_dict
+
+from samed_peft.adapters.card import model_card
+from samed_peft.adapters.checks import (
+    PEFT_ERRORS,
+    check_ranks,
+    check_tensors,
+    read_peft_config,
+    require_adapter_target,
+    require_recorded_base,
+    unusable,
+)
+from samed_peft.adapters.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, adapter_folder, read_config
+from samed_peft.adapters.methods import (
+    adapter_tensors,
+    initial_updates,
+    is_kept_as_lora,
+    merged,
+    peft_settings,
+    save_as_lora,
+)
+from samed_peft.config import SamedConfig, TrainingConfig
+from samed_peft.errors import InputError
+from samed_peft.io import (
+    atomic_dir,
+    load_tensors,
+    save_tensors,
+    write_json,
+    write_text,
+)
+from samed_peft.models.bases import without_connection
+from samed_peft.models.modeling import SamForSemanticSegmentation, load_sam
+from samed_peft.models.precision import DTYPES
+from samed_peft.models.quantization import quantize_layers
+
+UNUSED_PROMPTS = (
+    *(f"prompt_encoder.point_embed.{index}" for index in range(4)),
+    "prompt_encoder.not_a_point_embed",
+    "prompt_encoder.mask_embed",
+)
+"""Parts of the prompt encoder that no segmentation without prompts runs, and no loss reaches."""
+
+_IOU_HEAD = "iou_prediction_head"
+
+
+def add_lora(model: SamForSemanticSegmentation, config: SamedConfig, *, also_save: Sequence[str] = ()) -> PeftModel:
+    """Make a SAM adaptable as SAMed does: LoRA in the encoder, mask decoder and `no_mask_embed` trained in full.
+
+    The rest of the encoder and the IoU head, which no loss reaches, are frozen. With `config.decoder` "lora", as in
+    SAMed_s, the decoder's transformer is frozen and has LoRA as well. `config.method` puts another method in LoRA's
+    place.
+
+    Args:
+        model: from `load_sam`; it is changed in place.
+        config: method, rank, alpha, targets, layers, decoder and dropout; classes and size must be the model's.
+        also_save: frozen parts, of `UNUSED_PROMPTS`, that the adapter has its own weights for.
+
+    Raises:
+        InputError: the model was loaded with other classes or another image size than `config` names, or does not
+            have one of its layers.
+    """
+    _check_fits(model, config)
+    settings = peft_settings(
+        config,
+        trained_in_full=["no_mask_embed", *_decoder_parts(model, config), *also_save],
+        num_layers=model.config.vision_config.num_hidden_layers,
+    )
+    adapted = _attach(model, settings, config)
+    model.initial_updates = initial_updates(adapted)
+    return adapted
+
+
+def _decoder_parts(model: SamForSemanticSegmentation, config: SamedConfig) -> list[str]:
+    """Parts of the decoder that are trained in full and saved; the IoU head is only saved."""
+    if config.decoder == "full":
+        return ["mask_decoder"]
+    children = [name for name, _ in model.mask_decoder.named_children() if name not in ("transformer", "activation")]
+    mlps = "output_hypernetworks_mlps"  # a list, which PEFT takes one by one
+    return [n for n in children if n != mlps] + [f"{mlps}.{i}" for i in range(config.num_labels)]
+
+
+def _attach(model: SamForSemanticSegmentation, peft_config: PeftConfig, config: SamedConfig) -> PeftModel:
+    model.samed_config = dataclasses.replace(
+        config,
+        base_sha256=model.base_sha256,
+        base_revision=config.base_revision or model.base_revision,
+    )
+    if config.method == "qlora":
+        quantize_layers(model.vision_encoder.layers)
+    peft_config.base_model_name_or_path = None  # PEFT warns where it finds a name other than its own guess
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks Transformers 5.23 by a name that is on its way out; users can do nothing about it.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        adapted = get_peft_model(model, peft_config)
+    adapted.peft_config["default"].base_model_name_or_path = config.base
+    _freeze_unused(adapted)
+    return adapted
+
+
+def _freeze_unused(model: PeftModel) -> None:
+    # PEFT unfreezes whole modules_to_save, and with "all" biases those of what they stand in for; a trainable weight
+    # without gradient stops data-parallel training.
+    unused = [f".{part}." for part in (_IOU_HEAD, "original_module", *UNUSED_PROMPTS)]
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in unused):
+            parameter.requires_grad_(False)
+
+
+def save_adapter(
+    model: PeftModel,
+    directory: str | Path,
+    *,
+    config: SamedConfig,
+    training: TrainingConfig | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Write an adapter directory: PEFT's two files, `samed_config.json` and a model card; never the base.
+
+    The directory appears whole or not at all.
+
+    Args:
+        model: from `add_lora` or `load_adapter`.
+        directory: where to; an adapter already there is replaced.
+        config: what the adapter is; the fingerprint of the model's base is added.
+        training: settings shown in the model card.
+        dtype: numbers in the file; "float16" and "bfloat16" halve it, and cost the accuracy of their last digits.
+
+    Raises:
+        InputError: the directory holds something else than an adapter, or a weight is too large for `dtype`.
+    """
+    config = dataclasses.replace(config, base_sha256=model.base_sha256)
+    require_adapter_target(Path(directory))
+    with atomic_dir(Path(directory)) as folder:
+        if is_kept_as_lora(model):
+            save_as_lora(model, folder / WEIGHTS_FILE)
+        else:
+            held = {name: tensor for name, tensor in model.state_dict().items() if ".original_module." not in name}
+            model.save_pretrained(folder, state_dict=held, save_embedding_layers=False)
+        if dtype != "float32":
+            _store_as(folder / WEIGHTS_FILE, DTYPES[dtype])
+        write_json(folder / CONFIG_FILE, config.to_dict())
+        write_card(folder, training=training)
+
+
+def _store_as(file: Path, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in load_tensors(file).items()}
+    overflown = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if overflown:
+        raise InputError(f"weight {overflown[0]} is too large for {dtype}; store the adapter as bfloat16 or float32")
+    save_tensors(tensors, file, metadata={"format": "pt"})
+
+
+def write_card(
+    directory: Path, *, report: Mapping[str, Any] | None = None, training: TrainingConfig | None = None
+) -> None:
+    """Write the model card of an adapter directory anew, with the scores of a report where there is one."""
+    settings = None if training is None else training.to_dict()
+    card = model_card(read_config(directory), report=None if report is None else dict(report), training=settings)
+    write_text(directory / CARD_FILE, card)
+
+
+def load_adapter(
+    source: str | Path,
+    *,
+    base: str | None = None,
+    merge: bool = False,
+    trainable: bool = False,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> PeftModel | SamForSemanticSegmentation:
+    """A model with a saved adapter, ready for `predict_volume`.
+
+    Args:
+        source: adapter directory, or Hub id.
+        base: the SAM it belongs to, where it is not to be had under its recorded name.
+        merge: add the low-rank updates to the base's weights and return the plain model.
+        trainable: leave the adapter trainable, in training mode.
+        device: where to put the model.
+        revision: branch, tag or commit of an adapter on the Hub.
+
+    Raises:
+        InputError: `source` is no adapter, a file is damaged, or base, rank, classes or sizes do not match.
+    """
+    folder = adapter_folder(source, revision=revision)
+    config = read_config(folder)
+    peft_config = read_peft_config(folder, config)
+    if base is None:
+        require_recorded_base(config, folder)
+    with without_connection(base or config.base):
+        model = load_sam(
+            base or config.base,
+            class_names=config.class_names,
+            image_size=config.image_size,
+            revision=config.base_revision if base is None else None,
+        )
+    if config.base_sha256 is not None and model.base_sha256 != config.base_sha256:
+        raise InputError(
+            f"the adapter in {folder} was trained on {config.base} with weights {config.base_sha256[:12]}, but "
+            f"{base or config.base} has weights {str(model.base_sha256)[:12]}; pass the right one as base"
+        )
+    peft_config.inference_mode = not trainable
+    check_ranks(peft_config, folder)
+    try:
+        adapted = _attach(model, peft_config, config)
+    except PEFT_ERRORS as error:
+        raise unusable(folder, error) from error
+    tensors = load_tensors(folder / WEIGHTS_FILE)
+    check_tensors(tensors, adapter_tensors(adapted), folder / WEIGHTS_FILE)
+    set_peft_model_state_dict(adapted, tensors)
+    if not trainable:
+        adapted.requires_grad_(False)
+    loaded = merged(adapted) if merge else adapted
+    loaded.train(trainable)
+    return loaded if device is None else loaded.to(device)
+
+
+def _check_fits(model: SamForSemanticSegmentation, config: SamedConfig) -> None:
+    found = (model.config.mask_decoder_config.num_multimask_outputs, model.config.vision_config.image_size)
+    expected = (len(config.class_names), config.image_size)
+    if found != expected:
+        raise InputError(
+            f"the config names {expected[0]} classes at {expected[1]} pixels, but the model was loaded for "
+            f"{found[0]} classes at {found[1]}; give load_sam the same class_names and image_size"
+        )

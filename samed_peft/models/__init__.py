@@ -1,0 +1,1 @@
+"""SAM as a semantic segmentation model: bases, attention, checkpoints, losses and precision."""

@@ -1,0 +1,145 @@
+"""SAM's attention with relative positions, exact, without the (N, N) bias in memory and without padded projections."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from samed_peft.models.cpu_attention import TiledAttention
+
+
+class SamSplitAttention(nn.Module):
+    """Self-attention of SAM's image encoder with separate `q_proj`, `k_proj` and `v_proj`.
+
+    SAM (arXiv 2304.02643) adds to each logit a term that depends on the query and on the vertical and horizontal
+    distance of the key: q·k / sqrt(d) + q·Rh[y - y'] + q·Rw[x - x']. Both terms are inner products of their own
+    (with the key's row and column as one-hot vectors), so they are appended to queries and keys, and one product
+    computes all three at once. The result is the same sum; the bias of N x N numbers per head is never built.
+
+    SAM pads the token grid with zeros to whole windows, 32 x 32 to 42 x 42 tokens at 512 pixels. What the projections
+    make of a zero token is the same everywhere, so it is computed once and only real tokens are projected.
+
+    On a CPU the attention is that of `TiledAttention`. Elsewhere, and for tracing, it is PyTorch's
+    scaled_dot_product_attention with head sizes padded to multiples of 8, which its fused kernels need.
+
+    Args:
+        hidden_size: width of the encoder.
+        num_heads: attention heads.
+        grid_size: tokens per side of the image.
+        window_size: tokens per side of a window, or 0 for attention over the whole image.
+        qkv_bias: whether the three projections have a bias.
+        use_rel_pos: whether relative positions are added.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        grid_size: int,
+        window_size: int = 0,
+        qkv_bias: bool = True,
+        use_rel_pos: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.window = window_size or grid_size
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.use_rel_pos = use_rel_pos
+        if use_rel_pos:
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * self.window - 1, self.head_dim))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * self.window - 1, self.head_dim))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Attend within windows of (B, H, W, C)."""
+        grid = hidden_states.shape[1:3]
+        tokens = hidden_states.flatten(1, 2)  # PEFT's OFT takes what has four axes for the input of a convolution
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (self._heads(project(tokens)).unflatten(1, grid) for project in projections)
+        pad_key = pad_value = None
+        if any(size % self.window for size in grid):
+            zero = hidden_states.new_zeros(1, hidden_states.shape[-1])
+            pad_key, pad_value = self._heads(self.k_proj(zero))[0], self._heads(self.v_proj(zero))[0]
+        table = self._table(query.dtype) if self.use_rel_pos else None
+        tensors = (query, key, value, pad_key, pad_value, table)
+        if _is_tiled(query):
+            output = TiledAttention.apply(self.window, *tensors)
+        else:
+            output = fused_attention(self.window, *tensors)
+        return self.proj(output.flatten(3).flatten(1, 2)).unflatten(1, grid)
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.num_heads, self.head_dim))
+
+    def _table(self, dtype: torch.dtype) -> Tensor:
+        """Relative positions (2 (2 window - 1), d) by the distance key - query, times sqrt(d): SAM scales q·k alone."""
+        by_distance = torch.cat([self.rel_pos_h.flip(0), self.rel_pos_w.flip(0)])
+        return (by_distance * self.head_dim**0.5).to(dtype)
+
+
+def _is_tiled(query: Tensor) -> bool:
+    # Processors without instructions for float16 take ages over its products; fused kernels convert in between.
+    fits = query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16)
+    return fits and not torch.compiler.is_compiling()
+
+
+def fused_attention(
+    window: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pad_key: Tensor | None,
+    pad_value: Tensor | None,
+    table: Tensor | None,
+) -> Tensor:
+    """What `TiledAttention` computes, by scaled_dot_product_attention: any device and type, can be traced."""
+    height, width, _, dim = query.shape[1:]
+    query, key, value = (
+        _to_windows(tokens, window, padding) for tokens, padding in ((query, None), (key, pad_key), (value, pad_value))
+    )
+    if table is not None:
+        query, key = _append_positions(query, key, table, window)
+    # Fused kernels want equal widths; zero columns change no product, and those of the values are cut off.
+    head_size = -(-query.shape[-1] // 8) * 8
+    query, key, value = (F.pad(tokens, (0, head_size - tokens.shape[-1])) for tokens in (query, key, value))
+    output = F.scaled_dot_product_attention(query, key, value, scale=dim**-0.5)[..., :dim]
+    return _from_windows(output, window, height, width)
+
+
+def _to_windows(tokens: Tensor, window: int, padding: Tensor | None) -> Tensor:
+    """Tokens (B, H, W, heads, d) -> (windows, heads, window², d); without `padding`, padded with zeros."""
+    height, width = tokens.shape[1:3]
+    below, beyond = -height % window, -width % window
+    if below or beyond:
+        if padding is not None:
+            tokens = tokens - padding
+        tokens = F.pad(tokens, (0, 0, 0, 0, 0, beyond, 0, below))
+        if padding is not None:
+            tokens = tokens + padding
+    tokens = tokens.unflatten(2, (-1, window)).unflatten(1, (-1, window))
+    return tokens.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
+
+
+def _from_windows(tokens: Tensor, window: int, height: int, width: int) -> Tensor:
+    """The way back, padding left out: (windows, heads, window², d) -> (B, H, W, heads, d)."""
+    down, across = -(-height // window), -(-width // window)
+    tokens = tokens.unflatten(2, (window, window)).unflatten(0, (-1, down, across))
+    whole = tokens.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
+    return whole[:, :height, :width]
+
+
+def _append_positions(query: Tensor, key: Tensor, table: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Queries and keys (G, heads, window², d) -> (G, heads, window², d + 2 window) whose product holds the bias."""
+    position = torch.arange(window, device=query.device)
+    distance = position[None, :] - position[:, None] + window - 1  # of a key's row (second) from a query's (first)
+    grid = query.unflatten(2, (window, window))
+    rows, columns = table.chunk(2)
+    by_row = torch.einsum("bnyxd,ykd->bnyxk", grid, rows[distance])
+    by_column = torch.einsum("bnyxd,xkd->bnyxk", grid, columns[distance])
+    one_hot = torch.eye(window, dtype=key.dtype, device=key.device)
+    of_key = torch.cat([one_hot.repeat_interleave(window, 0), one_hot.repeat(window, 1)], dim=1)
+    extended = torch.cat([query, by_row.flatten(2, 3), by_column.flatten(2, 3)], dim=-1)
+    return extended, torch.cat([key, of_key.expand(*key.shape[:2], -1, -1)], dim=-1)

@@ -1,0 +1,286 @@
+"""SAM as a semantic segmentation model without prompts, as SAMed (arXiv 2304.13785) uses it."""
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel, SamConfig, SamModel
+from transformers.modeling_outputs import SemanticSegmenterOutput
+from transformers.models.sam.modeling_sam import (
+    SamFeedForward,
+    SamLayerNorm,
+    SamPositionalEmbedding,
+    SamPromptEncoder,
+    SamTwoWayTransformer,
+    SamVisionEncoder,
+)
+
+from samed_peft.config import TINY_SAM, SamedConfig, is_hub_id
+from samed_peft.errors import InputError
+from samed_peft.models.checkpoints import fuse_qkv, load_meta_checkpoint, resize_positions, semantic_config, split_qkv
+from samed_peft.models.encoder import SamEncoderLayer
+from samed_peft.models.losses import dice_ce_loss
+
+TINY_SAM_DIR = Path(__file__).parent / "tiny_sam"
+
+FRESH_PARTS = ("mask_tokens", "output_hypernetworks_mlps", "iou_prediction_head")
+"""Parts of the mask decoder that start anew for K + 1 classes, as in SAMed."""
+
+
+class SemanticMaskDecoder(nn.Module):
+    """SAM's mask decoder with every mask token as an output: K + 1 class maps, background first.
+
+    Names of weights are those of Transformers' `SamMaskDecoder`. The IoU head is kept, so that a merged model is a
+    whole SAM again, but it is not run.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        width, tokens = config.hidden_size, config.num_multimask_outputs + 1
+        self.iou_token = nn.Embedding(1, width)
+        self.mask_tokens = nn.Embedding(tokens, width)
+        self.transformer = SamTwoWayTransformer(config)
+        self.upscale_conv1 = nn.ConvTranspose2d(width, width // 4, kernel_size=2, stride=2)
+        self.upscale_conv2 = nn.ConvTranspose2d(width // 4, width // 8, kernel_size=2, stride=2)
+        self.upscale_layer_norm = SamLayerNorm(width // 4, data_format="channels_first")
+        self.activation = nn.GELU()
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            SamFeedForward(width, width, width // 8, 3) for _ in range(tokens)
+        )
+        self.iou_prediction_head = SamFeedForward(width, config.iou_head_hidden_dim, tokens, config.iou_head_depth)
+
+    def forward(self, image_embeddings: Tensor, positions: Tensor, dense_prompt: Tensor) -> Tensor:
+        """Class maps of images.
+
+        Args:
+            image_embeddings: (B, C, h, w) from the encoder.
+            positions: (B, C, h, w) positional encoding.
+            dense_prompt: (1, C, 1, 1), SAM's embedding for "no mask given".
+
+        Returns:
+            (B, K + 1, 4 h, 4 w) logits.
+        """
+        batch, channels, height, width = image_embeddings.shape
+        tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(batch, 1, -1, -1)
+        tokens_out, image_out = self.transformer(
+            point_embeddings=tokens,
+            image_embeddings=image_embeddings + dense_prompt,
+            image_positional_embeddings=positions,
+            attention_similarity=None,
+        )
+        image_out = image_out.transpose(2, 3).reshape(batch, channels, height, width)
+        features = self.activation(self.upscale_layer_norm(self.upscale_conv1(image_out)))
+        features = self.activation(self.upscale_conv2(features))
+        # One by one: for a single batched product their weights would be copied together, and gradients apart again,
+        # which costs CPUs more than it saves.
+        class_tokens = tokens_out[:, 0, 1:].unbind(dim=1)
+        pairs = zip(self.output_hypernetworks_mlps, class_tokens, strict=True)
+        kernels = torch.stack([mlp(token) for mlp, token in pairs], dim=2)
+        # Channels are last in memory from the encoder on. With the features on the left of the product their gradient
+        # has channels last as well; GELU and convolution would take several times as long over one that has not.
+        maps = features.flatten(2).transpose(1, 2) @ kernels
+        return maps.transpose(1, 2).unflatten(2, features.shape[2:]).contiguous()
+
+    @torch.no_grad()
+    def reset_fresh_parts(self) -> None:
+        """Draw mask tokens, hypernetworks and IoU head from PyTorch's own initialisation, as SAMed does."""
+        for name in FRESH_PARTS:
+            for module in self.get_submodule(name).to_empty(device="cpu").modules():
+                if isinstance(module, nn.Linear | nn.Embedding):
+                    module.reset_parameters()
+
+
+class SamForSemanticSegmentation(PreTrainedModel):
+    """SAM's encoder and mask decoder with one output map per class and no prompts.
+
+    `model(pixel_values=(B, 3, S, S), labels=None)` returns a `SemanticSegmenterOutput` whose `logits` are
+    (B, K + 1, 4 S / P, 4 S / P) for patch size P, background first; with labels (B, h, w) int64 it has `.loss` too.
+    Pixels are in [0, 1]: SAMed applies no mean or deviation.
+
+    Attributes:
+        samed_config: the settings that prediction needs.
+        base_sha256: fingerprint of the base's frozen weights.
+        base_revision: commit of a base from the Hub.
+        initial_updates: what an adapter took out of the base's weights when it was new (PiSSA, OLoRA).
+    """
+
+    config_class = SamConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules: ClassVar[list[str]] = ["SamEncoderLayer"]
+
+    def __init__(self, config: SamConfig) -> None:
+        super().__init__(config)
+        vision = config.vision_config
+        self.shared_image_embedding = SamPositionalEmbedding(vision)
+        self.vision_encoder = SamVisionEncoder(vision)
+        self.vision_encoder.layers = nn.ModuleList(SamEncoderLayer(vision, i) for i in range(vision.num_hidden_layers))
+        self.prompt_encoder = SamPromptEncoder(config)
+        decoder_config = config.mask_decoder_config
+        decoder_config._attn_implementation = config._attn_implementation
+        self.mask_decoder = SemanticMaskDecoder(decoder_config)
+        self.samed_config: SamedConfig | None = None
+        self.base_sha256: str | None = None
+        self.base_revision: str | None = None
+        self.initial_updates: dict[str, tuple[Tensor, Tensor]] = {}
+        self.post_init()
+
+    @classmethod
+    def from_sam(cls, sam: SamModel, *, num_labels: int | None = None, image_size: int | None = None) -> Self:
+        """Take over a SAM's weights; the tensors are shared, not copied.
+
+        Args:
+            sam: any `SamModel`.
+            num_labels: K + 1, background included; mask tokens, hypernetworks and IoU head then start fresh. None
+                keeps the SAM's own outputs, those of a merged model for example.
+            image_size: pixels per side to run at; positions are resized bilinearly as SAMed does. None keeps it.
+
+        Raises:
+            InputError: `image_size` is no multiple of the patch size.
+        """
+        config = semantic_config(sam.config, num_labels=num_labels, image_size=image_size)
+        state = split_qkv(resize_positions(sam.state_dict(), config))
+        if num_labels is not None:
+            state = {key: value for key, value in state.items() if not any(part in key for part in FRESH_PARTS)}
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(state, strict=False, assign=True)
+        if num_labels is not None:
+            model.mask_decoder.reset_fresh_parts()
+        assert not any(p.is_meta for p in model.parameters()), "every weight comes from the SAM or starts fresh"
+        return model.eval()
+
+    def to_sam(self) -> SamModel:
+        """The same weights as a plain `SamModel` with fused `qkv`, whose outputs 0..K are the class maps.
+
+        `multimask_output=False` of the result gives map 0 (background), `multimask_output=True` maps 1..K.
+        """
+        with torch.device("meta"):
+            sam = SamModel(copy.deepcopy(self.config))
+        sam.load_state_dict(fuse_qkv(self.state_dict()), assign=True)
+        sam.tie_weights()
+        return sam.eval()
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save as a plain SAM that `SamModel.from_pretrained` opens; merge an adapter first."""
+        self.to_sam().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Open what `save_pretrained` wrote, with its class maps (for a base to adapt, see `load_sam`)."""
+        return cls.from_sam(SamModel.from_pretrained(pretrained_model_name_or_path, **kwargs))
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SemanticSegmenterOutput:
+        """Segment (B, 3, S, S) pixels in [0, 1]; `labels` (B, h, w) int64 add SAMed's loss."""
+        embeddings = self.vision_encoder(pixel_values).last_hidden_state
+        logits = self.mask_decoder(embeddings, self._positions(embeddings), self._no_mask)
+        loss = None if labels is None else dice_ce_loss(logits, labels)
+        return SemanticSegmenterOutput(loss=loss, logits=logits)
+
+    @property
+    def logits_size(self) -> int:
+        """Side of the logits: four times that of the encoder's grid."""
+        return 4 * (self.config.vision_config.image_size // self.config.vision_config.patch_size)
+
+    def _positions(self, embeddings: Tensor) -> Tensor:
+        # Computed in every pass: with ViT-B under a thousandth of its time, and what is kept could outlive its weights.
+        batch, _, height, width = embeddings.shape
+        centre_y = (torch.arange(height, device=embeddings.device) + 0.5) / height
+        centre_x = (torch.arange(width, device=embeddings.device) + 0.5) / width
+        grid = torch.stack(torch.meshgrid(centre_x, centre_y, indexing="xy"), dim=-1)
+        encoding = self.shared_image_embedding(grid).permute(2, 0, 1)
+        return encoding.to(embeddings.dtype).expand(batch, -1, -1, -1)
+
+    @property
+    def _no_mask(self) -> Tensor:
+        return self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+
+
+def load_sam(
+    base: str | Path, *, class_names: Sequence[str], image_size: int = 512, revision: str | None = None
+) -> SamForSemanticSegmentation:
+    """A SAM ready to be adapted: K + 1 class maps, fresh mask tokens, positions resized for `image_size`.
+
+    Args:
+        base: Hub id ("facebook/sam-vit-base"), local `SamModel` folder, Meta `.pth`, or "tiny-sam" for the small
+            model that ships with this package.
+        class_names: names of labels 1..K, background left out.
+        image_size: pixels per side the encoder sees.
+        revision: commit or tag of a Hub id.
+
+    Raises:
+        InputError: `base` is missing or no SAM, or `image_size` does not fit its patch size.
+    """
+    config = SamedConfig(base=str(base), class_names=tuple(class_names), base_revision=revision, image_size=image_size)
+    sam = open_sam(str(base), revision)
+    sha256 = _fingerprint(sam)
+    model = SamForSemanticSegmentation.from_sam(sam, num_labels=config.num_labels, image_size=image_size)
+    model.base_sha256 = sha256
+    model.base_revision = revision or vars(sam.config).get("_commit_hash")  # Transformers notes it for the Hub
+    model.samed_config = dataclasses.replace(config, base_sha256=sha256, base_revision=model.base_revision)
+    return model
+
+
+def require_base(base: str, name: str = "base") -> None:
+    """Whether `base` can name a SAM: a file, a folder or a Hub id, called `name` in the message.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if base != TINY_SAM and not Path(base).exists() and not is_hub_id(base):
+        raise InputError(f"{name} {base} is neither a file, nor a folder, nor a Hub id such as facebook/sam-vit-base")
+
+
+def open_sam(base: str, revision: str | None = None) -> SamModel:
+    """A SAM under any of the names that `load_sam` takes, as it is.
+
+    Raises:
+        InputError: it is missing, damaged or no SAM.
+    """
+    path = TINY_SAM_DIR if base == TINY_SAM else Path(base)
+    if path.is_file():
+        return load_meta_checkpoint(path)
+    require_base(base)
+    source = str(path) if path.is_dir() else base
+    try:
+        # Unless told not to, Transformers asks on the terminal whether to run code that the folder brings.
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"base {base} cannot be opened as a SAM: {error}") from error
+    if not isinstance(config, SamConfig):
+        raise InputError(
+            f"base {base} is a {config.model_type} model, not a SAM; use facebook/sam-vit-base, -large or -huge"
+        )
+    try:
+        sam, info = SamModel.from_pretrained(
+            source, revision=revision, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"base {base} cannot be opened as a SAM: {error}") from error
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise InputError(f"base {base} lacks weights of a SAM: {', '.join(lacking[:5])} ({len(lacking)} in all)")
+    return sam
+
+
+def _fingerprint(sam: SamModel) -> str:
+    """SHA-256 over the weights an adapter relies on: encoder and positional encoding, at the base's own size.
+
+    The decoder is left out: it travels with the adapter.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sam.state_dict().items()):
+        if name.startswith(("vision_encoder.", "shared_image_embedding.")):
+            if not torch.isfinite(tensor).all():
+                raise InputError(f"the base's weight {name} holds values that are not finite; download it anew")
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.float().contiguous().numpy())
+    return digest.hexdigest()

@@ -1,0 +1,38 @@
+"""The one number that a training run watches."""
+
+from collections.abc import Mapping
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from samed_peft.io import Volume
+from samed_peft.metrics import score_case, summarise
+from samed_peft.prediction.inference import Segmenter, predict_volume, settings_of
+
+
+def mean_dice(
+    model: Segmenter,
+    images: Mapping[str, Volume],
+    references: Mapping[str, Volume],
+    *,
+    accelerator: Accelerator,
+) -> float:
+    """Mean Dice over cases and then classes, absent ones left out; the cases are shared out among processes.
+
+    Args:
+        model: as for `predict_volume`.
+        images: case -> scan.
+        references: case -> label map.
+        accelerator: processes and precision.
+
+    Returns:
+        The same number on every process; NaN if no reference and no prediction has any label.
+    """
+    class_names = settings_of(model).class_names
+    scores = []
+    for case in list(images)[accelerator.process_index :: accelerator.num_processes]:
+        with accelerator.autocast():
+            mask = predict_volume(model, images[case])
+        scores.append(score_case(mask, references[case].array, num_classes=len(class_names)))
+    everywhere = gather_object(scores) if accelerator.num_processes > 1 else scores
+    return summarise(everywhere, class_names)["standard"]["mean"]["dice"]

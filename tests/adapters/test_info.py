@@ -1,0 +1,106 @@
+"""`samed info`: what it says, that it needs no PyTorch, and what it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from samed_peft.adapters.info import adapter_info, info_text
+from samed_peft.adapters.save_load import add_lora, save_adapter, write_card
+from samed_peft.cli import main
+from samed_peft.config import SamedConfig
+from samed_peft.errors import InputError
+from samed_peft.models.modeling import load_sam
+
+CLASSES = ("left|lobe", "right lobe")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    config = SamedConfig("tiny-sam", CLASSES, image_size=64, input_size=32, rank=2, layers=(0, 5), orientation="LAS")
+    save_adapter(add_lora(load_sam("tiny-sam", class_names=CLASSES, image_size=64), config), folder, config=config)
+    return folder
+
+
+@pytest.fixture
+def adapter(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "adapter")
+
+
+def report(**settings):
+    scores = {"dice": 0.81884, "hd95": None}
+    summary = {"mean": scores, "classes": {name: {**scores, "n_valid": 3, "n_cases": 4} for name in CLASSES}}
+    return {"standard": summary, "samed": summary, "cases": [{}] * 4, "settings": settings}
+
+
+def test_what_an_adapter_is(adapter):
+    info = adapter_info(adapter)
+    assert info["classes"] == {"1": "left|lobe", "2": "right lobe"}
+    assert info["config"]["rank"] == 2
+    assert info["peft_type"] == "LORA"
+    assert info["parameters"]["encoder"] == 2 * 2 * 2 * 2 * 128  # layers, q and v, A and B, rank, width
+    assert info["files"]["adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").stat().st_size
+    assert info["scores"] is None
+    text = info_text(info)
+    assert "adapts    rank 2, q_proj, v_proj of layers 0, 5; mask decoder in full" in text
+    assert "input     64 pixels through 32, window -125 to 275, slices as in LAS" in text
+    assert "    1 left|lobe\n    2 right lobe" in text
+    assert text.endswith("not evaluated")
+
+
+@pytest.mark.parametrize("place", ["within", "around"])
+def test_scores(adapter, place):
+    found = report(dataset="abdomens", epochs=3, seed=1)
+    write_card(adapter, report=found)
+    folder = adapter if place == "within" else adapter.parent
+    (folder / "report.json").write_text(json.dumps(found))
+    info = adapter_info(adapter)
+    assert (info["cases"], info["dataset"], info["training"]) == (4, "abdomens", {"epochs": 3, "seed": 1})
+    text = info_text(info)
+    assert "(4 cases of abdomens)" in text
+    assert "training  epochs 3, seed 1" in text
+    assert "    1 left|lobe    0.8188      n/a      0.8188          n/a\n" in text
+    assert len(text.splitlines()) <= 24
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_many_classes_do_not_fill_the_screen(adapter):
+    info = adapter_info(adapter)
+    info["classes"] = {str(label): f"class {label}" for label in range(1, 101)}
+    text = info_text(info)
+    assert "  and 86 more, which --json lists" in text
+    assert len(text.splitlines()) <= 26
+
+
+def test_the_command_needs_no_pytorch(adapter):
+    code = (
+        "import sys; from samed_peft.cli import main; main(sys.argv[1:]); "
+        "assert not {'torch', 'transformers', 'peft', 'accelerate'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "info", str(adapter), "--json"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    assert json.loads(done.stdout)["classes"]["2"] == "right lobe"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda a: shutil.rmtree(a), "neither an adapter directory nor a Hub id"),
+        (lambda a: (a / "samed_config.json").unlink(), "is no adapter directory: it lacks samed_config.json"),
+        (lambda a: (a / "adapter_model.safetensors").unlink(), "it lacks adapter_model.safetensors"),
+        (lambda a: (a / "adapter_model.safetensors").write_bytes(b"\0" * 40), "expected a safetensors file"),
+        (lambda a: (a / "adapter_config.json").write_text("[]"), "expected an adapter's settings"),
+        (lambda a: (a / "adapter_config.json").write_text("{"), "adapter_config.json"),
+        (lambda a: (a / "samed_config.json").write_text('{"base": 3}'), "samed_config.json"),
+    ],
+)
+def test_bad_adapters_are_refused(adapter, damage, message, capsys):
+    damage(adapter)
+    with pytest.raises(InputError, match=message):
+        adapter_info(adapter)
+    with pytest.raises(SystemExit, match="2"):
+        main(["info", str(adapter)])
+    assert len(capsys.readouterr().err.splitlines()) == 1

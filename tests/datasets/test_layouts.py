@@ -1,0 +1,181 @@
+"""Folders of one's own: both dialects of dataset.json, nnU-Net's channels, pictures, and what is refused."""
+
+import json
+import os
+import sys
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from samed_peft.datasets.layouts import open_folder
+from samed_peft.errors import InputError
+
+DECATHLON = {
+    "modality": {"0": "CT"},
+    "labels": {"0": "background", "1": "liver", "2": "tumour"},
+    "training": [{"image": f"./imagesTr/c{n}.nii.gz", "label": f"./labelsTr/c{n}.nii.gz"} for n in (1, 2)],
+}
+NNUNET = {
+    "channel_names": {"0": "T1", "1": "FLAIR"},
+    "labels": {"background": 0, "lesion": 1},
+    "numTraining": 2,
+    "file_ending": ".nii.gz",
+}
+
+
+def scan(path, shape=(4, 5, 3)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(np.zeros(shape, np.uint8), np.eye(4)), path)
+
+
+def write(root, content, images=(), labels=()):
+    root.mkdir(exist_ok=True)
+    if content is not None:
+        (root / "dataset.json").write_text(json.dumps(content))
+    for name in images:
+        scan(root / "imagesTr" / f"{name}.nii.gz")
+    for name in labels:
+        scan(root / "labelsTr" / f"{name}.nii.gz")
+    return root
+
+
+def test_decathlon(tmp_path):
+    folder = open_folder(write(tmp_path / "d", DECATHLON, ("c1", "c2"), ("c1", "c2")))
+    assert (folder.class_names, folder.modality, folder.channel) == (("liver", "tumour"), "CT", None)
+    assert list(folder.images) == list(folder.labels) == ["c1", "c2"]
+    assert folder.images["c1"].parent.name == "imagesTr"
+
+
+@pytest.mark.parametrize("wanted", ["FLAIR", "flair", "1"])
+def test_nnunet_channels_by_name_or_number(tmp_path, wanted):
+    images = [f"c{case}_000{channel}" for case in (1, 2) for channel in (0, 1)]
+    folder = open_folder(write(tmp_path / "n", NNUNET, images, ("c1", "c2")), channel=wanted)
+    assert (folder.class_names, folder.modality, folder.channel) == (("lesion",), "FLAIR", 1)
+    assert {case: path.name for case, path in folder.images.items()} == {
+        "c1": "c1_0001.nii.gz",
+        "c2": "c2_0001.nii.gz",
+    }
+
+
+def test_the_first_nnunet_lists_files_without_their_channel(tmp_path):
+    folder = open_folder(write(tmp_path / "n", DECATHLON, ("c1_0000", "c2_0000"), ("c1", "c2")))
+    assert folder.images["c2"].name == "c2_0000.nii.gz"
+    assert folder.channel is None
+
+
+def test_channels_within_a_file(tmp_path):
+    content = DECATHLON | {"modality": {"0": "T2", "1": "ADC"}}
+    folder = open_folder(write(tmp_path / "d", content, ("c1", "c2"), ("c1", "c2")), channel="adc")
+    assert (folder.channel, folder.modality) == (1, "ADC")
+
+
+def test_pictures(tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / kind / "a.png")
+    folder = open_folder(tmp_path)
+    assert (folder.class_names, folder.modality, list(folder.images)) == ((), None, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("content", "images", "labels", "channel", "message"),
+    [
+        (None, ("c1",), ("c1",), None, "expected dataset.json with imagesTr"),
+        (DECATHLON, ("c1",), ("c1", "c2"), None, "lists .*c2.nii.gz, which is missing"),
+        (DECATHLON | {"training": [{"image": "a"}]}, ("c1",), ("c1",), None, '"image" and "label"'),
+        (
+            DECATHLON | {"training": [{"image": "../../x.nii.gz", "label": "./labelsTr/c1.nii.gz"}]},
+            ("c1",),
+            ("c1",),
+            None,
+            "expected files below",
+        ),
+        (DECATHLON | {"training": DECATHLON["training"] * 2}, ("c1", "c2"), ("c1", "c2"), None, "lists c1 twice"),
+        (DECATHLON | {"labels": {"0": "background", "2": "b"}}, ("c1",), ("c1",), None, "0..K without gaps"),
+        (DECATHLON, ("c1", "c2"), ("c1", "c2"), "PET", r"channels 0 \(CT\).*found 'PET'"),
+        (NNUNET, ("c1_0000", "c1_0001"), ("c1",), None, r"0 \(T1\), 1 \(FLAIR\).*none chosen"),
+        (NNUNET, ("c1_0000", "c1_0001", "c2_0000"), ("c1", "c2"), "1", r"ending in _0001 \(FLAIR\).*c2"),
+        (NNUNET, ("c1",), ("c1",), "0", "a file for each channel"),
+        (NNUNET, ("c1_0000", "c1_0001"), ("c1", "c2"), "0", "no scan of c2"),
+        (NNUNET, (), ("c1",), "0", "expected a folder at .*imagesTr"),
+        ([], (), (), None, "expected an object with labels"),
+    ],
+)
+def test_folders_that_cannot_be_used(tmp_path, content, images, labels, channel, message):
+    root = write(tmp_path / "d", content, images, labels)
+    with pytest.raises(InputError, match=message):
+        open_folder(root, channel=channel)
+
+
+@pytest.mark.parametrize("linked", ["imagesTr", "imagesTr/c1.nii.gz"])
+def test_linked_files_may_lie_elsewhere(tmp_path, linked):
+    root = write(tmp_path / "d", DECATHLON, ("c1", "c2"), ("c1", "c2"))
+    (root / linked).rename(tmp_path / "stored")
+    (root / linked).symlink_to(tmp_path / "stored")
+    assert open_folder(root).images["c1"] == root / "imagesTr" / "c1.nii.gz"
+
+
+def test_a_scan_must_not_be_two_cases(tmp_path):
+    training = [{"image": "imagesTr/c1.nii.gz", "label": f"labelsTr/c{n}.nii.gz"} for n in (1, 2)]
+    root = write(tmp_path / "d", DECATHLON | {"training": training}, ("c1",), ("c1", "c2"))
+    with pytest.raises(InputError, match=r"lists .*c1.nii.gz with c1 and with c2"):
+        open_folder(root)
+
+
+def test_label_maps_of_one_name_in_several_folders(tmp_path):
+    training = [{"image": f"imagesTr/c{n}.nii.gz", "label": f"labelsTr/p{n}/seg.nii.gz"} for n in (1, 2)]
+    root = write(tmp_path / "d", DECATHLON | {"training": training}, ("c1", "c2"), ("p1/seg", "p2/seg"))
+    with pytest.raises(InputError, match=r"named after their label maps.*p1/seg.nii.gz and .*p2/seg.nii.gz"):
+        open_folder(root)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 300])
+def test_names_no_file_can_have(tmp_path, name):
+    training = [{"image": f"imagesTr/{name}.nii.gz", "label": "labelsTr/c1.nii.gz"}]
+    root = write(tmp_path / "d", DECATHLON | {"training": training}, ("c1",), ("c1",))
+    with pytest.raises(InputError, match="missing or no scan"):
+        open_folder(root)
+
+
+@pytest.mark.parametrize(
+    "labels", [{"background": 0, "whole": [1, 2], "core": 2}, {"0": "background", "2": "b"}, {"a": 0, "ignore": 1}]
+)
+def test_given_names_stand_in_for_labels_of_other_kinds(tmp_path, labels):
+    root = write(tmp_path / "d", DECATHLON | {"labels": labels}, ("c1", "c2"), ("c1", "c2"))
+    assert open_folder(root, class_names=("edema", "core")).class_names == ("edema", "core")
+    with pytest.raises(InputError, match="class_names"):
+        open_folder(root)
+
+
+def test_a_byte_order_mark(tmp_path):
+    root = write(tmp_path / "d", DECATHLON, ("c1", "c2"), ("c1", "c2"))
+    (root / "dataset.json").write_bytes(b"\xef\xbb\xbf" + (root / "dataset.json").read_bytes())
+    assert open_folder(root).class_names == ("liver", "tumour")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of other bytes are Linux's")
+def test_names_that_are_not_utf8(tmp_path):
+    root = write(tmp_path / "d", NNUNET | {"channel_names": {"0": "T1"}}, ("c1_0000",), ("c1",))
+    odd = os.fsdecode(b"c\xff_0000.nii.gz")
+    (root / "imagesTr" / "c1_0000.nii.gz").rename(root / "imagesTr" / odd)
+    with pytest.raises(InputError, match=r"UTF-8.*c\?_0000.nii.gz"):
+        open_folder(root)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="found nothing"):
+        open_folder(tmp_path / "absent")
+
+
+def test_two_files_of_one_case(tmp_path):
+    root = write(tmp_path / "n", NNUNET | {"channel_names": {"0": "T1"}}, ("c1_0000",), ("c1",))
+    nibabel.save(nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)), root / "labelsTr" / "c1.nii")
+    with pytest.raises(InputError, match="one file a case"):
+        open_folder(root)
+
+
+def test_the_hippocampus(real_scans):
+    folder = open_folder(real_scans / "Task04_Hippocampus")
+    assert (folder.class_names, folder.modality, len(folder.images)) == (("Anterior", "Posterior"), "MRI", 160)

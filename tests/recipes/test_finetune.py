@@ -1,0 +1,126 @@
+"""recipes/finetune.py as users run it, on folders of their own."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from conftest import write_balls
+from PIL import Image
+
+from samed_peft.io import read_labels
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "finetune.py"
+SMALL = [
+    *("--base", "tiny-sam", "--image_size", "64", "--batch_size", "4", "--epochs", "2"),
+    *("--warmup_steps", "2", "--learning_rate", "0.003", "--num_workers", "0"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run the recipe; returns (exit code, stdout, stderr)."""
+    cache = tmp_path_factory.mktemp("cache")
+    environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "2"}
+
+    def run(*options):
+        command = [sys.executable, str(RECIPE), *map(str, options)]
+        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False, timeout=200)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Four MR scans with a bright ball, in two orientations, two of one patient."""
+    root = tmp_path_factory.mktemp("data") / "nnunet"
+    write_balls(root)
+    return root
+
+
+@pytest.mark.slow
+def test_from_scans_to_a_report(run, scans, tmp_path):
+    options = ("--data_dir", scans, "--output_dir", tmp_path / "out", *SMALL)
+    patients = ("--patient_pattern", "(p.)_.", "--folds", 3, "--validation_cases", "p2_a", "--validate_epochs", 1)
+    code, stdout, stderr = run(*options, *patients, "--fold", 1, "--resume")
+    assert code == 0, stderr
+    assert f"UserWarning: nothing to resume in {tmp_path / 'out'}: " in stderr
+    assert "ball" in stdout
+    config = json.loads((tmp_path / "out" / "adapter" / "samed_config.json").read_text())
+    assert (config["class_names"], config["orientation"], config["window"]) == (["ball"], "LPS", None)
+    assert config["channel"] is None
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    held_out = {case["case"] for case in report["cases"]}
+    assert held_out in ({"p1_a", "p1_b"}, {"p3_a"})
+    for case in held_out:
+        mask = read_labels(tmp_path / "out" / "predictions" / f"{case}.nii.gz")
+        np.testing.assert_allclose(mask.affine, nibabel.load(scans / "labelsTr" / f"{case}.nii.gz").affine)
+    code, _, stderr = run(*options, *patients, "--fold", 1)
+    assert (code, "pass --resume" in stderr) == (2, True)
+    # The validation chose the adapter: its case must not become the one that is reported.
+    swapped = ("--test_cases", "p2_a", "--validation_cases", *held_out, "--validate_epochs", 1)
+    for changed in ((*patients, "--fold", 1, "--empty_share", 0.5), swapped):
+        code, _, stderr = run(*options, *changed, "--resume")
+        assert (code, "with other settings (data" in stderr) == (2, True), stderr
+
+
+@pytest.mark.slow
+def test_from_colour_pictures_to_a_report(run, tmp_path):
+    rng = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+    for number in range(5):
+        mask = np.zeros((30, 40), np.uint8)
+        mask[5 + number : 20, 10:30] = 255
+        picture = rng.integers(0, 100, (30, 40, 3)).astype(np.uint8)
+        picture[mask > 0, 0] += 120
+        Image.fromarray(picture).save(tmp_path / "data" / "images" / f"{number}.png")
+        Image.fromarray(mask).save(tmp_path / "data" / "masks" / f"{number}.png")
+    options = ("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", "--class_names", "polyp,tool")
+    code, stdout, stderr = run(*options, *SMALL, "--test_cases", 3, 4)
+    assert code == 0, stderr
+    assert "polyp" in stdout
+    assert "UserWarning: no training slice has a labelled pixel of tool: " in stderr
+    config = json.loads((tmp_path / "out" / "adapter" / "samed_config.json").read_text())
+    assert (config["window"], config["orientation"]) == ([0.0, 255.0], None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fold", "9"), "expected fold 0 to 2 of 3 folds, found 9"),
+        (("--test_cases", "p9"), "hold out, found p9; there are p1_a, p1_b, p2_a, p3_a"),
+        (("--class_names", "a,b"), r"expected 1 class name, as many as dataset.json has \(ball\), found 2: a, b"),
+        (("--channel", "FLAIR"), r"channels 0 \(T1\)"),
+        (("--test_cases", "p1_a", "--patient_pattern", "(p.)_."), "patients p1 are both"),
+        (("--output_dir", RECIPE / "run", "--data_dir", "nowhere"), "finetune.py is a file; choose another name"),
+        (("--output_dir", RECIPE, "--data_dir", "nowhere"), "found a file; choose another name"),
+    ],
+)
+def test_bad_input_ends_with_one_message(call_recipe, scans, tmp_path, options, message):
+    given = ("--data_dir", scans, "--output_dir", tmp_path / "out", *SMALL, "--folds", 3, *options)
+    code, stderr = call_recipe(RECIPE, *given)
+    assert code == 2, stderr
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(message, line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_held_out_cases_are_read_before_the_training(call_recipe, scans, tmp_path):
+    shutil.copytree(scans, tmp_path / "data")
+    path = tmp_path / "data" / "labelsTr" / "p3_a.nii.gz"
+    label = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(label.dataobj) * 2, label.affine), path)
+    options = ("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", *SMALL)
+    for held_out in (("--test_cases", "p3_a"), ("--test_cases", "p2_a", "--validation_cases", "p3_a")):
+        epochs = ("--validate_epochs", "1") if len(held_out) > 2 else ()
+        code, stderr = call_recipe(RECIPE, *options, *held_out, *epochs)
+        assert (code, "p3_a.nii.gz hold 2, but only 0..1" in stderr) == (2, True), stderr
+        assert not (tmp_path / "out").exists()

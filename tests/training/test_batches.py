@@ -1,0 +1,89 @@
+"""Order and augmentation depend on (seed, epoch, index) and on nothing else."""
+
+import numpy as np
+import pytest
+import torch
+
+from samed_peft.models.losses import IGNORED_LABEL
+from samed_peft.training.batches import FILLER, TrainingSlices, batch_loader, epoch_batches
+
+
+@pytest.fixture
+def rows():
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "image": rng.random((20, 24), dtype=np.float32),
+            "label": rng.integers(0, 9, (20, 24), dtype=np.uint8),
+        }
+        for _ in range(7)
+    ]
+
+
+def load(rows, *, workers, epoch=0, seed=3):
+    slices = TrainingSlices(rows, image_size=32, label_size=8, seed=seed)
+    batches = epoch_batches(len(rows), batch_size=2, seed=5, epoch=epoch)
+    return list(batch_loader(slices, batches, num_workers=workers))
+
+
+def test_shapes(rows):
+    batches = load(rows, workers=0)
+    assert [len(b["labels"]) for b in batches] == [2, 2, 2, 1]
+    assert batches[0]["pixel_values"].shape == (2, 3, 32, 32)
+    assert batches[0]["pixel_values"].dtype == torch.float32
+    assert batches[0]["labels"].shape == (2, 8, 8)
+    assert batches[0]["labels"].dtype == torch.int64
+
+
+def test_any_number_of_workers_gives_the_same_batches(rows):
+    for one, two in zip(load(rows, workers=0), load(rows, workers=2), strict=True):
+        assert one["pixel_values"].equal(two["pixel_values"])
+        assert one["labels"].equal(two["labels"])
+
+
+def test_a_grey_slice_is_one_channel_in_memory(rows):
+    for workers in (0, 1):
+        pixels = load(rows, workers=workers)[0]["pixel_values"]
+        assert pixels.stride(1) == 0
+        assert pixels[:, 0].equal(pixels[:, 2])
+
+
+def test_colours_stay_three(rows):
+    coloured = [{**row, "image": np.stack([row["image"], row["image"] / 2, row["image"] * 0], axis=-1)} for row in rows]
+    grey, colour = load(rows, workers=0)[0]["pixel_values"], load(coloured, workers=0)[0]["pixel_values"]
+    assert colour.shape == grey.shape
+    assert torch.allclose(colour[:, 0], grey[:, 0])
+    assert torch.allclose(colour[:, 1], grey[:, 0] / 2)
+
+
+def test_more_workers_than_cores_are_not_started(rows, monkeypatch):
+    monkeypatch.setattr("samed_peft.training.batches.available_cores", lambda: 1)
+    assert len(load(rows, workers=50)) == 4  # PyTorch would warn, and warnings are errors
+
+
+def test_epochs_differ(rows):
+    assert not load(rows, workers=0)[0]["pixel_values"].equal(load(rows, workers=0, epoch=1)[0]["pixel_values"])
+
+
+def test_loading_leaves_the_global_random_state_alone(rows):
+    state = torch.get_rng_state()
+    load(rows, workers=0)
+    assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_processes_share_out_the_batches_of_one(processes):
+    whole = epoch_batches(25, batch_size=2 * processes, seed=1, epoch=4)
+    parts = [
+        epoch_batches(25, batch_size=2, seed=1, epoch=4, process=p, num_processes=processes) for p in range(processes)
+    ]
+    assert {len(part) for part in parts} == {len(whole)}
+    for number, batch in enumerate(whole):
+        together = [key for part in parts for key in part[number] if key[1] != FILLER]
+        assert sorted(together) == sorted(batch)
+    assert sorted(index for batch in whole for _, index in batch) == list(range(25))
+
+
+def test_a_filler_counts_nowhere(rows):
+    slices = TrainingSlices(rows, image_size=32, label_size=8, seed=3)
+    assert (slices[0, FILLER]["labels"] == IGNORED_LABEL).all()

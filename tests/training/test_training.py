@@ -1,0 +1,276 @@
+"""Fourteen steps of the original, exact resume, accumulation, divergence."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from conftest import GOLDEN, load_samed_weights, npz, samed_weights
+
+from samed_peft.config import TrainingConfig
+from samed_peft.errors import InputError, NonFiniteLossError
+from samed_peft.training import (
+    Progress,
+    StopSignal,
+    build_optimizer,
+    claim_run_folder,
+    load_checkpoint,
+    save_checkpoint,
+    train_step,
+    training_steps,
+)
+from samed_peft.training.batches import TrainingSlices
+from samed_peft.training.schedules import learning_rate
+from samed_peft.training.state import require_replicas
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def golden_batches():
+    data = npz("train.npz")
+    return [
+        {
+            "pixel_values": torch.from_numpy(x.astype(np.float32)).expand(-1, 3, -1, -1),
+            "labels": torch.from_numpy(y).long(),
+        }
+        for x, y in zip(data["images"], data["low_res_labels"], strict=True)
+    ]
+
+
+def samed_rate(step):
+    return learning_rate(step, peak=0.005, warmup_steps=5, max_steps=40)
+
+
+def test_fourteen_steps_reproduce_samed(fresh_model, golden_batches, accelerator):
+    load_samed_weights(fresh_model, GOLDEN / "train_start.pth")
+    optimizer = build_optimizer(fresh_model, weight_decay=0.1)
+    model, optimizer = accelerator.prepare(fresh_model, optimizer)
+    expected = npz("train.npz")
+    rates = [samed_rate(step) for step in range(14)]
+    np.testing.assert_allclose(rates, expected["lr"], atol=1e-12, rtol=0)
+    losses = [
+        train_step(model, [batch], optimizer, accelerator=accelerator, learning_rate=rate)
+        for batch, rate in zip(golden_batches, rates, strict=True)
+    ]
+    for ours, theirs in zip(np.transpose(losses), ("loss", "loss_ce", "loss_dice"), strict=True):
+        np.testing.assert_allclose(ours, expected[theirs], atol=1e-5, rtol=0)
+    parameters = dict(fresh_model.named_parameters())
+    for name, tensor in samed_weights(fresh_model, GOLDEN / "train_end.pth").items():
+        # The softmax ignores a key's bias: its true gradient is zero, and AdamW blows up what rounding makes of that.
+        allowed = 1e-3 if name.endswith("k_proj.bias") else 1e-5
+        torch.testing.assert_close(parameters[name].data, tensor, atol=allowed, rtol=0)
+
+
+def train(model, batches, accelerator, *, state=None, stop=None):
+    optimizer = build_optimizer(model, weight_decay=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    progress = Progress() if state is None else load_checkpoint(state, model, optimizer, accelerator=accelerator)
+    for step, batch in enumerate(batches[:stop]):
+        if step >= progress.step:
+            train_step(model, [batch], optimizer, accelerator=accelerator, learning_rate=samed_rate(step))
+            progress = Progress(step=step + 1, best_dice=0.5, best_epoch=1)
+    return optimizer, progress
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    golden_config, fresh_model, golden_batches, accelerator, tmp_path
+):
+    from samed_peft.adapters.save_load import add_lora
+    from samed_peft.models.modeling import load_sam
+
+    batches = golden_batches[:6]
+    start = weights(fresh_model)
+    train(fresh_model, batches, accelerator)
+    uninterrupted = weights(fresh_model)
+
+    def from_start():
+        torch.manual_seed(99)
+        model = add_lora(
+            load_sam(golden_config.base, class_names=golden_config.class_names, image_size=128), golden_config
+        )
+        model.load_state_dict(start, strict=False)
+        return model
+
+    first = from_start()
+    optimizer, progress = train(first, batches, accelerator, stop=3)
+    save_checkpoint(tmp_path, first, optimizer, progress=progress, accelerator=accelerator)
+    second = from_start()
+    _, progress = train(second, batches, accelerator, state=tmp_path)
+    assert progress.step == 6
+    resumed = weights(second)
+    assert all(resumed[name].equal(uninterrupted[name]) for name in uninterrupted)
+    assert not all(uninterrupted[name].equal(start[name]) for name in start)
+
+
+def test_a_checkpoint_holds_no_base_and_replaces_the_older_one(fresh_model, golden_batches, accelerator, tmp_path):
+    optimizer, progress = train(fresh_model, golden_batches[:1], accelerator)
+    save_checkpoint(tmp_path, fresh_model, optimizer, progress=progress, accelerator=accelerator)
+    save_checkpoint(tmp_path, fresh_model, optimizer, progress=Progress(step=2), accelerator=accelerator)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+    size = sum(p.stat().st_size for p in (tmp_path / "step-00000002").iterdir())
+    trainable = sum(p.numel() for p in fresh_model.parameters() if p.requires_grad)
+    assert size < 4 * 3 * trainable + 150_000
+
+
+def test_all_of_a_checkpoint_goes_where_the_weights_are(accelerator, tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path, model, optimizer, progress=Progress(1), accelerator=accelerator)
+    elsewhere = torch.nn.Linear(2, 2, device="meta")
+    optimizer = torch.optim.AdamW(elsewhere.parameters())
+    load_checkpoint(tmp_path, elsewhere, optimizer, accelerator=accelerator)
+    kinds = optimizer.state[elsewhere.weight]
+    assert {kind: value.device.type for kind, value in kinds.items()} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_sq"), "meta"
+    )
+
+
+def test_a_damaged_checkpoint_is_named(fresh_model, golden_batches, accelerator, tmp_path):
+    optimizer, progress = train(fresh_model, golden_batches[:1], accelerator)
+    save_checkpoint(tmp_path, fresh_model, optimizer, progress=progress, accelerator=accelerator)
+    file = tmp_path / "step-00000001" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        load_checkpoint(tmp_path, fresh_model, optimizer, accelerator=accelerator)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(fresh_model, golden_batches, accelerator):
+    before = weights(fresh_model)
+    golden_batches[0]["pixel_values"] = golden_batches[0]["pixel_values"] * float("nan")
+    with pytest.raises(NonFiniteLossError, match="loss is nan"):
+        train(fresh_model, golden_batches[:1], accelerator)
+    assert all(p.equal(before[n]) for n, p in weights(fresh_model).items())
+
+
+def test_bfloat16_follows_float32(fresh_model, golden_batches):
+    load_samed_weights(fresh_model, GOLDEN / "train_start.pth")
+    AcceleratorState._reset_state(reset_partial_state=True)  # precision is the process's, not the accelerator's
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        optimizer = build_optimizer(fresh_model, weight_decay=0.1)
+        model, optimizer = accelerator.prepare(fresh_model, optimizer)
+        losses = [
+            train_step(model, [batch], optimizer, accelerator=accelerator, learning_rate=samed_rate(step))[0]
+            for step, batch in enumerate(golden_batches[:4])
+        ]
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    expected = npz("train.npz")["loss"][:4]
+    np.testing.assert_allclose(losses, expected, atol=0.02, rtol=0)
+    assert not np.allclose(losses, expected, atol=1e-6, rtol=0)
+    assert all(p.dtype == torch.float32 for p in fresh_model.parameters() if p.requires_grad)
+
+
+def test_accumulated_gradients_are_the_mean(fresh_model, golden_batches, accelerator):
+    optimizer = build_optimizer(fresh_model, weight_decay=0.0)
+    model, optimizer = accelerator.prepare(fresh_model, optimizer)
+    group = golden_batches[:2]
+    loss, _, _ = train_step(model, group, optimizer, accelerator=accelerator, learning_rate=0.0)
+    with torch.no_grad():
+        single = [model(**batch).loss.item() for batch in group]
+    assert loss == pytest.approx(np.mean(single), abs=1e-6)
+
+
+def test_validation_keeps_the_earlier_of_equals_and_no_nan():
+    first = Progress(step=4).validated(float("nan"), epoch=1)
+    assert first.best_epoch is None
+    best = first.validated(0.5, epoch=2).validated(0.5, epoch=3).validated(float("nan"), epoch=4)
+    assert (best.best_dice, best.best_epoch) == (0.5, 2)
+
+
+def test_signals_do_again_what_they_did_before():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop_signal:
+        assert signal.getsignal(signal.SIGTERM) != before
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_signal.received
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+class NotedRows(list):
+    """Rows that note which of them are read."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("start", [0, 2, 4])
+def test_each_epoch_sees_every_slice_once_and_its_last_group_may_be_smaller(fresh_model, accelerator, start):
+    rng = np.random.default_rng(0)
+    size = fresh_model.samed_config.image_size
+    rows = NotedRows(
+        {"image": rng.random((size, size), np.float32), "label": rng.integers(0, 3, (size, size), np.uint8)}
+        for _ in range(5)
+    )
+    slices = TrainingSlices(rows, image_size=size, label_size=fresh_model.logits_size, seed=None)
+    training = TrainingConfig(epochs=2, stop_epoch=2, batch_size=1, accumulation_steps=2, num_workers=0)
+    model, optimizer = accelerator.prepare(fresh_model, build_optimizer(fresh_model, weight_decay=0.0))
+    steps = training_steps(model, optimizer, slices, training=training, accelerator=accelerator, start=start)
+    counts = []
+    for step in steps:
+        counts.append(len(rows.read))
+        assert step.ends_epoch == (step.number % 3 == 0)
+    assert np.diff([0, *counts]).tolist() == [2, 2, 1, 2, 2, 1][start:]
+    assert sorted(rows.read[-5:]) == [0, 1, 2, 3, 4] if start <= 3 else len(rows.read) == 3
+
+
+def test_a_run_folder_is_claimed_once(tmp_path):
+    folder, settings, accelerator = tmp_path / "run", {"rank": 4, "seed": 1}, Accelerator(cpu=True)
+    claim_run_folder(folder, settings, resume=False, accelerator=accelerator)
+    with pytest.raises(InputError, match="--resume"):
+        claim_run_folder(folder, settings, resume=False, accelerator=accelerator)
+    claim_run_folder(folder, settings, resume=True, accelerator=accelerator)
+    with pytest.raises(InputError, match="rank: 4 there, 8 now"):
+        claim_run_folder(folder, settings | {"rank": 8}, resume=True, accelerator=accelerator)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="found other files, which must not be lost"):
+        claim_run_folder(tmp_path / "other", settings, resume=True, accelerator=accelerator)
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+    with pytest.raises(InputError, match=r"expected a folder above .*, but .*thesis\.txt is a file"):
+        claim_run_folder(tmp_path / "other" / "thesis.txt" / "run", settings, resume=False, accelerator=accelerator)
+
+
+def test_a_model_split_over_processes_is_refused():
+    with pytest.raises(InputError, match="found FSDP in Accelerate's configuration"):
+        require_replicas(SimpleNamespace(distributed_type=DistributedType.FSDP))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one_with_the_double_batch(tmp_path):
+    """The worker trains five steps on slices of the golden batches, the last one too small for two processes."""
+    worker = str(Path(__file__).with_name("two_process_worker.py"))
+    options = {"capture_output": True, "text": True, "check": False, "timeout": 120}
+    options["env"] = os.environ | {"PYTHONPATH": str(GOLDEN.parent)}
+    one = subprocess.run([sys.executable, worker], **options)
+    assert one.returncode == 0, one.stderr
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker]
+    two = subprocess.run(launch, **options)
+    assert two.returncode == 0, two.stderr
+    losses = [np.array(run.stdout.split(), dtype=float) for run in (one, two)]
+    assert len(losses[0]) == 14
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-5, rtol=0)
+    assert losses[0][0] - losses[0][-2] > 0.001
