@@ -37,7 +37,7 @@ from samed_peft.metrics import score_case, score_masks
 from samed_peft.prediction.inference import settings_of
 from samed_peft.training import build_optimizer, train_step
 from samed_peft.training.augmentation import augment
-from samed_peft.training.schedules import learning_rate
+from samed_peft.training.loop import learning_rate
 
 Row = tuple[str, float, float]
 VARIANTS = ("samed", "samed_s")

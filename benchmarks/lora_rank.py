@@ -37,7 +37,7 @@ from torch import nn
 from samed_peft.config import METHODS
 from samed_peft.errors import InputError, RunInterruptedError, SomeCasesFailedError, exit_on_error
 from samed_peft.io import read_json, write_json
-from samed_peft.models.modeling import open_sam
+from samed_peft.models.bases import open_sam
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RESULTS = Path(__file__).parent / "results" / "lora_rank"

@@ -19,8 +19,9 @@ from samed_peft.config import CT_WINDOW_HU, SYNAPSE_CLASSES
 from samed_peft.datasets import load_synapse, write_phantom
 from samed_peft.datasets.preprocessing import normalized_array
 from samed_peft.io import write_json, write_volume
+from samed_peft.models.bases import TINY_SAM_DIR
 from samed_peft.models.checkpoints import rename_meta_keys
-from samed_peft.models.modeling import TINY_SAM_DIR, SamForSemanticSegmentation
+from samed_peft.models.modeling import SamForSemanticSegmentation
 from samed_peft.training.batches import TrainingSlices
 
 GEOMETRIES = {

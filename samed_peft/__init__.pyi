@@ -12,8 +12,8 @@ from .hub.push import push_to_hub as push_to_hub
 from .io import Volume as Volume
 from .io import read_volume as read_volume
 from .io import write_mask as write_mask
+from .models.bases import load_sam as load_sam
 from .models.losses import dice_ce_loss as dice_ce_loss
-from .models.modeling import load_sam as load_sam
 from .prediction.inference import predict_volume as predict_volume
 
 __version__: str

@@ -17,8 +17,8 @@ from peft import PeftModel
 from samed_peft.adapters.save_load import add_lora
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
 from samed_peft.io import load_torch_weights
+from samed_peft.models.bases import load_sam
 from samed_peft.models.checkpoints import rename_meta_keys
-from samed_peft.models.modeling import load_sam
 
 GOLDEN = Path(__file__).parent / "golden"
 REAL_SCANS = Path(os.environ.get("SAMED_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -12,7 +12,7 @@ from samed_peft.adapters.folder import CARD_FILE, CONFIG_FILE, PEFT_FILE, WEIGHT
 from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.io import read_json, require_replaceable, tensor_shapes
-from samed_peft.models.modeling import require_base
+from samed_peft.models.bases import require_base
 
 _OWN_FILES = "|".join(re.escape(name) for name in (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE))
 _OWN_FILES += r"|report\.(json|csv|html|md)|pictures"

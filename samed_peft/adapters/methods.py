@@ -17,7 +17,7 @@ from samed_peft.config import SamedConfig
 from samed_peft.config.methods import ATTENTION_TARGETS, MLP_TARGETS, WITHOUT_LAYERS
 from samed_peft.errors import InputError
 from samed_peft.io import save_tensors
-from samed_peft.models.quantization import dequantize_layers
+from samed_peft.models.precision import dequantize_layers
 
 STARTS_FROM_WEIGHTS = ("pissa", "olora")
 """Methods that take their start out of the base's weights, and are written as LoRA of twice the rank."""

@@ -38,10 +38,9 @@ from samed_peft.io import (
     write_json,
     write_text,
 )
-from samed_peft.models.bases import without_connection
-from samed_peft.models.modeling import SamForSemanticSegmentation, load_sam
-from samed_peft.models.precision import DTYPES
-from samed_peft.models.quantization import quantize_layers
+from samed_peft.models.bases import load_sam
+from samed_peft.models.modeling import SamForSemanticSegmentation
+from samed_peft.models.precision import DTYPES, quantize_layers
 
 UNUSED_PROMPTS = (
     *(f"prompt_encoder.point_embed.{index}" for index in range(4)),
@@ -196,13 +195,12 @@ def load_adapter(
     peft_config = read_peft_config(folder, config)
     if base is None:
         require_recorded_base(config, folder)
-    with without_connection(base or config.base):
-        model = load_sam(
-            base or config.base,
-            class_names=config.class_names,
-            image_size=config.image_size,
-            revision=config.base_revision if base is None else None,
-        )
+    model = load_sam(
+        base or config.base,
+        class_names=config.class_names,
+        image_size=config.image_size,
+        revision=config.base_revision if base is None else None,
+    )
     if config.base_sha256 is not None and model.base_sha256 != config.base_sha256:
         raise InputError(
             f"the adapter in {folder} was trained on {config.base} with weights {config.base_sha256[:12]}, but "

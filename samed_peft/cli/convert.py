@@ -36,7 +36,7 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert one checkpoint."""
     from samed_peft.conversion import convert_sam, convert_samed
-    from samed_peft.models.modeling import require_base
+    from samed_peft.models.bases import require_base
 
     if args.base is None:
         _refuse_adapter_options(args)

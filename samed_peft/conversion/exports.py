@@ -31,9 +31,9 @@ from samed_peft.io import (
     save_torch_weights,
     write_json,
 )
-from samed_peft.models.bases import without_connection
+from samed_peft.models.bases import open_sam
 from samed_peft.models.checkpoints import resize_positions, semantic_config
-from samed_peft.models.modeling import SamForSemanticSegmentation, open_sam
+from samed_peft.models.modeling import SamForSemanticSegmentation
 
 _SAM_FILE = "config.json"
 _SAM_FILES = r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
@@ -79,8 +79,7 @@ def convert_sam(source: str | Path, directory: str | Path, *, image_size: int | 
             the patch.
     """
     _require_sam_target(Path(directory))
-    with without_connection(str(source)):
-        sam = open_sam(str(source))
+    sam = open_sam(str(source))
     if image_size is not None:
         config = semantic_config(sam.config, num_labels=None, image_size=image_size)
         state = resize_positions(sam.state_dict(), config)

@@ -23,9 +23,9 @@ from samed_peft.adapters.save_load import UNUSED_PROMPTS, add_lora, load_adapter
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.io import load_torch_weights, require_writable
-from samed_peft.models.bases import recorded_base, without_connection
+from samed_peft.models.bases import load_sam, recorded_base
 from samed_peft.models.checkpoints import MOST_OUTPUTS, POSITIONS, rename_meta_keys
-from samed_peft.models.modeling import SamForSemanticSegmentation, load_sam
+from samed_peft.models.modeling import SamForSemanticSegmentation
 
 _PEFT_PREFIX = "base_model.model."
 _DECODER_ATTENTIONS = {"sa": "self_attn", "cti": "cross_attn_token_to_image", "cit": "cross_attn_image_to_token"}
@@ -125,8 +125,7 @@ def read_samed(
         rank=state[_FIRST_A].shape[0],
         decoder=decoder,
     )
-    with without_connection(base):
-        sam = load_sam(base, class_names=config.class_names, image_size=image_size)
+    sam = load_sam(base, class_names=config.class_names, image_size=image_size)
     _check_base(state, sam, path)
     tensors = _adapter_tensors(state, sam.config, decoder)
     own_prompts = _own_prompts(tensors, sam)

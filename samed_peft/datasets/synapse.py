@@ -14,9 +14,9 @@ import numpy as np
 
 from samed_peft.config import CT_WINDOW_HU
 from samed_peft.datasets.builder import RowsBuilder, prepared
-from samed_peft.datasets.pairs import require_labels, require_one_grid
 from samed_peft.datasets.preprocessing import normalized_array
 from samed_peft.datasets.rows import SLICE_FEATURES, VOLUME_FEATURES, pack_array, slice_row
+from samed_peft.datasets.slices import require_labels, require_one_grid
 from samed_peft.datasets.synapse_files import Case, case_files, list_cases, scan_folder, select_cases
 from samed_peft.errors import InputError
 from samed_peft.io import Volume, content_fingerprint, read_labels, read_volume

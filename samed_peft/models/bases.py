@@ -1,11 +1,103 @@
-"""How adapters name their SAM, and what to say where it cannot be fetched."""
+"""Bases by name: a Hub id, a folder, one of Meta's checkpoints or the tiny SAM -> a SAM and its fingerprint."""
 
-import contextlib
+import dataclasses
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
+from pathlib import Path
 
-from samed_peft.config import TINY_SAM, is_hub_id
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, SamConfig, SamModel
+
+from samed_peft.config import TINY_SAM, SamedConfig, is_hub_id
 from samed_peft.errors import InputError
+from samed_peft.models.checkpoints import load_meta_checkpoint
+from samed_peft.models.modeling import SamForSemanticSegmentation
+
+TINY_SAM_DIR = Path(__file__).parent / "tiny_sam"
+
+
+def load_sam(
+    base: str | Path, *, class_names: Sequence[str], image_size: int = 512, revision: str | None = None
+) -> SamForSemanticSegmentation:
+    """A SAM ready to be adapted: K + 1 class maps, fresh mask tokens, positions resized for `image_size`.
+
+    Args:
+        base: Hub id ("facebook/sam-vit-base"), local `SamModel` folder, Meta `.pth`, or "tiny-sam" for the small
+            model that ships with this package.
+        class_names: names of labels 1..K, background left out.
+        image_size: pixels per side the encoder sees.
+        revision: commit or tag of a Hub id.
+
+    Raises:
+        InputError: `base` is missing or no SAM, or `image_size` does not fit its patch size.
+    """
+    config = SamedConfig(base=str(base), class_names=tuple(class_names), base_revision=revision, image_size=image_size)
+    sam = open_sam(str(base), revision)
+    sha256 = _fingerprint(sam)
+    model = SamForSemanticSegmentation.from_sam(sam, num_labels=config.num_labels, image_size=image_size)
+    model.base_sha256 = sha256
+    model.base_revision = revision or vars(sam.config).get("_commit_hash")  # Transformers notes it for the Hub
+    model.samed_config = dataclasses.replace(config, base_sha256=sha256, base_revision=model.base_revision)
+    return model
+
+
+def require_base(base: str, name: str = "base") -> None:
+    """Whether `base` can name a SAM: a file, a folder or a Hub id, called `name` in the message.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if base != TINY_SAM and not Path(base).exists() and not is_hub_id(base):
+        raise InputError(f"{name} {base} is neither a file, nor a folder, nor a Hub id such as facebook/sam-vit-base")
+
+
+def open_sam(base: str, revision: str | None = None) -> SamModel:
+    """Open a SAM under any of the names that `load_sam` takes, unchanged.
+
+    Raises:
+        InputError: it is missing, damaged or no SAM.
+    """
+    path = TINY_SAM_DIR if base == TINY_SAM else Path(base)
+    if path.is_file():
+        return load_meta_checkpoint(path)
+    require_base(base)
+    source = str(path) if path.is_dir() else base
+    try:
+        # Unless told not to, Transformers asks on the terminal whether to run code that the folder brings.
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _cannot_open(base, error) from error
+    if not isinstance(config, SamConfig):
+        raise InputError(
+            f"base {base} is a {config.model_type} model, not a SAM; use facebook/sam-vit-base, -large or -huge"
+        )
+    try:
+        sam, info = SamModel.from_pretrained(
+            source, revision=revision, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise _cannot_open(base, error) from error
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise InputError(f"base {base} lacks weights of a SAM: {', '.join(lacking[:5])} ({len(lacking)} in all)")
+    return sam
+
+
+def _fingerprint(sam: SamModel) -> str:
+    """SHA-256 over the weights an adapter relies on: encoder and positional encoding, at the base's own size.
+
+    The decoder is left out: it travels with the adapter.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sam.state_dict().items()):
+        if name.startswith(("vision_encoder.", "shared_image_embedding.")):
+            if not torch.isfinite(tensor).all():
+                raise InputError(f"the base's weight {name} holds values that are not finite; download it anew")
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.float().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def recorded_base(base: str) -> str:
@@ -17,18 +109,9 @@ def recorded_base(base: str) -> str:
     return os.path.abspath(base) if base != TINY_SAM and os.path.exists(base) else base
 
 
-@contextlib.contextmanager
-def without_connection(base: str) -> Iterator[None]:
-    """Within `with`, an error of fetching `base` from the Hub says what does without it.
-
-    Raises:
-        InputError: the one that was raised, with this advice where it applies.
-    """
-    try:
-        yield
-    except InputError as error:
-        if not is_hub_id(base) or not isinstance(error.__cause__, OSError):
-            raise
-        raise InputError(
-            f"{error}; without a connection, give as base a folder that Transformers saved or one of Meta's .pth files"
-        ) from error
+def _cannot_open(base: str, error: Exception) -> InputError:
+    """The error for a base that Transformers cannot open, with advice for being offline where `base` is a Hub id."""
+    message = f"base {base} cannot be opened as a SAM: {error}"
+    if is_hub_id(base) and isinstance(error, OSError):
+        message += "; without a connection, give as base a folder that Transformers saved or one of Meta's .pth files"
+    return InputError(message)

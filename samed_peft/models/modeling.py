@@ -1,16 +1,12 @@
 """SAM as a semantic segmentation model without prompts, as SAMed (arXiv 2304.13785) uses it."""
 
 import copy
-import dataclasses
-import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, SamConfig, SamModel
+from transformers import PreTrainedModel, SamConfig, SamModel
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.models.sam.modeling_sam import (
     SamFeedForward,
@@ -21,13 +17,10 @@ from transformers.models.sam.modeling_sam import (
     SamVisionEncoder,
 )
 
-from samed_peft.config import TINY_SAM, SamedConfig, is_hub_id
-from samed_peft.errors import InputError
-from samed_peft.models.checkpoints import fuse_qkv, load_meta_checkpoint, resize_positions, semantic_config, split_qkv
-from samed_peft.models.encoder import SamEncoderLayer
+from samed_peft.config import SamedConfig
+from samed_peft.models.attention import SamEncoderLayer
+from samed_peft.models.checkpoints import fuse_qkv, resize_positions, semantic_config, split_qkv
 from samed_peft.models.losses import dice_ce_loss
-
-TINY_SAM_DIR = Path(__file__).parent / "tiny_sam"
 
 FRESH_PARTS = ("mask_tokens", "output_hypernetworks_mlps", "iou_prediction_head")
 """Parts of the mask decoder that start anew for K + 1 classes, as in SAMed."""
@@ -202,85 +195,3 @@ class SamForSemanticSegmentation(PreTrainedModel):
     @property
     def _no_mask(self) -> Tensor:
         return self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-
-
-def load_sam(
-    base: str | Path, *, class_names: Sequence[str], image_size: int = 512, revision: str | None = None
-) -> SamForSemanticSegmentation:
-    """A SAM ready to be adapted: K + 1 class maps, fresh mask tokens, positions resized for `image_size`.
-
-    Args:
-        base: Hub id ("facebook/sam-vit-base"), local `SamModel` folder, Meta `.pth`, or "tiny-sam" for the small
-            model that ships with this package.
-        class_names: names of labels 1..K, background left out.
-        image_size: pixels per side the encoder sees.
-        revision: commit or tag of a Hub id.
-
-    Raises:
-        InputError: `base` is missing or no SAM, or `image_size` does not fit its patch size.
-    """
-    config = SamedConfig(base=str(base), class_names=tuple(class_names), base_revision=revision, image_size=image_size)
-    sam = open_sam(str(base), revision)
-    sha256 = _fingerprint(sam)
-    model = SamForSemanticSegmentation.from_sam(sam, num_labels=config.num_labels, image_size=image_size)
-    model.base_sha256 = sha256
-    model.base_revision = revision or vars(sam.config).get("_commit_hash")  # Transformers notes it for the Hub
-    model.samed_config = dataclasses.replace(config, base_sha256=sha256, base_revision=model.base_revision)
-    return model
-
-
-def require_base(base: str, name: str = "base") -> None:
-    """Whether `base` can name a SAM: a file, a folder or a Hub id, called `name` in the message.
-
-    Raises:
-        InputError: it is none of them.
-    """
-    if base != TINY_SAM and not Path(base).exists() and not is_hub_id(base):
-        raise InputError(f"{name} {base} is neither a file, nor a folder, nor a Hub id such as facebook/sam-vit-base")
-
-
-def open_sam(base: str, revision: str | None = None) -> SamModel:
-    """A SAM under any of the names that `load_sam` takes, as it is.
-
-    Raises:
-        InputError: it is missing, damaged or no SAM.
-    """
-    path = TINY_SAM_DIR if base == TINY_SAM else Path(base)
-    if path.is_file():
-        return load_meta_checkpoint(path)
-    require_base(base)
-    source = str(path) if path.is_dir() else base
-    try:
-        # Unless told not to, Transformers asks on the terminal whether to run code that the folder brings.
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"base {base} cannot be opened as a SAM: {error}") from error
-    if not isinstance(config, SamConfig):
-        raise InputError(
-            f"base {base} is a {config.model_type} model, not a SAM; use facebook/sam-vit-base, -large or -huge"
-        )
-    try:
-        sam, info = SamModel.from_pretrained(
-            source, revision=revision, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"base {base} cannot be opened as a SAM: {error}") from error
-    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if lacking:
-        raise InputError(f"base {base} lacks weights of a SAM: {', '.join(lacking[:5])} ({len(lacking)} in all)")
-    return sam
-
-
-def _fingerprint(sam: SamModel) -> str:
-    """SHA-256 over the weights an adapter relies on: encoder and positional encoding, at the base's own size.
-
-    The decoder is left out: it travels with the adapter.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(sam.state_dict().items()):
-        if name.startswith(("vision_encoder.", "shared_image_embedding.")):
-            if not torch.isfinite(tensor).all():
-                raise InputError(f"the base's weight {name} holds values that are not finite; download it anew")
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.float().contiguous().numpy())
-    return digest.hexdigest()

@@ -10,19 +10,25 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from samed_peft.adapters.save_load import load_adapter
 from samed_peft.config import SamedConfig
-from samed_peft.datasets.intensities import warn_of_window
-from samed_peft.datasets.preprocessing import normalized_array, reorientation, reoriented, resize_label, spline_matrix
+from samed_peft.datasets.preprocessing import (
+    normalized_array,
+    reorientation,
+    reoriented,
+    resize_label,
+    spline_matrix,
+    warn_of_window,
+)
 from samed_peft.errors import InputError
 from samed_peft.io import Volume, write_mask
 from samed_peft.models.modeling import SamForSemanticSegmentation
 from samed_peft.models.precision import hold_frozen_weights, product_dtype
-from samed_peft.prediction import postprocessing
 from samed_peft.prediction.compiled import CompiledSegmenter
 from samed_peft.prediction.pipeline import overlap
 
@@ -93,7 +99,7 @@ def predict_volume(
         volume: the scan, (D, H, W), or a colour picture (1, H, W, 3).
         batch_size: slices per forward pass.
         flips: average the logits over each slice and its flips along rows, columns and both, in four times the time.
-        keep_largest: keep only the largest connected part of each class (`postprocessing.keep_largest`).
+        keep_largest: keep only the largest connected part of each class (`largest_parts`).
 
     Returns:
         (D, H, W) uint8 on the grid of `volume`, 0 is background.
@@ -118,7 +124,7 @@ def predict_volume(
     finally:
         model.train(was_training)
     if keep_largest:  # before the way back, so that ties fall alike in every orientation
-        mask = postprocessing.keep_largest(mask)
+        mask = largest_parts(mask)
     return np.ascontiguousarray(reoriented(mask, back))
 
 
@@ -212,3 +218,28 @@ def segment_cases(
     overlap(mine, images.__getitem__, compute, progress=progress)
     accelerator.wait_for_everyone()
     return files
+
+
+def largest_parts(mask: np.ndarray) -> np.ndarray:
+    """Keep the largest connected part of each class; smaller ones become background.
+
+    Voxels that touch at a face, an edge or a corner are connected (26 neighbours). Of equally large parts the one
+    that comes first in the array stays.
+
+    Args:
+        mask: (D, H, W) uint8, 0 is background.
+
+    Returns:
+        A new array of the same shape and type.
+    """
+    kept = mask.copy()
+    for label, box in enumerate(ndimage.find_objects(mask), start=1):
+        if box is None:
+            continue
+        inside = kept[box]
+        is_label = mask[box] == label
+        parts, count = ndimage.label(is_label, structure=np.ones((3, 3, 3)))
+        if count > 1:
+            largest = 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
+            inside[is_label & (parts != largest)] = 0
+    return kept

@@ -16,8 +16,7 @@ from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.datasets.rows import warn_of_absent_classes
 from samed_peft.errors import RunInterruptedError
 from samed_peft.io import Volume
-from samed_peft.models.bases import without_connection
-from samed_peft.models.modeling import load_sam
+from samed_peft.models.bases import load_sam
 from samed_peft.models.precision import hold_frozen_weights, product_dtype
 from samed_peft.training import state
 from samed_peft.training.adalora import share_out_ranks
@@ -73,8 +72,7 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     out, training = run.output_dir, run.training
     # The seed decides the fresh weights; order and augmentation depend on (seed, epoch, slice).
     set_seed(training.seed)
-    with without_connection(run.config.base):
-        sam = load_sam(run.config.base, class_names=run.config.class_names, image_size=run.config.image_size)
+    sam = load_sam(run.config.base, class_names=run.config.class_names, image_size=run.config.image_size)
     if training.gradient_checkpointing:
         sam.activation_checkpointing_enable()
     model = add_lora(sam, run.config)

@@ -12,7 +12,7 @@ from samed_peft.adapters.save_load import add_lora, save_adapter, write_card
 from samed_peft.cli import main
 from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
-from samed_peft.models.modeling import load_sam
+from samed_peft.models.bases import load_sam
 
 CLASSES = ("left|lobe", "right lobe")
 

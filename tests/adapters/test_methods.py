@@ -17,7 +17,7 @@ from samed_peft.config.methods import DECODER_IN_FULL
 from samed_peft.conversion.exports import export_peft_fused, export_samed
 from samed_peft.conversion.samed_format import read_samed
 from samed_peft.errors import InputError
-from samed_peft.models.modeling import load_sam
+from samed_peft.models.bases import load_sam
 from samed_peft.models.precision import hold_frozen_weights
 from samed_peft.training import (
     Progress,

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from samed_peft.adapters.save_load import add_lora, load_adapter, save_adapter
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
 from samed_peft.errors import InputError
+from samed_peft.models.bases import load_sam
 from samed_peft.models.checkpoints import load_meta_checkpoint
-from samed_peft.models.modeling import load_sam
 
 
 @pytest.fixture

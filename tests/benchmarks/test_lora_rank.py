@@ -21,7 +21,7 @@ import lora_rank  # noqa: E402
 import rank_table  # noqa: E402
 
 from samed_peft.errors import InputError  # noqa: E402
-from samed_peft.models.modeling import load_sam  # noqa: E402
+from samed_peft.models.bases import load_sam  # noqa: E402
 
 
 @pytest.fixture(scope="module")

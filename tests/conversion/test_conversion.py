@@ -33,8 +33,9 @@ from samed_peft.conversion import (
 from samed_peft.conversion.samed_format import preset_name
 from samed_peft.errors import InputError
 from samed_peft.io import load_torch_weights
+from samed_peft.models.bases import load_sam
 from samed_peft.models.checkpoints import infer_config, rename_meta_keys
-from samed_peft.models.modeling import SamForSemanticSegmentation, load_sam
+from samed_peft.models.modeling import SamForSemanticSegmentation
 
 BASE = str(GOLDEN / "sam_base.pth")
 SIZES = {"image_size": 128, "input_size": 56}
@@ -148,7 +149,7 @@ def test_the_readmes_snippet_loads_both_exports(samed_adapter, tmp_path, monkeyp
     convert_sam(BASE, "sam-512", image_size=128)
     export_merged(samed_adapter, "merged")
     export_peft_fused(samed_adapter, "fused")
-    readme = (GOLDEN.parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (GOLDEN.parents[1] / "README.md").read_text(encoding="utf-8")
     (snippet,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "PeftModel" in block]
     names = {"pixel_values": golden_pixels()}
     exec(snippet, names)  # the project's own document

@@ -29,8 +29,7 @@ from samed_peft.errors import InputError
 from samed_peft.evaluation import evaluate_cases, write_report
 from samed_peft.hub.content import published_files, without_places
 from samed_peft.hub.push import ADAPTER_FILES, push_to_hub, send_files
-from samed_peft.models.bases import recorded_base
-from samed_peft.models.modeling import load_sam
+from samed_peft.models.bases import load_sam, recorded_base
 
 # huggingface_hub 2.4 hands files to httpx2 by a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

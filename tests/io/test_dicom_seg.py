@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pydicom
 import pytest
-from test_io import scan_array, write_dicom
+from scan_files import scan_array, write_dicom
 
 from samed_peft import io
 from samed_peft.errors import InputError

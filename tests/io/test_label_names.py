@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from PIL import Image, PngImagePlugin
-from test_io import AFFINE
+from scan_files import AFFINE
 
 from samed_peft import io
 from samed_peft.errors import InputError

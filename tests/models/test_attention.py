@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from samed_peft import tiled_attention
+from samed_peft.models import cpu_attention
 from samed_peft.models.attention import SamSplitAttention, fused_attention
 from samed_peft.models.cpu_attention import TiledAttention
 
@@ -55,7 +55,7 @@ def results(attention, run, tokens):
 @pytest.mark.parametrize(("grid", "window"), GRIDS)
 def test_attention_and_its_gradients_are_those_of_the_formula(grid, window, kind, monkeypatch):
     if kind == "tiled in pieces":
-        monkeypatch.setattr(tiled_attention, "CACHE_BYTES", 1)
+        monkeypatch.setattr(cpu_attention, "CACHE_BYTES", 1)
     if kind == "fused":
         monkeypatch.setattr("samed_peft.models.attention._is_tiled", lambda query: False)
     attention, tokens = make_attention(grid, window)

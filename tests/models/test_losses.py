@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from samed_peft.models.losses import IGNORED_LABEL, dice_ce_loss, loss_parts
-from samed_peft.training.schedules import learning_rate
+from samed_peft.training.loop import learning_rate
 
 
 def test_by_hand():

@@ -15,8 +15,9 @@ from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.errors import InputError
 from samed_peft.io import load_torch_weights
 from samed_peft.models.attention import SamSplitAttention
+from samed_peft.models.bases import load_sam
 from samed_peft.models.checkpoints import fuse_qkv, load_meta_checkpoint, split_qkv
-from samed_peft.models.modeling import SamForSemanticSegmentation, load_sam
+from samed_peft.models.modeling import SamForSemanticSegmentation
 from samed_peft.prediction.inference import upsampled_argmax
 
 BASE = GOLDEN / "sam_base.pth"

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from samed_peft.adapters.save_load import add_lora
+from samed_peft.models.bases import load_sam
 from samed_peft.models.losses import dice_ce_loss
-from samed_peft.models.modeling import load_sam
 from samed_peft.models.precision import hold_frozen_weights, product_dtype
 
 

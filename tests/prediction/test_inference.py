@@ -18,7 +18,7 @@ from samed_peft.datasets.preprocessing import slice_to_pixels
 from samed_peft.errors import InputError
 from samed_peft.io import Volume, read_label_names, read_labels
 from samed_peft.metrics import score_masks
-from samed_peft.models.modeling import load_sam
+from samed_peft.models.bases import load_sam
 from samed_peft.prediction.inference import (
     load_segmenter,
     predict_volume,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from samed_peft.io import Volume, read_labels, read_volume, write_mask
-from samed_peft.models.modeling import load_sam
+from samed_peft.models.bases import load_sam
 from samed_peft.prediction.inference import predict_volume
 
 SHAPE_XYZ = (6, 9, 7)

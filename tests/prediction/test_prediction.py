@@ -15,18 +15,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from test_io import AFFINE, write_dicom, write_itk
+from scan_files import AFFINE, write_dicom, write_itk
 
 from samed_peft import io
 from samed_peft.adapters.save_load import add_lora, load_adapter, save_adapter
 from samed_peft.cli import main
 from samed_peft.config import SamedConfig
-from samed_peft.datasets.intensities import warn_of_window
+from samed_peft.datasets.preprocessing import warn_of_window
 from samed_peft.errors import InputError
-from samed_peft.models.modeling import load_sam
-from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, postprocessing, predict_files
+from samed_peft.models.bases import load_sam
+from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, predict_files
 from samed_peft.prediction.compiled import CompiledSegmenter
-from samed_peft.prediction.inference import predict_volume
+from samed_peft.prediction.inference import largest_parts, predict_volume
 
 ROOT = Path(__file__).parents[2]
 NAMES = {1: "liver", 2: 'left <kidney> & "co"'}
@@ -233,7 +233,7 @@ def test_flips_and_largest_parts(predict, model, tmp_path):
         assert predict("scan.nii.gz", "mask.nii", *(f"--{option}" for option in options), "--overwrite") == 0
         mask = io.read_labels(tmp_path / "mask.nii").array
         np.testing.assert_array_equal(mask, expected_mask(model, scan, **dict.fromkeys(options, True)))
-        assert (mask != plain).any() == ("flips" in options or (postprocessing.keep_largest(plain) != plain).any())
+        assert (mask != plain).any() == ("flips" in options or (largest_parts(plain) != plain).any())
 
 
 def test_flips_make_the_mask_of_a_flipped_slice_the_flipped_mask(model):
@@ -250,11 +250,11 @@ def test_the_largest_part_of_each_class_is_kept():
     mask[0, 5, 6:8] = 1
     mask[0, 3, 0:3] = 4
     mask[2, 5, 5:8] = 4  # as large, but later
-    kept = postprocessing.keep_largest(mask)
+    kept = largest_parts(mask)
     expected = mask.copy()
     expected[0, 5, 6:8] = expected[2, 5, 5:8] = 0
     np.testing.assert_array_equal(kept, expected)
-    assert not postprocessing.keep_largest(np.zeros((1, 2, 2), np.uint8)).any()
+    assert not largest_parts(np.zeros((1, 2, 2), np.uint8)).any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -28,7 +28,7 @@ from samed_peft.training import (
     training_steps,
 )
 from samed_peft.training.batches import TrainingSlices
-from samed_peft.training.schedules import learning_rate
+from samed_peft.training.loop import learning_rate
 from samed_peft.training.state import require_replicas
 
 
@@ -92,7 +92,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     golden_config, fresh_model, golden_batches, accelerator, tmp_path
 ):
     from samed_peft.adapters.save_load import add_lora
-    from samed_peft.models.modeling import load_sam
+    from samed_peft.models.bases import load_sam
 
     batches = golden_batches[:6]
     start = weights(fresh_model)

@@ -11,7 +11,7 @@ from torch.distributed import destroy_process_group
 
 from samed_peft.adapters.save_load import add_lora
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig, TrainingConfig
-from samed_peft.models.modeling import load_sam
+from samed_peft.models.bases import load_sam
 from samed_peft.training import build_optimizer, training_steps
 from samed_peft.training.batches import TrainingSlices
 

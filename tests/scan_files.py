@@ -1,0 +1,49 @@
+"""Write small scans of every format for tests."""
+
+import locale
+import math
+
+import nibabel
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+
+AFFINE = np.array([[-1.5, 0, 0, 90], [0, 1.5, 0, -120], [0, 0, 3, -368], [0, 0, 0, 1.0]])
+
+
+def scan_array(shape=(5, 4, 3), dtype=np.int16):
+    """Every voxel differs, so that a mix-up of axes shows."""
+    return np.arange(math.prod(shape)).reshape(shape).astype(dtype) - 20
+
+
+def write_nifti(path, array=None, affine=AFFINE, *, kind=nibabel.Nifti1Image):
+    array = scan_array() if array is None else array
+    nibabel.save(kind(array.T, affine), path)
+    return path
+
+
+def write_itk(path, array=None):
+    image = sitk.GetImageFromArray(scan_array() if array is None else array)
+    image.SetSpacing((1.5, 1.5, 3.0))
+    image.SetOrigin((-90.0, 120.0, -368.0))
+    image.SetDirection((1, 0, 0, 0, -1, 0, 0, 0, 1))
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+def write_dicom(folder, *, positions=(-368.0, -365.0, -362.0, -359.0, -356.0), series="1.2.3.4", first=0):
+    folder.mkdir(exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for index, z in enumerate(positions):
+        image = sitk.GetImageFromArray(scan_array()[index : index + 1])
+        image.SetSpacing((1.5, 1.5, 3.0))
+        tags = {"0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0008|0060": "CT", "0020|000e": series}
+        tags |= {"0008|0018": f"{series}.{index + 1}", "0020|0013": str(index), "0020|000d": "1.2.3"}
+        tags |= {"0020|0032": f"-90\\-12\\{z}", "0020|0037": "1\\0\\0\\0\\1\\0"}
+        for tag, value in tags.items():
+            image.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{first + index}.dcm"))
+        writer.Execute(image)
+    # GDCM leaves the process in the C locale when it has written a file, and every later text file in ASCII.
+    locale.setlocale(locale.LC_ALL, "")
+    return folder
