@@ -12,6 +12,7 @@ from samed_peft.metrics import (
     CONVENTIONS,
     DEFAULT_TOLERANCE_MM,
     METRICS,
+    CaseScores,
     ClassScores,
     Convention,
     checked_tolerance,
@@ -56,7 +57,9 @@ class SegmentationScores(evaluate.Metric):
             description="Overlap and surface distances of segmentations, per class and overall.",
             citation="",
             inputs_description=_INPUTS,
-            features=datasets.Features({"case": datasets.Value("string"), **features}),
+            features=datasets.Features(
+                {"case": datasets.Value("string"), "presence": datasets.Sequence(datasets.Value("string")), **features}
+            ),
         )
 
     def add(
@@ -87,7 +90,7 @@ class SegmentationScores(evaluate.Metric):
             for convention in CONVENTIONS
             for name in METRICS
         }
-        super().add(case=case, **row)
+        super().add(case=case, presence=scores["presence"], **row)
 
     def compute(self, **options: Any) -> dict[str, Any] | None:
         """Means over all cases, as in `report.json`; None on every process but the first."""
@@ -97,21 +100,13 @@ class SegmentationScores(evaluate.Metric):
         return super().compute(**options)
 
     def _compute(self, **columns: Sequence[Any]) -> dict[str, Any]:
-        by_case = {}
-        for index, case in enumerate(columns["case"]):
-            by_case[case] = {convention: _scores_at(columns, convention, index) for convention in CONVENTIONS}
+        by_case = {case: _scores_at(columns, index) for index, case in enumerate(columns["case"])}
         return without_nan(summarise([by_case[case] for case in sorted(by_case)], self.class_names))
 
 
-def _scores_at(columns: dict[str, Sequence[Any]], convention: Convention, index: int) -> ClassScores:
-    by_metric = {name: columns[f"{convention}_{name}"][index] for name in METRICS}
-    return [
-        {
-            "dice": by_metric["dice"][k],
-            "iou": by_metric["iou"][k],
-            "hd95": by_metric["hd95"][k],
-            "assd": by_metric["assd"][k],
-            "surface_dice": by_metric["surface_dice"][k],
-        }
-        for k in range(len(by_metric["dice"]))
-    ]
+def _scores_at(columns: dict[str, Sequence[Any]], index: int) -> CaseScores:
+    def scores(convention: Convention) -> ClassScores:
+        by_metric = zip(*(columns[f"{convention}_{metric}"][index] for metric in METRICS), strict=True)
+        return [dict(zip(METRICS, values, strict=True)) for values in by_metric]
+
+    return {"standard": scores("standard"), "samed": scores("samed"), "presence": list(columns["presence"][index])}

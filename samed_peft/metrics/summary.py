@@ -7,7 +7,8 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from samed_peft.metrics.scores import CONVENTIONS, METRICS, CaseScores, ClassScore, Convention, Metric, presence
+from samed_peft.metrics.records import CONVENTIONS, METRICS, Convention, Metric
+from samed_peft.metrics.scores import CaseScores, ClassScore
 
 _LEVEL = 0.95
 
@@ -15,18 +16,12 @@ Interval = tuple[float, float]
 """Lower and upper end; NaN where there are fewer than two scored cases."""
 
 
-class ClassSummary(ClassScore):
-    """Mean scores of one class over cases, and numbers of cases.
+ClassSummary = dict[str, float]
+"""Mean scores of one class over cases, by metric, and numbers of cases.
 
-    `n_valid` have a Dice in this convention, `n_cases` is all; `n_absent` have the class in neither mask, `n_missed`
-    in the reference only, `n_spurious` in the prediction only.
-    """
-
-    n_valid: int
-    n_cases: int
-    n_absent: int
-    n_missed: int
-    n_spurious: int
+`n_valid` cases have a Dice in this convention, of `n_cases` in all; `n_absent` have the class in neither mask,
+`n_missed` in the reference only, `n_spurious` in the prediction only.
+"""
 
 
 class Summary(TypedDict):
@@ -91,7 +86,7 @@ def _summary(cases: Sequence[CaseScores], class_names: Sequence[str], convention
     classes: dict[str, ClassSummary] = {}
     for index, name in enumerate(class_names):
         scores = [case[convention][index] for case in cases]
-        there = [presence(case, index) for case in cases]
+        there = [case["presence"][index] for case in cases]
         classes[name] = {
             **_means(scores),
             "n_valid": sum(not math.isnan(score["dice"]) for score in scores),
@@ -103,14 +98,8 @@ def _summary(cases: Sequence[CaseScores], class_names: Sequence[str], convention
     return {"mean": _means(list(classes.values())), "classes": classes}
 
 
-def _means(scores: Sequence[ClassScore]) -> ClassScore:
-    return {
-        "dice": mean_defined([score["dice"] for score in scores]),
-        "iou": mean_defined([score["iou"] for score in scores]),
-        "hd95": mean_defined([score["hd95"] for score in scores]),
-        "assd": mean_defined([score["assd"] for score in scores]),
-        "surface_dice": mean_defined([score["surface_dice"] for score in scores]),
-    }
+def _means(scores: Sequence[Mapping[str, float]]) -> ClassScore:
+    return {metric: mean_defined([score[metric] for score in scores]) for metric in METRICS}
 
 
 def _intervals(

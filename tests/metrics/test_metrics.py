@@ -15,6 +15,7 @@ from samed_peft.metrics import (
     CONVENTIONS,
     METRICS,
     confidence_intervals,
+    format_metric,
     presence,
     score_case,
     score_labels,
@@ -40,6 +41,24 @@ def _blobs(seed, *, shape=(14, 40, 36), classes=4):
         corner = [int(rng.integers(0, size - 4)) for size in shape]
         labels[tuple(slice(c, c + int(rng.integers(2, 9))) for c in corner)] = label
     return labels
+
+
+def test_each_metric_has_one_record():
+    assert list(METRICS) == ["dice", "iou", "hd95", "assd", "surface_dice"]
+    distances = {name for name, record in METRICS.items() if record.unit_in("standard") == "mm"}
+    assert distances == {name for name, record in METRICS.items() if not record.higher_is_better} == {"hd95", "assd"}
+    assert {METRICS[name].unit_in("samed") for name in distances} == {"voxels"}
+    assert METRICS["dice"].unit_in("samed") == METRICS["dice"].unit_in("standard") == ""
+    for record in METRICS.values():
+        assert record.absent.keys() == set(CONVENTIONS)
+        assert all(scores.keys() == {"missed", "spurious", "absent"} for scores in record.absent.values())
+    with pytest.raises(TypeError):
+        METRICS["dice"] = METRICS["iou"]
+
+
+def test_scores_print_with_the_digits_of_their_metric():
+    assert [format_metric(name, 1 / 3) for name in METRICS] == ["0.3333", "0.3333", "0.33", "0.33", "0.3333"]
+    assert [format_metric("hd95", value) for value in (None, math.nan, 7)] == ["n/a", "n/a", "7.00"]
 
 
 def test_samed_convention_equals_the_original_code():
@@ -181,7 +200,8 @@ def test_both_conventions_at_once_equal_one_by_one():
     prediction, reference = _blobs(1), _blobs(2)
     reference[reference == 3] = 0
     both = score_case(prediction, reference, num_classes=5, spacing_zyx_mm=(2.0, 1.0, 1.0))
-    for convention, scores in both.items():
+    for convention in CONVENTIONS:
+        scores = both[convention]
         alone = score_labels(
             prediction, reference, num_classes=5, convention=convention, spacing_zyx_mm=(2.0, 1.0, 1.0)
         )
@@ -193,6 +213,7 @@ def test_both_conventions_at_once_equal_one_by_one():
     assert both["standard"][2]["surface_dice"] == both["standard"][2]["iou"] == 0.0
     assert all(math.isnan(value) for value in both["standard"][4].values())
     assert [presence(both, index) for index in range(5)] == ["both", "both", "spurious", "both", "absent"]
+    assert both["presence"] == ["both", "both", "spurious", "both", "absent"]
     turned = score_case(reference, prediction, num_classes=5)
     assert presence(turned, 2) == "missed"
 
@@ -240,10 +261,9 @@ def _in_both(scores):
 
 def test_means_leave_undefined_scores_out_and_count_them():
     # Liver: half right in the first case, missed in the second. Spleen: in neither, then where it should not be.
-    cases = [
-        {"standard": [_score(0.5, 4.0), _score()], "samed": [_score(0.5, 2.0), _zero()]},
-        {"standard": [_score(0.0), _score(0.0)], "samed": [_zero(), {**_zero(), "dice": 1.0}]},
-    ]
+    first = {"standard": [_score(0.5, 4.0), _score()], "samed": [_score(0.5, 2.0), _zero()]}
+    second = {"standard": [_score(0.0), _score(0.0)], "samed": [_zero(), {**_zero(), "dice": 1.0}]}
+    cases = [{**first, "presence": ["both", "absent"]}, {**second, "presence": ["missed", "spurious"]}]
     summary = summarise(cases, ["liver", "spleen"])
     counts = {"n_cases": 2, "n_absent": 0, "n_missed": 1, "n_spurious": 0}
     means = {"dice": 0.25, "iou": 1 / 6, "hd95": 4.0, "assd": 2.0, "surface_dice": 0.25}
