@@ -22,7 +22,6 @@ from samed_peft.evaluation.report import (
     METRIC_NOTE,
     Report,
     format_interval,
-    format_metric,
     remarks,
 )
 from samed_peft.io import read_text
@@ -32,6 +31,7 @@ from samed_peft.metrics import (
     Convention,
     Metric,
     Presence,
+    format_metric,
     presence,
 )
 

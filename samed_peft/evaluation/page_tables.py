@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from samed_peft.evaluation.report import METRIC_DIGITS, format_metric
-from samed_peft.metrics import METRICS, ClassScore, Interval, Metric
+from samed_peft.metrics import METRICS, ClassScore, Interval, Metric, format_metric
 
 METRIC_TITLES: dict[Metric, str] = {
     "dice": "Dice",
@@ -66,7 +65,7 @@ def score_cells(score: ClassScore, intervals: Mapping[Metric, Interval] | None =
         text = format_metric(metric, score[metric])
         if intervals is not None and text != "n/a":
             text += f' <span class="quiet">{_short_interval(metric, intervals[metric])}</span>'
-        cells.append(number_cell(text, score[metric], first=metric == METRICS[0]))
+        cells.append(number_cell(text, score[metric], first=metric == next(iter(METRICS))))
     return cells
 
 
@@ -85,5 +84,5 @@ def _short_interval(metric: Metric, interval: Interval) -> str:
     """With one digit less than the score where that is enough, so that both conventions fit side by side."""
     if math.isnan(interval[0]):
         return "no interval"
-    digits = METRIC_DIGITS[metric] - (METRIC_DIGITS[metric] > 2 or interval[1] >= 10)
+    digits = METRICS[metric].digits - (METRICS[metric].digits > 2 or interval[1] >= 10)
     return f"{interval[0]:.{digits}f}\u2013{interval[1]:.{digits}f}"

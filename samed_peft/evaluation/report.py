@@ -19,9 +19,9 @@ from samed_peft.metrics import (
     Interval,
     Intervals,
     Metric,
-    Score,
     Summary,
     confidence_intervals,
+    format_metric,
     mean_defined,
     summarise,
     without_nan,
@@ -39,7 +39,6 @@ METRIC_NOTE = (
     "other; intervals are a 95 % percentile bootstrap over cases."
 )
 
-METRIC_DIGITS: dict[Metric, int] = {"dice": 4, "iou": 4, "hd95": 2, "assd": 2, "surface_dice": 4}
 _BOOTSTRAP_SEED = 0
 
 
@@ -154,14 +153,9 @@ def markdown_cell(text: str) -> str:
     return re.sub(r"[\\|<\[\]`]", r"\\\g<0>", " ".join(text.split()))
 
 
-def format_score(score: Score) -> tuple[str, str]:
+def format_score(score: Mapping[str, float]) -> tuple[str, str]:
     """Dice with four digits and HD95 with two; n/a where undefined."""
     return format_metric("dice", score["dice"]), format_metric("hd95", score["hd95"])
-
-
-def format_metric(metric: Metric, value: float) -> str:
-    """Shares with four digits and distances with two; n/a where undefined."""
-    return "n/a" if math.isnan(value) else f"{value:.{METRIC_DIGITS[metric]}f}"
 
 
 def format_interval(metric: Metric, interval: Interval) -> str:

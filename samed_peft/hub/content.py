@@ -230,12 +230,12 @@ def _figures(scores: Mapping[str, Any]) -> dict[str, Any]:
 
 def _markdown(report: Mapping[str, Any]) -> str:
     """The published report to read, from nothing but itself."""
-    from samed_peft.evaluation.report import CONVENTION_NOTES, format_metric, markdown_cell, markdown_table
-    from samed_peft.metrics import CONVENTIONS, METRICS
+    from samed_peft.evaluation.report import CONVENTION_NOTES, markdown_cell, markdown_table
+    from samed_peft.metrics import CONVENTIONS, METRICS, format_metric
 
     def scores(found: Mapping[str, Any]) -> list[str]:
         values = {key: found.get(key) for key in METRICS}
-        return ["n/a" if value is None else format_metric(key, value) for key, value in values.items()]
+        return [format_metric(key, value) for key, value in values.items()]
 
     settings = report["settings"]
     parts = ["# Evaluation", *([settings["note"]] if "note" in settings else [])]

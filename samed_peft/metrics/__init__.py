@@ -14,16 +14,22 @@ surface Dice follow its Dice and ASSD its HD95, and the tolerance of the surface
 importing `evaluate` takes seconds.
 """
 
-from samed_peft.metrics.scores import (
+from samed_peft.metrics.records import (
     CONVENTIONS,
-    DEFAULT_TOLERANCE_MM,
     METRICS,
+    Comparison,
+    Convention,
+    Metric,
+    MetricRecord,
+    Presence,
+    format_metric,
+)
+from samed_peft.metrics.reference import medpy_scores
+from samed_peft.metrics.scores import (
+    DEFAULT_TOLERANCE_MM,
     CaseScores,
     ClassScore,
     ClassScores,
-    Convention,
-    Metric,
-    Presence,
     Score,
     checked_tolerance,
     presence,
@@ -50,16 +56,20 @@ __all__ = [
     "ClassScore",
     "ClassScores",
     "ClassSummary",
+    "Comparison",
     "Convention",
     "Interval",
     "Intervals",
     "Metric",
+    "MetricRecord",
     "Presence",
     "Score",
     "Summary",
     "checked_tolerance",
     "confidence_intervals",
+    "format_metric",
     "mean_defined",
+    "medpy_scores",
     "presence",
     "score_case",
     "score_labels",

@@ -2,23 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import find_objects
 
 from samed_peft.errors import InputError
+from samed_peft.metrics.records import CONVENTIONS, METRICS, Comparison, Convention, Metric, Presence
 from samed_peft.metrics.surfaces import SurfaceDistances, border_voxels, surface_distances
-
-Convention = Literal["standard", "samed"]
-CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
-
-Metric = Literal["dice", "iou", "hd95", "assd", "surface_dice"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
-
-Presence = Literal["both", "missed", "spurious", "absent"]
-"""Where a class is: in both masks, in the reference only, in the prediction only, in neither."""
 
 DEFAULT_TOLERANCE_MM = 2.0
 """Tolerance of the surface Dice: a habit, no property of any organ. What readers differ by is the better choice."""
@@ -33,19 +25,19 @@ class Score(TypedDict):
     hd95: float
 
 
-class ClassScore(Score):
-    """All metrics of one class: shares in [0, 1] and distances in the unit of `hd95`; NaN where undefined."""
-
-    iou: float
-    assd: float
-    surface_dice: float
-
+ClassScore = dict[Metric, float]
+"""All metrics of one class: shares in [0, 1] and distances in the unit of `Score`; NaN where undefined."""
 
 ClassScores = list[ClassScore]
 """Scores of labels 1..K: label k at index k - 1."""
 
-CaseScores = Mapping[Convention, ClassScores]
-"""The scores of one case in both conventions."""
+
+class CaseScores(TypedDict):
+    """The scores of one case in both conventions, and which masks contain each class, label k at index k - 1."""
+
+    standard: ClassScores
+    samed: ClassScores
+    presence: list[Presence]
 
 
 def score_masks(
@@ -69,7 +61,7 @@ def score_masks(
     pair = _same_shape(np.asarray(prediction), np.asarray(reference))
     masks = [np.asarray(mask != 0) for mask in pair]
     units = _units((convention,), spacing_zyx_mm, ndim=masks[0].ndim)
-    score = _score(masks, num_classes=1, units=units, tolerance=DEFAULT_TOLERANCE_MM)[convention][0]
+    score = _score(masks, num_classes=1, units=units, tolerance=DEFAULT_TOLERANCE_MM)[0][convention][0]
     return {"dice": score["dice"], "hd95": score["hd95"]}
 
 
@@ -98,7 +90,8 @@ def score_labels(
     """
     pair = _label_maps(prediction, reference, num_classes=num_classes)
     units = _units((convention,), spacing_zyx_mm, ndim=pair[0].ndim)
-    return _score(pair, num_classes=num_classes, units=units, tolerance=checked_tolerance(tolerance_mm))[convention]
+    scores, _ = _score(pair, num_classes=num_classes, units=units, tolerance=checked_tolerance(tolerance_mm))
+    return scores[convention]
 
 
 def score_case(
@@ -116,17 +109,13 @@ def score_case(
     """
     pair = _label_maps(prediction, reference, num_classes=num_classes)
     units = _units(CONVENTIONS, spacing_zyx_mm, ndim=pair[0].ndim)
-    return _score(pair, num_classes=num_classes, units=units, tolerance=checked_tolerance(tolerance_mm))
+    scores, there = _score(pair, num_classes=num_classes, units=units, tolerance=checked_tolerance(tolerance_mm))
+    return {"standard": scores["standard"], "samed": scores["samed"], "presence": there}
 
 
 def presence(case: CaseScores, index: int) -> Presence:
-    """Where class `index` (label `index` + 1) is in a case, read off its scores: no other pair of them fits."""
-    standard, samed = case["standard"][index], case["samed"][index]
-    if math.isnan(standard["dice"]):
-        return "absent"
-    if not math.isnan(standard["hd95"]):
-        return "both"
-    return "spurious" if samed["dice"] == 1 else "missed"
+    """Which masks of a case contain class `index` (label `index` + 1)."""
+    return case["presence"][index]
 
 
 def checked_tolerance(tolerance_mm: float) -> float:
@@ -146,23 +135,28 @@ def _score(
     num_classes: int,
     units: Mapping[Convention, tuple[float, ...]],
     tolerance: float,
-) -> dict[Convention, ClassScores]:
-    """Scores of labels 1..K (`True` is label 1) of a pair of equal shape."""
+) -> tuple[dict[Convention, ClassScores], list[Presence]]:
+    """Scores and presence of labels 1..K (`True` is label 1) in a pair of equal shape."""
     # One pass over each volume finds every class; all that follows sees small crops only.
     boxes = [find_objects(_as_integers(labels), max_label=num_classes) for labels in pair]
     scores: dict[Convention, ClassScores] = {convention: [] for convention in units}
+    there: list[Presence] = []
     for label, (predicted, referenced) in enumerate(zip(*boxes, strict=True), start=1):
-        if predicted is None or referenced is None:
-            for convention in units:
-                scores[convention].append(_absent(convention, predicted is not None, referenced is not None))
-            continue
-        found = _present(pair, label, boxes=(predicted, referenced), units=units, tolerance=tolerance)
+        if predicted is not None and referenced is not None:
+            there.append("both")
+            found = _compared(pair, label, boxes=(predicted, referenced), units=units, tolerance=tolerance)
+        else:
+            there.append("spurious" if predicted else "missed" if referenced else "absent")
+            found = {
+                convention: {metric: record.absent[convention][there[-1]] for metric, record in METRICS.items()}
+                for convention in units
+            }
         for convention, score in found.items():
             scores[convention].append(score)
-    return scores
+    return scores, there
 
 
-def _present(
+def _compared(
     pair: Sequence[NDArray[Any]],
     label: int,
     *,
@@ -170,36 +164,20 @@ def _present(
     units: Mapping[Convention, tuple[float, ...]],
     tolerance: float,
 ) -> dict[Convention, ClassScore]:
-    """Scores of a class that is in both masks."""
+    """Scores of a class that both masks contain."""
     crops = [labels[box] == label for labels, box in zip(pair, boxes, strict=True)]
-    total = sum(int(np.count_nonzero(crop)) for crop in crops)
+    predicted, referenced = (int(np.count_nonzero(crop)) for crop in crops)
     common = _overlap(boxes)
     shared = int(np.count_nonzero((pair[0][common] == label) & (pair[1][common] == label)))
-    dice, iou = 2.0 * shared / total, shared / (total - shared)
     first, second = (border_voxels(crop) + [side.start for side in box] for crop, box in zip(crops, boxes, strict=True))
     distances: dict[tuple[float, ...], SurfaceDistances] = {}
-    for unit in units.values():
-        if unit not in distances:  # one set of distances serves both conventions where voxels measure 1 mm
+    found: dict[Convention, ClassScore] = {}
+    for convention, unit in units.items():
+        if unit not in distances:  # voxels of 1 mm: both conventions read one set of distances
             distances[unit] = surface_distances(first, second, spacing=unit)
-    return {
-        convention: {
-            "dice": dice,
-            "iou": iou,
-            "hd95": distances[unit].hd95,
-            "assd": distances[unit].assd,
-            "surface_dice": distances[unit].within(tolerance),
-        }
-        for convention, unit in units.items()
-    }
-
-
-def _absent(convention: Convention, predicted: bool, referenced: bool) -> ClassScore:
-    """Scores of a class that is in one mask or in neither."""
-    if convention == "samed":
-        share, distance = float(predicted and not referenced), 0.0
-    else:
-        share, distance = 0.0 if predicted or referenced else math.nan, math.nan
-    return {"dice": share, "iou": share, "hd95": distance, "assd": distance, "surface_dice": share}
+        comparison = Comparison(predicted, referenced, shared, distances[unit], tolerance)
+        found[convention] = {metric: record.compute(comparison) for metric, record in METRICS.items()}
+    return found
 
 
 def _overlap(boxes: tuple[Box, Box]) -> Box:

@@ -208,7 +208,11 @@ def test_the_table_fits_the_terminal(width):
     scores = [_score(0.5, 123.456), _score(math.nan, math.nan)]
     names = ("a very long name of a structure that nobody would print", "[bold]x")
     table = format_table(
-        Report(names, {"c": {"standard": scores, "samed": scores}}, settings={"note": "word " * 40}),
+        Report(
+            names,
+            {"c": {"standard": scores, "samed": scores, "presence": ["both", "absent"]}},
+            settings={"note": "word " * 40},
+        ),
         width=width,
     )
     assert max(len(line) for line in table.splitlines()) <= max(width, 80)

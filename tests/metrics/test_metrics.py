@@ -10,11 +10,14 @@ import pytest
 from medpy.metric.binary import assd, dc, hd95, jc
 
 from samed_peft.config import SYNAPSE_CLASSES
+from samed_peft.datasets import phantom_case
 from samed_peft.errors import InputError
 from samed_peft.metrics import (
     CONVENTIONS,
     METRICS,
     confidence_intervals,
+    format_metric,
+    medpy_scores,
     presence,
     score_case,
     score_labels,
@@ -42,6 +45,24 @@ def _blobs(seed, *, shape=(14, 40, 36), classes=4):
     return labels
 
 
+def test_each_metric_has_one_record():
+    assert list(METRICS) == ["dice", "iou", "hd95", "assd", "surface_dice"]
+    distances = {name for name, record in METRICS.items() if record.unit_in("standard") == "mm"}
+    assert distances == {name for name, record in METRICS.items() if not record.higher_is_better} == {"hd95", "assd"}
+    assert {METRICS[name].unit_in("samed") for name in distances} == {"voxels"}
+    assert METRICS["dice"].unit_in("samed") == METRICS["dice"].unit_in("standard") == ""
+    for record in METRICS.values():
+        assert record.absent.keys() == set(CONVENTIONS)
+        assert all(scores.keys() == {"missed", "spurious", "absent"} for scores in record.absent.values())
+    with pytest.raises(TypeError):
+        METRICS["dice"] = METRICS["iou"]
+
+
+def test_scores_print_with_the_digits_of_their_metric():
+    assert [format_metric(name, 1 / 3) for name in METRICS] == ["0.3333", "0.3333", "0.33", "0.33", "0.3333"]
+    assert [format_metric("hd95", value) for value in (None, math.nan, 7)] == ["n/a", "n/a", "7.00"]
+
+
 def test_samed_convention_equals_the_original_code():
     golden = np.load(GOLDEN)
     masks = golden["masks"]
@@ -50,6 +71,40 @@ def test_samed_convention_equals_the_original_code():
         for p, r in golden["pairs"]
     ]
     np.testing.assert_array_equal(found, golden["dice_hd95"])
+
+
+def test_medpys_scores_are_those_of_the_original_code():
+    golden = np.load(GOLDEN)
+    for (predicted, referenced), expected in zip(golden["pairs"], golden["dice_hd95"], strict=True):
+        pair = (golden["masks"][predicted] != 0).astype(np.uint8), (golden["masks"][referenced] != 0).astype(np.uint8)
+        for crop in (True, False):
+            (score,) = medpy_scores(*pair, num_classes=1, crop=crop)
+            assert [score["dice"], score["hd95"]] == list(expected)
+
+
+def test_medpy_confirms_the_scores_of_phantoms_with_absent_organs():
+    spacing = (3.0, 0.75, 0.8)
+    phantoms = [phantom_case(case, seed=0, shape_dhw=(12, 48, 48), spacing_zyx_mm=spacing)[1] for case in (0, 1)]
+    prediction, reference = (np.minimum(labels, 13) for labels in phantoms)
+    reference[reference == 2] = 0
+    prediction[prediction == 3] = 0
+    for labels in (prediction, reference):
+        labels[labels == 5] = 0
+    ours = score_case(prediction, reference, num_classes=13, spacing_zyx_mm=spacing)
+    theirs = medpy_scores(prediction, reference, num_classes=13)
+    assert [theirs[label - 1] for label in (2, 3, 5)] == [
+        {"dice": 1.0, "hd95": 0.0},
+        {"dice": 0.0, "hd95": 0.0},
+        {"dice": 0.0, "hd95": 0.0},
+    ]
+    assert ours["presence"].count("both") >= 5
+    for found, expected in zip(ours["samed"], theirs, strict=True):
+        assert [found["dice"], found["hd95"]] == pytest.approx(list(expected.values()), abs=1e-9)
+    in_mm = medpy_scores(prediction, reference, num_classes=13, spacing_zyx_mm=spacing)
+    for found, expected, there in zip(ours["standard"], in_mm, ours["presence"], strict=True):
+        if there == "both":
+            assert found["hd95"] == pytest.approx(expected["hd95"], abs=1e-9)
+    assert theirs == medpy_scores(prediction, reference, num_classes=13, crop=False)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -181,7 +236,8 @@ def test_both_conventions_at_once_equal_one_by_one():
     prediction, reference = _blobs(1), _blobs(2)
     reference[reference == 3] = 0
     both = score_case(prediction, reference, num_classes=5, spacing_zyx_mm=(2.0, 1.0, 1.0))
-    for convention, scores in both.items():
+    for convention in CONVENTIONS:
+        scores = both[convention]
         alone = score_labels(
             prediction, reference, num_classes=5, convention=convention, spacing_zyx_mm=(2.0, 1.0, 1.0)
         )
@@ -193,6 +249,7 @@ def test_both_conventions_at_once_equal_one_by_one():
     assert both["standard"][2]["surface_dice"] == both["standard"][2]["iou"] == 0.0
     assert all(math.isnan(value) for value in both["standard"][4].values())
     assert [presence(both, index) for index in range(5)] == ["both", "both", "spurious", "both", "absent"]
+    assert both["presence"] == ["both", "both", "spurious", "both", "absent"]
     turned = score_case(reference, prediction, num_classes=5)
     assert presence(turned, 2) == "missed"
 
@@ -240,10 +297,9 @@ def _in_both(scores):
 
 def test_means_leave_undefined_scores_out_and_count_them():
     # Liver: half right in the first case, missed in the second. Spleen: in neither, then where it should not be.
-    cases = [
-        {"standard": [_score(0.5, 4.0), _score()], "samed": [_score(0.5, 2.0), _zero()]},
-        {"standard": [_score(0.0), _score(0.0)], "samed": [_zero(), {**_zero(), "dice": 1.0}]},
-    ]
+    first = {"standard": [_score(0.5, 4.0), _score()], "samed": [_score(0.5, 2.0), _zero()]}
+    second = {"standard": [_score(0.0), _score(0.0)], "samed": [_zero(), {**_zero(), "dice": 1.0}]}
+    cases = [{**first, "presence": ["both", "absent"]}, {**second, "presence": ["missed", "spurious"]}]
     summary = summarise(cases, ["liver", "spleen"])
     counts = {"n_cases": 2, "n_absent": 0, "n_missed": 1, "n_spurious": 0}
     means = {"dice": 0.25, "iou": 1 / 6, "hd95": 4.0, "assd": 2.0, "surface_dice": 0.25}

@@ -1,0 +1,130 @@
+"""`METRICS`: one record for each metric; scores, tables, reports and cards loop over it.
+
+To add a metric, add its record here and its values to the tests.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from samed_peft.metrics.surfaces import SurfaceDistances
+
+Convention = Literal["standard", "samed"]
+CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
+
+Presence = Literal["both", "missed", "spurious", "absent"]
+"""Which masks contain a class: both, the reference only, the prediction only, neither."""
+
+Metric = str
+"""Name of a metric, a key of `METRICS`."""
+
+_DISTANCE_UNITS: Mapping[Convention, str] = MappingProxyType({"standard": "mm", "samed": "voxels"})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All measurements of a class that both masks contain.
+
+    Attributes:
+        predicted: number of voxels in the prediction.
+        referenced: number of voxels in the reference.
+        shared: number of voxels in both.
+        distances: between the two borders, in the unit of the convention.
+        tolerance: largest distance at which borders count as equal, in the same unit.
+    """
+
+    predicted: int
+    referenced: int
+    shared: int
+    distances: SurfaceDistances
+    tolerance: float
+
+
+AbsentScores = Mapping[Convention, Mapping[Presence, float]]
+"""Convention -> presence other than "both" -> score."""
+
+_SHARES: AbsentScores = {
+    "standard": {"missed": 0.0, "spurious": 0.0, "absent": math.nan},
+    "samed": {"missed": 0.0, "spurious": 1.0, "absent": 0.0},
+}
+_DISTANCES: AbsentScores = {
+    "standard": {"missed": math.nan, "spurious": math.nan, "absent": math.nan},
+    "samed": {"missed": 0.0, "spurious": 0.0, "absent": 0.0},
+}
+
+
+@dataclass(frozen=True)
+class MetricRecord:
+    """All facts about one metric.
+
+    Attributes:
+        title: name in tables and texts.
+        summary: one line for users.
+        compute: scores a class that both masks contain.
+        absent: scores of a class that one mask or neither contains.
+        unit: "" for shares of 1, "distance" for millimetres (`standard`) or voxels (`samed`).
+        higher_is_better: whether larger values are better.
+        digits: digits after the point in print.
+    """
+
+    title: str
+    summary: str
+    compute: Callable[[Comparison], float]
+    absent: AbsentScores
+    unit: Literal["", "distance"] = ""
+    higher_is_better: bool = True
+    digits: int = 4
+
+    def unit_in(self, convention: Convention) -> str:
+        """Label of the unit: "mm" or "voxels" for distances, "" for shares."""
+        return _DISTANCE_UNITS[convention] if self.unit else ""
+
+
+METRICS: Mapping[Metric, MetricRecord] = MappingProxyType(
+    {
+        "dice": MetricRecord(
+            title="Dice",
+            summary="twice the shared voxels over the voxels of both masks",
+            compute=lambda found: 2.0 * found.shared / (found.predicted + found.referenced),
+            absent=_SHARES,
+        ),
+        "iou": MetricRecord(
+            title="IoU",
+            summary="shared voxels over the voxels of the union",
+            compute=lambda found: found.shared / (found.predicted + found.referenced - found.shared),
+            absent=_SHARES,
+        ),
+        "hd95": MetricRecord(
+            title="HD95",
+            summary="95th percentile of the distances between the surfaces",
+            compute=lambda found: found.distances.hd95,
+            absent=_DISTANCES,
+            unit="distance",
+            higher_is_better=False,
+            digits=2,
+        ),
+        "assd": MetricRecord(
+            title="ASSD",
+            summary="mean distance between the surfaces, in both directions",
+            compute=lambda found: found.distances.assd,
+            absent=_DISTANCES,
+            unit="distance",
+            higher_is_better=False,
+            digits=2,
+        ),
+        "surface_dice": MetricRecord(
+            title="surface Dice",
+            summary="share of the surfaces within the tolerance of each other",
+            compute=lambda found: found.distances.within(found.tolerance),
+            absent=_SHARES,
+        ),
+    }
+)
+"""Every metric by name, in the order of tables."""
+
+
+def format_metric(metric: Metric, value: float | None) -> str:
+    """`value` with the digits of its metric; "n/a" for NaN or None."""
+    return "n/a" if value is None or math.isnan(value) else f"{value:.{METRICS[metric].digits}f}"
