@@ -1,5 +1,6 @@
 """Train an adapter from a config and slices; resumable at any step."""
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from samed_peft.adapters.save_load import add_lora, save_adapter
 from samed_peft.datasets.rows import warn_of_absent_classes
 from samed_peft.errors import RunInterruptedError
-from samed_peft.models.bases import load_sam
+from samed_peft.models.bases import load_sam, recorded_base
 from samed_peft.models.precision import hold_frozen_weights, product_dtype
 from samed_peft.prediction.inference import settings_of
 from samed_peft.training.adalora import share_out_ranks
@@ -82,7 +83,7 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
 
 def _fresh_model(run: Run, accelerator: Accelerator) -> PeftModel:
     """The base with an untrained adapter; its frozen weights in the type of the accelerator's precision."""
-    config = run.config
+    config = dataclasses.replace(run.config, base=recorded_base(run.config.base))
     # The seed decides the fresh weights; order and augmentation depend on (seed, epoch, slice).
     set_seed(run.training.seed)
     sam = load_sam(config.base, class_names=config.class_names, image_size=config.image_size)
