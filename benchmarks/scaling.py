@@ -71,7 +71,12 @@ def step(args: argparse.Namespace) -> Action:
         "pixel_values": torch.rand(args.batch_size, 1, args.image_size, args.image_size).expand(-1, 3, -1, -1),
         "labels": torch.randint(NUM_LABELS, (args.batch_size, side, side)),
     }
-    return lambda: train_step(model, [batch], optimizer, accelerator=accelerator, learning_rate=1e-4)
+
+    def run() -> object:
+        moved = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+        return train_step(model, [moved], optimizer, accelerator=accelerator, learning_rate=1e-4)
+
+    return run
 
 
 def slices(args: argparse.Namespace) -> Action:

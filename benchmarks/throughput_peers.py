@@ -62,6 +62,7 @@ class SamedPeft:
 
     def _step(self, batch: dict[str, Tensor]) -> float:
         options = {"accelerator": self.accelerator, "learning_rate": self.args.learning_rate}
+        batch = {name: tensor.to(DEVICE, non_blocking=True) for name, tensor in batch.items()}
         return train_step(self.model, [batch], self.optimizer, **options)[0]
 
     def train_step(self) -> float:

@@ -16,21 +16,15 @@ from pathlib import Path
 from accelerate import Accelerator
 from datasets import Dataset
 
-from samed_peft import SamedConfig, TrainingConfig, push_to_hub
-from samed_peft.adapters.save_load import write_card
+from samed_peft import SamedConfig, TrainingConfig
 from samed_peft.config import METHOD_FIELDS, TINY_SAM, add_options, from_options, lower_stop_epoch, option_values
 from samed_peft.datasets import CaseVolumes, splits
 from samed_peft.datasets import slices as msd
 from samed_peft.datasets.layouts import LabelledFolder, open_folder
 from samed_peft.errors import exit_on_error
-from samed_peft.evaluation import format_table
-from samed_peft.hub.push import check_repo_id
-from samed_peft.io import content_fingerprint, require_replaceable, require_writable_folder
-from samed_peft.models.bases import recorded_base
-from samed_peft.prediction.held_out import score_held_out
-from samed_peft.prediction.inference import load_segmenter
-from samed_peft.training import state
-from samed_peft.training.fit import Run, fit
+from samed_peft.io import content_fingerprint
+from samed_peft.prediction import load_segmenter, score_held_out
+from samed_peft.training import Run, finish_run, fit, start_run
 
 SHAPE = ("image_size", "input_size", *METHOD_FIELDS)
 
@@ -65,10 +59,6 @@ def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
     lower_stop_epoch(args, parser)
     if bool(args.validate_epochs) != bool(args.validation_cases):
         parser.error("--validate_epochs and --validation_cases go together")
-    if args.push_to_hub:
-        check_repo_id(args.push_to_hub)
-    require_writable_folder(args.output_dir)
-    require_replaceable(args.output_dir, marker=state.RUN_FILE)
     return args, from_options(args, TrainingConfig)
 
 
@@ -97,7 +87,7 @@ def load_rows(
 ) -> tuple[Dataset, SamedConfig]:
     """Training slices, and what the adapter is to be; one process reads the scans, the others find the cache."""
     config = SamedConfig(
-        recorded_base(args.base),
+        args.base,
         msd.class_names_for(folder, args.class_names),
         window=tuple(args.window) if args.window else msd.choose_window(folder),
         orientation=msd.choose_orientation(folder, plane=args.plane),
@@ -116,10 +106,9 @@ def load_rows(
 def main() -> None:
     """Train, test, report."""
     args, training = parse_args()
-    logs = {"log_with": "tensorboard", "project_dir": args.output_dir}
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, **logs)
-    state.require_replicas(accelerator)
-    out, folder = args.output_dir, open_folder(args.data_dir, channel=args.channel, class_names=args.class_names)
+    out, repo_id = args.output_dir, args.push_to_hub
+    accelerator = start_run(out, mixed_precision=args.mixed_precision, repo_id=repo_id)
+    folder = open_folder(args.data_dir, channel=args.channel, class_names=args.class_names)
     train_cases, test_cases = split(args, folder)
     rows, config = load_rows(args, folder, train_cases, test_cases + args.validation_cases, accelerator)
     # Apart, since the validation chooses the adapter that the test is of.
@@ -133,15 +122,9 @@ def main() -> None:
     adapter, settings = fit(run, accelerator=accelerator, resume=args.resume)
 
     settings |= {"dataset": folder.name} if folder.name else {}
-    # What is tested is what was saved, read back from disk.
-    tested = load_segmenter(adapter, accelerator=accelerator)
-    report = score_held_out(tested, *pairs(folder, test_cases), out, accelerator=accelerator, settings=settings)
-    if report is not None:
-        write_card(adapter, report=report.to_dict(), training=training)
-        print(format_table(report), f"adapter, masks, report and pictures are in {out}", sep="\n")
-        if args.push_to_hub:
-            print(push_to_hub(adapter, args.push_to_hub))
-    accelerator.end_training()
+    model = load_segmenter(adapter, accelerator=accelerator)  # test the adapter as it was saved
+    report = score_held_out(model, *pairs(folder, test_cases), out, accelerator=accelerator, settings=settings)
+    finish_run(run, adapter, report, accelerator=accelerator, repo_id=repo_id)
 
 
 if __name__ == "__main__":

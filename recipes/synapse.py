@@ -15,8 +15,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from datasets import Dataset
 
-from samed_peft import SamedConfig, TrainingConfig, push_to_hub
-from samed_peft.adapters.save_load import write_card
+from samed_peft import SamedConfig, TrainingConfig
 from samed_peft.config import (
     METHOD_FIELDS,
     SYNAPSE_CLASSES,
@@ -31,14 +30,8 @@ from samed_peft.config.presets import DEMO, PRESETS
 from samed_peft.datasets import CaseVolumes, common_orientation, load_synapse, write_phantom
 from samed_peft.datasets.synapse_files import require_disjoint, split_cases
 from samed_peft.errors import exit_on_error
-from samed_peft.evaluation import format_table
-from samed_peft.hub.push import check_repo_id
-from samed_peft.io import require_replaceable, require_writable_folder
-from samed_peft.models.bases import recorded_base
-from samed_peft.prediction.held_out import score_held_out
-from samed_peft.prediction.inference import load_segmenter
-from samed_peft.training import state
-from samed_peft.training.fit import Run, fit
+from samed_peft.prediction import load_segmenter, score_held_out
+from samed_peft.training import Run, finish_run, fit, start_run
 
 SHAPE = ("image_size", "input_size", *METHOD_FIELDS)
 
@@ -65,10 +58,6 @@ def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
     lower_stop_epoch(args, parser)
     if args.demo == (args.data_dir is not None) or bool(args.validate_epochs) != bool(args.validation_cases):
         parser.error("give either --data_dir or --demo; --validate_epochs and --validation_cases go together")
-    if args.push_to_hub:
-        check_repo_id(args.push_to_hub)
-    require_writable_folder(args.output_dir)
-    require_replaceable(args.output_dir, marker=state.RUN_FILE)
     return args, from_options(args, TrainingConfig)
 
 
@@ -92,30 +81,22 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Datas
 def main() -> None:
     """Train, test, report."""
     args, training = parse_args()
-    logs = {"log_with": "tensorboard", "project_dir": args.output_dir}
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, **logs)
-    state.require_replicas(accelerator)
-    out = args.output_dir
+    out, repo_id = args.output_dir, args.push_to_hub
+    accelerator = start_run(out, mixed_precision=args.mixed_precision, repo_id=repo_id)
     train_rows, test_rows, validation_rows = splits = load_data(args, accelerator)
     shape = option_values(args, SamedConfig, (*SHAPE, "preset"))
-    config = SamedConfig(recorded_base(args.base), SYNAPSE_CLASSES, orientation=common_orientation(train_rows), **shape)
+    config = SamedConfig(args.base, SYNAPSE_CLASSES, orientation=common_orientation(train_rows), **shape)
     # The fingerprints of all files are in the names of the prepared splits.
     data = tuple(rows.config_name for rows in splits if rows is not None)
     validation = None if validation_rows is None else CaseVolumes.pairs(validation_rows)
     run = Run(config, training, train_rows, out, data, validation)
     adapter, settings = fit(run, accelerator=accelerator, resume=args.resume)
 
-    if args.demo or not args.test_cases:  # cases of one's own may be of anywhere
+    if args.demo or not args.test_cases:  # --test_cases may come from elsewhere
         settings |= {"dataset": "synthetic CT of samed_peft" if args.demo else SYNAPSE_NAME}
-    # What is tested is what was saved, read back from disk.
-    tested = load_segmenter(adapter, accelerator=accelerator)
-    report = score_held_out(tested, *CaseVolumes.pairs(test_rows), out, accelerator=accelerator, settings=settings)
-    if report is not None:
-        write_card(adapter, report=report.to_dict(), training=training)
-        print(format_table(report), f"adapter, masks, report and pictures are in {out}", sep="\n")
-        if args.push_to_hub:
-            print(push_to_hub(adapter, args.push_to_hub))
-    accelerator.end_training()
+    model = load_segmenter(adapter, accelerator=accelerator)  # test the adapter as it was saved
+    report = score_held_out(model, *CaseVolumes.pairs(test_rows), out, accelerator=accelerator, settings=settings)
+    finish_run(run, adapter, report, accelerator=accelerator, repo_id=repo_id)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Files in, mask files out."""
+"""Segment scans: volumes in memory, files and folders, held-out cases.
 
-from samed_peft.prediction.files import Outcome, PredictionOptions, predict_files
-from samed_peft.prediction.scans import Scan, list_scans, plan_masks
+`__init__.pyi` lists the public names. Each is imported on first use, so that prediction does not load Datasets.
+"""
 
-__all__ = ["Outcome", "PredictionOptions", "Scan", "list_scans", "plan_masks", "predict_files"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -21,12 +21,12 @@ def rotate(array: np.ndarray, *, degrees: int) -> np.ndarray:
     return pixels.take(_sources(height, width, degrees), axis=0)
 
 
-# As many as SAMed has angles; a megabyte each at 512 x 512.
+# SAMed has 40 angles; a megabyte each at 512 x 512.
 @lru_cache(maxsize=40)
 def _sources(height: int, width: int, degrees: int) -> np.ndarray:
-    """Which pixel (1, 2, ... row by row) each pixel of a rotated slice comes from; 0 is none.
+    """Source (1, 2, ... row by row) of each pixel of a rotated slice; 0 is outside the slice.
 
-    SciPy itself is asked, so that ties fall as they do in SAMed.
+    Computed by SciPy itself, so that ties are broken as in SAMed.
     """
     numbers = np.arange(1, height * width + 1, dtype=np.int32).reshape(height, width)
     return ndimage.rotate(numbers, degrees, order=0, reshape=False)
@@ -41,10 +41,10 @@ def augment(image: np.ndarray, label: np.ndarray, *, rng: np.random.Generator) -
     Args:
         image: (H, W) or (H, W, 3).
         label: (H, W).
-        rng: the only source of randomness.
+        rng: only source of randomness.
 
     Returns:
-        Image and label, (H, W) or (W, H); views of what was given, or new arrays.
+        Image and label, (H, W) or (W, H); views of the inputs, or new arrays.
     """
     if rng.random() > 0.5:
         turns, axis = int(rng.integers(4)), int(rng.integers(2))

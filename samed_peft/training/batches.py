@@ -1,4 +1,4 @@
-"""Rows of a dataset -> batches of tensors; order and augmentation depend on (seed, epoch, index) alone."""
+"""Load batches from rows of a dataset; order and augmentation depend on (seed, epoch, index) alone."""
 
 import os
 import sys
@@ -14,20 +14,20 @@ from samed_peft.models.losses import IGNORED_LABEL
 from samed_peft.training.augmentation import augment
 
 FILLER = -1
-"""Index of the uncounted slice that stands in where a process has none left."""
+"""Index of a slice that no loss counts, for a process that has no slice left in a batch."""
 
 Key = tuple[int, int]
 """(epoch, row index or `FILLER`)."""
 
 
 class TrainingSlices(Dataset):
-    """Training examples by (epoch, index), so that any number of workers yields the same ones.
+    """Training examples by (epoch, index), so that any number of workers yields the same examples.
 
     Args:
         rows: sequence of mappings with `image` (H, W) or, in colour, (H, W, 3) in [0, 1], and `label` (H, W).
         image_size: S, pixels per side of the model.
         label_size: side of the model's logits.
-        seed: seed of the augmentation, or None for none.
+        seed: seed of the augmentation, or None to leave it out.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class TrainingSlices(Dataset):
         return len(self.rows)
 
     def __getitem__(self, key: Key) -> dict[str, torch.Tensor]:
-        """`pixel_values` (3, S, S) float32 and `labels` (h, h) int64."""
+        """`pixel_values` (1, S, S) or, in colour, (3, S, S) float32 and `labels` (h, h) int64."""
         epoch, index = key
         row = self.rows[max(index, 0)]
         image, label = row["image"], row["label"]
@@ -50,12 +50,12 @@ class TrainingSlices(Dataset):
             image, label = augment(image, label, rng=np.random.default_rng((self.seed, epoch, index)))
         pixels = slice_to_pixels(image, image_size=self.image_size)
         full, low = (self.image_size, self.image_size), (self.label_size, self.label_size)
-        label = resize_label(label, low, via=full).astype(np.int64)  # by way of the full size, as SAMed does
+        label = resize_label(label, low, via=full).astype(np.int64)  # through the full size, as SAMed does
         if index == FILLER:
             label = np.full_like(label, IGNORED_LABEL)
         tensor = torch.from_numpy(np.ascontiguousarray(pixels))
         return {
-            "pixel_values": tensor.movedim(-1, 0) if tensor.ndim == 3 else tensor.expand(3, -1, -1),
+            "pixel_values": tensor.movedim(-1, 0) if tensor.ndim == 3 else tensor[None],
             "labels": torch.from_numpy(label),
         }
 
@@ -66,8 +66,8 @@ def epoch_batches(
     """The micro-batches of one process in one epoch.
 
     All processes share one permutation; together their k-th batches are the k-th batch of a single process with
-    `batch_size * num_processes`. The last batch may be smaller. A process that it leaves empty-handed gets one
-    `FILLER`, which counts nowhere, so that collective operations stay in step.
+    `batch_size * num_processes`. The last batch may be smaller. A process without a slice of it gets one `FILLER`,
+    which no loss counts, so that collective operations stay in step.
     """
     order = np.random.default_rng((seed, epoch)).permutation(num_rows)
     whole = batch_size * num_processes
@@ -85,18 +85,19 @@ def batch_loader(
     num_workers: int,
     device: torch.device | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Load `batches` in order, ahead of their use.
+    """Load `batches` in order and prefetch them.
 
-    A grey slice is loaded, copied and sent to the device as one channel, and becomes three there without a copy.
+    The only place that moves batches to the device and expands grey slices to three channels: they are loaded, copied
+    and moved as one channel, and expanded on the device, which copies nothing.
 
     Args:
         slices: training examples.
         batches: from `epoch_batches`, of as many epochs as are wanted.
-        num_workers: processes that load; no more are started than the machine has cores for. 0 loads in this one.
-        device: where tensors are to be; None leaves them on the CPU.
+        num_workers: processes that load, at most one a core; 0 loads in this process.
+        device: device of the batches; None leaves them on the CPU.
 
     Yields:
-        `pixel_values` (B, 3, S, S), which must not be written to, and `labels` (B, h, h).
+        `pixel_values` (B, 3, S, S), read-only because channels share memory, and `labels` (B, h, h).
     """
     loader = DataLoader(
         slices,
@@ -104,7 +105,7 @@ def batch_loader(
         num_workers=min(num_workers, available_cores()),
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
-        # A generator of its own: without one, each epoch would draw from the global random state.
+        # Its own generator: without one, the loader would draw from the global random state.
         generator=torch.Generator(),
     )
     for batch in loader:
@@ -113,13 +114,14 @@ def batch_loader(
 
 
 def _collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack examples; three equal channels are stacked as one."""
-    if all(example["pixel_values"].stride(0) == 0 for example in examples):
-        examples = [{**example, "pixel_values": example["pixel_values"][:1]} for example in examples]
-    batch: dict[str, torch.Tensor] = default_collate(examples)
+    """Stack examples; grey ones get three channels only in a batch with coloured ones."""
+    pixels = torch.broadcast_tensors(*(example["pixel_values"] for example in examples))
+    batch: dict[str, torch.Tensor] = default_collate(
+        [{**example, "pixel_values": one} for example, one in zip(examples, pixels, strict=True)]
+    )
     return batch
 
 
 def available_cores() -> int:
-    """Cores that this process may use; PyTorch warns where there are more workers."""
+    """Cores that this process may use; PyTorch warns if there are more workers."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Optimizer steps over all epochs, from any step on."""
+"""Optimizer steps over all epochs, from any step on, with SAMed's schedule of the learning rate."""
 
 import contextlib
 import itertools
@@ -23,13 +23,13 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did.
+    """Result of one optimizer step.
 
     Attributes:
         number: optimizer steps done, this one included.
         steps_per_epoch: optimizer steps in each epoch.
-        learning_rate: rate in force in this step.
-        loss: whole loss; its parts are `cross_entropy` and `dice`.
+        learning_rate: rate used in this step.
+        loss: total loss; its parts are `cross_entropy` and `dice`.
     """
 
     number: int
@@ -65,10 +65,10 @@ def build_optimizer(model: nn.Module, *, weight_decay: float, lora_plus_ratio: f
     Args:
         model: with an adapter.
         weight_decay: decoupled weight decay.
-        lora_plus_ratio: learning rate of LoRA's B over that of all else (LoRA+, arXiv 2402.12354).
+        lora_plus_ratio: learning rate of LoRA's B relative to all other weights (LoRA+, arXiv 2402.12354).
 
     Raises:
-        InputError: there is no B for `lora_plus_ratio` to mean anything.
+        InputError: `lora_plus_ratio` is set, but the method has no B.
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     faster = [p for name, p in trainable if ".lora_B." in name] if lora_plus_ratio != 1 else []
@@ -105,9 +105,9 @@ def training_steps(
         model: prepared by `accelerator`.
         optimizer: prepared by `accelerator`.
         slices: training examples.
-        training: epochs, batch size, rate and so on.
+        training: epochs, batch size, learning rate and so on.
         accelerator: devices, precision, processes.
-        start: optimizer steps done before, in this run or the one it resumes.
+        start: optimizer steps done before, by the run that is resumed.
 
     Raises:
         NonFiniteLossError: before any weight is changed by that loss.
@@ -127,7 +127,7 @@ def training_steps(
         epoch_batches(len(slices), batch_size=size, seed=training.seed, epoch=epoch, **split)
         for epoch in range(start // per_epoch, training.stop_epoch)
     )
-    # One loader for all epochs: the workers go on, and the first slices of an epoch are there when it begins.
+    # One loader for all epochs: workers keep running and prefetch the next epoch's first slices.
     to_come = itertools.islice(itertools.chain.from_iterable(epochs), start % per_epoch * accumulation, None)
     loaded = batch_loader(slices, to_come, num_workers=training.num_workers, device=accelerator.device)
     for number in range(start, training.stop_epoch * per_epoch):
@@ -145,7 +145,7 @@ def training_steps(
 
 
 def _seed_dropout(seed: int, *, step: int, process: int) -> None:
-    # Dropout alone draws from the global state; as a function of the step, it needs no place in checkpoints.
+    # Only dropout draws from the global state; seeded by the step, it needs no place in checkpoints.
     torch.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0]))
 
 
@@ -160,14 +160,14 @@ def train_step(
 ) -> tuple[float, float, float]:
     """One optimizer step on the mean loss of a group of micro-batches.
 
-    Dice and cross entropy of a micro-batch run over all processes together.
+    Dice and cross entropy of a micro-batch are computed over all processes together.
 
     Args:
         model: prepared by `accelerator`.
-        group: micro-batches of `pixel_values` (B, 3, S, S) and `labels` (B, h, h).
+        group: micro-batches on the accelerator's device: `pixel_values` (B, 3, S, S) and `labels` (B, h, h).
         optimizer: prepared by `accelerator`.
         accelerator: devices, precision, processes.
-        learning_rate: rate in force in this step.
+        learning_rate: rate of this step.
         dice_weight: share of the Dice loss.
 
     Returns:
@@ -194,16 +194,15 @@ def train_step(
 def _accumulate(
     model: nn.Module, group: Sequence[Batch], *, accelerator: Accelerator, dice_weight: float
 ) -> tuple[float, float, float]:
-    """Gradients of a group's mean loss; returns the mean (loss, cross entropy, Dice loss)."""
+    """Accumulate the gradients of a group's mean loss; return the mean (loss, cross entropy, Dice loss)."""
     totals = torch.zeros(3, device=accelerator.device)
     for index, batch in enumerate(group):
-        # Gradients are exchanged between processes once a group, with its last micro-batch.
+        # Processes exchange gradients once a group, with its last micro-batch.
         exchange = index == len(group) - 1
         with contextlib.nullcontext() if exchange else accelerator.no_sync(model):
-            logits = model(pixel_values=batch["pixel_values"].to(accelerator.device, non_blocking=True)).logits
             parts = loss_parts(
-                logits,
-                batch["labels"].to(accelerator.device, non_blocking=True),
+                model(pixel_values=batch["pixel_values"]).logits,
+                batch["labels"],
                 dice_weight=dice_weight,
                 sum_over_processes=_global_sum(accelerator),
             )
@@ -220,22 +219,22 @@ def _global_sum(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
 
     def global_sum(local: Tensor) -> Tensor:
         total = accelerator.reduce(local.detach(), reduction="sum")
-        # Its value is the total; its gradient is the local one, times N because DDP averages over N processes.
+        # The value is the total; the gradient is the local one, times N because DDP averages over N processes.
         return total + (local - local.detach()) * accelerator.num_processes
 
     return global_sum
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, max_steps: int, power: float = 0.9) -> float:
-    """Rate in force at optimizer step `step` (0, 1, ...).
+    """Schedule of the learning rate: the rate used in optimizer step `step` (0, 1, ...).
 
-    The original sets the rate after each step, from the number of the step just done, so the rate in force lags by
-    one: steps 0 and 1 share the first warm-up value, and the decay counts from the end of the warm-up
-    (SAMed's trainer, commit e351840).
+    The original sets the rate after each step, from the number of the step just done, so the rate lags by one:
+    steps 0 and 1 share the first warm-up value, and the decay counts from the end of the warm-up (SAMed's trainer,
+    commit e351840).
 
     Args:
         step: optimizer steps done so far.
-        peak: largest rate.
+        peak: highest rate.
         warmup_steps: steps of linear warm-up; 0 for none.
         max_steps: horizon of the polynomial decay (1 - s / max_steps) ** power.
         power: exponent of the decay.

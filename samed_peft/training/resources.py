@@ -1,4 +1,4 @@
-"""What a training takes: time of a step, peak memory, trainable weights."""
+"""Measure what a training needs: time of a step, peak memory, trainable weights."""
 
 import statistics
 import sys
@@ -15,32 +15,32 @@ RESOURCES_FILE = "resources.json"
 
 
 class StepClock:
-    """Notes when steps end."""
+    """Measures the time of steps."""
 
     def __init__(self) -> None:
         self._ends = [time.perf_counter()]
 
     def step_done(self) -> None:
-        """To be called after each step."""
+        """Record the end of a step."""
         self._ends.append(time.perf_counter())
 
     @property
     def steps(self) -> int:
-        """How many steps were done."""
+        """Number of steps done."""
         return len(self._ends) - 1
 
     @property
     def median_seconds(self) -> float:
-        """Median time of a step, the first left out where there are others: it fills caches. NaN without steps."""
+        """Median time of a step, without the first if there are more: it fills caches. NaN without steps."""
         seconds = [end - start for start, end in zip(self._ends, self._ends[1:], strict=False)]
         return statistics.median(seconds[1:] or seconds) if seconds else float("nan")
 
 
 def write_resources(directory: Path, model: nn.Module, clock: StepClock, *, accelerator: Accelerator) -> None:
-    """Write `resources.json`: what this process measured since it began or resumed training; nothing without steps.
+    """Write `resources.json`, measured by this process since it began or resumed training; nothing without steps.
 
     `peak_resident_gb` is the main process's resident memory (null on Windows), without the workers that load slices;
-    `peak_gpu_gb` is what PyTorch held on its GPU, null without one.
+    `peak_gpu_gb` is the memory that PyTorch used on its GPU, null without one.
     """
     if not clock.steps:
         return

@@ -1,47 +1,29 @@
-"""What a run leaves on disk so that it can go on: checkpoints to the bit, and whose folder it is."""
+"""Stop on a signal; save checkpoints and load them, so that a resumed run equals an uninterrupted one to the bit."""
 
-import contextlib
 import dataclasses
 import math
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
 
-from samed_peft.config import TINY_SAM, TINY_SAM_NOTE, SamedConfig, TrainingConfig
 from samed_peft.errors import InputError
-from samed_peft.io import atomic_dir, load_tensors, read_json, require_replaceable, save_tensors, write_json
+from samed_peft.io import atomic_dir, load_tensors, read_json, save_tensors, write_json
 from samed_peft.training.adalora import allocation_tensors, restore_allocation
 
-RUN_FILE = "run.json"
-"""Record of a run's settings, by which its folder is known."""
-
-_DEFAULTS = {
-    field.name: field.default
-    for kind in (SamedConfig, TrainingConfig)
-    for field in dataclasses.fields(kind)
-    if field.name in ("method", "layers", "rank_pattern", "lora_plus_ratio")
-}
-"""Options that came later than the first runs."""
-
 _ALLOCATION_FILE = "ranks.safetensors"
-
-_WITHOUT_EFFECT = ("num_workers", "checkpoint_steps")
-"""Training settings that may change between a run and its resumption: they do not touch the result."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, as a checkpoint keeps it.
+    """Position of a run, as a checkpoint stores it.
 
     Attributes:
         step: optimizer steps done.
@@ -65,10 +47,10 @@ class Progress:
 
 
 class StopSignal:
-    """Within `with`, notes SIGTERM and SIGINT, so that a run ends after its step; a second one ends it at once.
+    """Catch SIGTERM and SIGINT within `with`, so that a run can end after its step; a second signal ends it at once.
 
     Attributes:
-        received: whether a signal came.
+        received: whether a signal arrived.
     """
 
     def __init__(self) -> None:
@@ -88,7 +70,7 @@ class StopSignal:
         signal.signal(number, signal.SIG_DFL)
         if os.getpid() == self._process:
             self.received = True
-        else:  # a forked worker, which must end when it is told to
+        else:  # a forked worker must end when told to
             os.kill(os.getpid(), number)
 
     def on_any_process(self, accelerator: Accelerator) -> bool:
@@ -109,7 +91,7 @@ def save_checkpoint(
 ) -> None:
     """Write `directory/step-NNNNNNNN` (adapter, optimizer, position; never the base) and remove older ones.
 
-    A checkpoint appears whole or not at all; the older one goes only after the new one is in place.
+    A checkpoint appears whole or not at all; the older one is removed only after the new one is in place.
     """
     if not accelerator.is_main_process:
         return
@@ -137,10 +119,13 @@ def save_checkpoint(
 def load_checkpoint(
     directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, accelerator: Accelerator
 ) -> Progress:
-    """Take up the newest checkpoint under `directory`, or the beginning if there is none.
+    """Load the newest checkpoint under `directory` into model and optimizer, if there is one.
+
+    Returns:
+        The run's position; the beginning without a checkpoint.
 
     Raises:
-        InputError: a checkpoint is damaged or of another model.
+        InputError: a checkpoint is damaged or belongs to another model.
     """
     found = _checkpoints(directory)
     if not found:
@@ -151,7 +136,7 @@ def load_checkpoint(
     trainable = _trainable(accelerator.unwrap_model(model))
     shapes = {name: value.shape for name, value in tensors.items()}
     if shapes != {name: parameter.shape for name, parameter in trainable.items()}:
-        raise InputError(f"{path} is of another model; remove it or choose another output folder")
+        raise InputError(f"{path} belongs to another model; remove it or choose another output folder")
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(tensors[name])
@@ -172,96 +157,3 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if path.is_dir())
-
-
-def require_replicas(accelerator: Accelerator) -> None:
-    """Refuse setups that split one model over processes: checkpoints and adapters are read off a whole one.
-
-    Raises:
-        InputError: FSDP, DeepSpeed or the like is configured.
-    """
-    split = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if accelerator.distributed_type in split:
-        raise InputError(
-            f"expected one process or data-parallel ones, found {accelerator.distributed_type.value} in Accelerate's "
-            "configuration; the model fits on each device, so launch with --multi_gpu instead"
-        )
-
-
-@contextlib.contextmanager
-def tracked(accelerator: Accelerator, *, start: int) -> Iterator[None]:
-    """TensorBoard's log of the steps after `start`: a resumed run replaces what it repeats, any end writes it out."""
-    accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": start + 1}})
-    try:
-        yield
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-
-
-def claim_run_folder(directory: Path, settings: dict[str, Any], *, resume: bool, accelerator: Accelerator) -> None:
-    """Make `directory` the folder of the run with these settings, or refuse without touching it.
-
-    The main process does it; what it finds wrong ends all of them alike.
-
-    Args:
-        directory: output folder.
-        settings: JSON values that decide the result; written to `RUN_FILE`.
-        resume: whether a run already there is to be continued.
-        accelerator: its processes.
-
-    Raises:
-        InputError: the folder holds other files, another run, or this run and `resume` is not set.
-    """
-    messages: list[str | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            _claim(directory, settings, resume=resume)
-        except InputError as error:
-            messages = [str(error)]
-    if broadcast_object_list(messages)[0] is not None:
-        raise InputError(messages[0])
-
-
-def _claim(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
-    record = directory / RUN_FILE
-    if record.is_file():
-        # A run of a time before there was some option had its default.
-        found = {name: value for name, value in _DEFAULTS.items() if name in settings} | read_json(record)
-        keys = sorted(set(settings) | set(found))
-        differing = [
-            f"{k}: {found.get(k)} there, {settings.get(k)} now" for k in keys if found.get(k) != settings.get(k)
-        ]
-        if differing:
-            raise InputError(
-                f"{directory} holds a run with other settings ({'; '.join(differing)}); "
-                "choose another --output_dir, or give the same settings to go on"
-            )
-        if not resume:
-            raise InputError(f"{directory} holds a run with these settings; pass --resume to continue it")
-    else:
-        require_replaceable(directory, marker=RUN_FILE)
-        write_json(record, settings)
-
-
-def run_settings(
-    config: SamedConfig, training: TrainingConfig, *, data: Sequence[str], accelerator: Accelerator
-) -> dict[str, Any]:
-    """Everything that decides a run's result, as JSON values.
-
-    Args:
-        config: what is trained.
-        training: how.
-        data: names of the data, with fingerprints of their files.
-        accelerator: its processes and precision count too.
-    """
-    decisive = {name: value for name, value in training.to_dict().items() if name not in _WITHOUT_EFFECT}
-    note = {"note": TINY_SAM_NOTE} if config.base == TINY_SAM else {}
-    return {
-        **note,
-        **config.to_dict(),
-        **decisive,
-        "data": list(data),
-        "num_processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-    }

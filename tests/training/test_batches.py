@@ -56,6 +56,13 @@ def test_colours_stay_three(rows):
     assert torch.allclose(colour[:, 1], grey[:, 0] / 2)
 
 
+def test_a_batch_may_mix_grey_and_colour(rows):
+    coloured = [{**row, "image": np.stack([row["image"]] * 3, axis=-1)} for row in rows]
+    grey, mixed = load(rows, workers=0), load([*coloured[:3], *rows[3:]], workers=0)
+    for one, two in zip(grey, mixed, strict=True):
+        assert one["pixel_values"].equal(two["pixel_values"])
+
+
 def test_more_workers_than_cores_are_not_started(rows, monkeypatch):
     monkeypatch.setattr("samed_peft.training.batches.available_cores", lambda: 1)
     assert len(load(rows, workers=50)) == 4  # PyTorch would warn, and warnings are errors

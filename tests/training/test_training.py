@@ -1,5 +1,7 @@
 """Fourteen steps of the original, exact resume, accumulation, divergence."""
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import GOLDEN, load_samed_weights, npz, samed_weights
 
-from samed_peft.config import TrainingConfig
+from samed_peft.config import SYNAPSE_CLASSES, SamedConfig, TrainingConfig
 from samed_peft.errors import InputError, NonFiniteLossError
 from samed_peft.training import (
     Progress,
@@ -23,13 +25,14 @@ from samed_peft.training import (
     build_optimizer,
     claim_run_folder,
     load_checkpoint,
+    require_replicas,
+    run_settings,
     save_checkpoint,
     train_step,
     training_steps,
 )
 from samed_peft.training.batches import TrainingSlices
 from samed_peft.training.loop import learning_rate
-from samed_peft.training.state import require_replicas
 
 
 @pytest.fixture
@@ -252,6 +255,39 @@ def test_a_run_folder_is_claimed_once(tmp_path):
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.txt"]
     with pytest.raises(InputError, match=r"expected a folder above .*, but .*thesis\.txt is a file"):
         claim_run_folder(tmp_path / "other" / "thesis.txt" / "run", settings, resume=False, accelerator=accelerator)
+
+
+@pytest.fixture
+def recorded(tmp_path, accelerator):
+    """Function that claims a folder with a run whose record lacks some settings, and differs in others."""
+    config = SamedConfig("tiny-sam", SYNAPSE_CLASSES)
+    settings = run_settings(config, TrainingConfig(), data=["scans-1234"], accelerator=accelerator)
+
+    def resume(*, without=(), **changed):
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        record = {name: value for name, value in (settings | changed).items() if name not in without}
+        (folder / "run.json").write_text(json.dumps(record))
+        claim_run_folder(folder, settings, resume=True, accelerator=accelerator)
+
+    return resume
+
+
+def test_a_run_of_an_older_version_had_the_defaults_of_later_settings(recorded):
+    fields = [field for kind in (SamedConfig, TrainingConfig) for field in dataclasses.fields(kind)]
+    with_default = [field.name for field in fields if field.default is not dataclasses.MISSING]
+    assert len(with_default) > 30
+    for name in with_default:
+        recorded(without=[name])
+    recorded(without=with_default)
+
+
+def test_settings_without_default_or_of_other_value_are_refused(recorded):
+    for name in ("base", "class_names", "data", "num_processes", "mixed_precision"):
+        with pytest.raises(InputError, match=f"{name}: None there, "):
+            recorded(without=[name])
+    with pytest.raises(InputError, match="rank: 8 there, 4 now"):
+        recorded(without=["seed"], rank=8)
 
 
 def test_a_model_split_over_processes_is_refused():

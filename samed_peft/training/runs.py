@@ -1,0 +1,192 @@
+"""Start, record and finish a training run: its processes, folder, log and scores."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list
+from datasets import Dataset
+
+from samed_peft.adapters.save_load import write_card
+from samed_peft.config import TINY_SAM, TINY_SAM_NOTE, SamedConfig, TrainingConfig
+from samed_peft.errors import InputError
+from samed_peft.evaluation import Report, format_table
+from samed_peft.hub.push import check_repo_id, push_to_hub
+from samed_peft.io import Volume, read_json, require_replaceable, require_writable_folder, write_json
+
+RUN_FILE = "run.json"
+"""Record of a run's settings; marks a folder as that of a run."""
+
+_DEFAULTS = {
+    field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+    for kind in (SamedConfig, TrainingConfig)
+    for field in dataclasses.fields(kind)
+    if field.default is not dataclasses.MISSING
+}
+"""Settings that a run of an older version did not record, as JSON values."""
+
+_WITHOUT_EFFECT = ("num_workers", "checkpoint_steps")
+"""Fields of TrainingConfig that do not change the result, so they may differ when a run resumes."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: which adapter, on which data, in which folder.
+
+    Attributes:
+        config: the adapter to train.
+        training: how to train it.
+        rows: training slices, from `load_synapse` or `load_slices`.
+        output_dir: gets `adapter`, `adapter_best` if there is a validation, `checkpoints`, `logs`, `run.json` and
+            `resources.json`.
+        data: names of all data that decide the result, kept in `run.json`.
+        validation: scans and references to validate on, or None.
+    """
+
+    config: SamedConfig
+    training: TrainingConfig
+    rows: Dataset
+    output_dir: Path
+    data: tuple[str, ...]
+    validation: tuple[Mapping[str, Volume], Mapping[str, Volume]] | None = None
+
+
+def start_run(output_dir: Path, *, mixed_precision: str | None = None, repo_id: str | None = None) -> Accelerator:
+    """Check where a run will write, and set up its processes and its TensorBoard log.
+
+    Args:
+        output_dir: folder of the run; it may hold an earlier state of it, and is not changed yet.
+        mixed_precision: "no", "fp16" or "bf16"; None for Accelerate's setting.
+        repo_id: repository of the Hub that the adapter will be pushed to, if any.
+
+    Raises:
+        InputError: the folder cannot be written or holds other files, `repo_id` is malformed, or Accelerate is set up
+            to split one model over processes.
+    """
+    if repo_id:
+        check_repo_id(repo_id)
+    require_writable_folder(output_dir)
+    require_replaceable(output_dir, marker=RUN_FILE)
+    accelerator = Accelerator(mixed_precision=mixed_precision, log_with="tensorboard", project_dir=output_dir)
+    require_replicas(accelerator)
+    return accelerator
+
+
+def finish_run(
+    run: Run, adapter: Path, report: Report | None, *, accelerator: Accelerator, repo_id: str | None = None
+) -> None:
+    """Put the scores into the adapter's card, print them, push the adapter if asked to, and end the processes.
+
+    Args:
+        run: the run.
+        adapter: folder of the adapter, from `fit`.
+        report: its scores, from `score_held_out`: None on all processes but the main one.
+        accelerator: from `start_run`.
+        repo_id: repository of the Hub to push the adapter to, or None.
+
+    Raises:
+        InputError: the Hub cannot be reached or refuses.
+    """
+    if report is not None:
+        write_card(adapter, report=report.to_dict(), training=run.training)
+        print(format_table(report), f"adapter, masks, report and pictures are in {run.output_dir}", sep="\n")
+        if repo_id:
+            print(push_to_hub(adapter, repo_id))
+    accelerator.end_training()
+
+
+def require_replicas(accelerator: Accelerator) -> None:
+    """Refuse set-ups that split one model over processes: checkpoints and adapters are read from a whole one.
+
+    Raises:
+        InputError: FSDP, DeepSpeed or the like is configured.
+    """
+    split = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if accelerator.distributed_type in split:
+        raise InputError(
+            f"expected one process or data-parallel ones, found {accelerator.distributed_type.value} in Accelerate's "
+            "configuration; the model fits on each device, so launch with --multi_gpu instead"
+        )
+
+
+def run_settings(
+    config: SamedConfig, training: TrainingConfig, *, data: Sequence[str], accelerator: Accelerator
+) -> dict[str, Any]:
+    """Everything that decides a run's result, as JSON values.
+
+    Args:
+        config: the adapter to train.
+        training: how to train it.
+        data: names of the data, with fingerprints of their files.
+        accelerator: its number of processes and precision count too.
+    """
+    decisive = {name: value for name, value in training.to_dict().items() if name not in _WITHOUT_EFFECT}
+    note = {"note": TINY_SAM_NOTE} if config.base == TINY_SAM else {}
+    return {
+        **note,
+        **config.to_dict(),
+        **decisive,
+        "data": list(data),
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def claim_run_folder(directory: Path, settings: dict[str, Any], *, resume: bool, accelerator: Accelerator) -> None:
+    """Make `directory` the folder of the run with these settings, or refuse without touching it.
+
+    The main process checks; if it refuses, all processes raise the same error.
+
+    Args:
+        directory: output folder.
+        settings: from `run_settings`; written to `RUN_FILE`.
+        resume: whether to continue a run that is there already.
+        accelerator: its processes.
+
+    Raises:
+        InputError: the folder holds other files, another run, or this run and `resume` is not set.
+    """
+    messages: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            _claim(directory, settings, resume=resume)
+        except InputError as error:
+            messages = [str(error)]
+    if broadcast_object_list(messages)[0] is not None:
+        raise InputError(messages[0])
+
+
+def _claim(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
+    record = directory / RUN_FILE
+    if not record.is_file():
+        require_replaceable(directory, marker=RUN_FILE)
+        write_json(record, settings)
+        return
+    found = {name: value for name, value in _DEFAULTS.items() if name in settings} | read_json(record)
+    differing = [
+        f"{name}: {found.get(name)} there, {settings.get(name)} now"
+        for name in sorted({*settings, *found})
+        if found.get(name) != settings.get(name)
+    ]
+    if differing:
+        raise InputError(
+            f"{directory} holds a run with other settings ({'; '.join(differing)}); "
+            "choose another --output_dir, or give the same settings to go on"
+        )
+    if not resume:
+        raise InputError(f"{directory} holds a run with these settings; pass --resume to continue it")
+
+
+@contextlib.contextmanager
+def tracked(accelerator: Accelerator, *, start: int) -> Iterator[None]:
+    """Log to TensorBoard from step `start` on: a resumed run replaces the steps it repeats; any exit writes the log."""
+    accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": start + 1}})
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
