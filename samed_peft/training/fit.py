@@ -17,7 +17,7 @@ from samed_peft.datasets.rows import warn_of_absent_classes
 from samed_peft.errors import RunInterruptedError
 from samed_peft.io import Volume
 from samed_peft.models.bases import load_sam
-from samed_peft.models.precision import hold_frozen_weights, product_dtype
+from samed_peft.models.precision import cast_frozen_weights, product_dtype
 from samed_peft.training import state
 from samed_peft.training.adalora import share_out_ranks
 from samed_peft.training.batches import TrainingSlices
@@ -76,7 +76,7 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     if training.gradient_checkpointing:
         sam.activation_checkpointing_enable()
     model = add_lora(sam, run.config)
-    hold_frozen_weights(model, product_dtype(accelerator))
+    cast_frozen_weights(model, product_dtype(accelerator))
     config = sam.samed_config or run.config  # with the base's fingerprint and revision
     optimizer = build_optimizer(model, weight_decay=training.weight_decay, lora_plus_ratio=training.lora_plus_ratio)
     per_epoch = steps_per_epoch(len(run.rows), training, accelerator)
