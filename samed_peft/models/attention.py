@@ -66,11 +66,8 @@ class SamSplitAttention(nn.Module):
             zero = hidden_states.new_zeros(1, hidden_states.shape[-1])
             pad_key, pad_value = self._heads(self.k_proj(zero))[0], self._heads(self.v_proj(zero))[0]
         table = self._table(query.dtype) if self.use_rel_pos else None
-        tensors = (query, key, value, pad_key, pad_value, table)
-        if _is_tiled(query):
-            output = TiledAttention.apply(self.window, *tensors)
-        else:
-            output = fused_attention(self.window, *tensors)
+        attend = TiledAttention.apply if _is_tiled(query) else fused_attention
+        output = attend(self.window, query, key, value, pad_key, pad_value, table)
         return self.proj(output.flatten(3).flatten(1, 2)).unflatten(1, grid)
 
     def _heads(self, tokens: Tensor) -> Tensor:
