@@ -1,8 +1,9 @@
-"""Clocks, memory and processes that the benchmarks share.
+"""Clocks, memory, processes and result files that the benchmarks share.
 
-Imports neither this package nor Transformers, so that a process which measures other code holds only that.
+Imports neither this package nor Transformers at the top, so that a process that measures other code loads only that.
 """
 
+import argparse
 import ctypes
 import multiprocessing
 import os
@@ -10,10 +11,13 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.context import BaseContext
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,15 @@ import torch
 Action = Callable[[], Any]
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy", "samed_peft")
+
+
+def options_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is a script's docstring, with the option that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    folder = Path(__file__).parent / "results"
+    parser.add_argument("--results_dir", type=Path, default=folder, help="default: benchmarks/results")
+    return parser
 
 
 def synchronize() -> None:
@@ -39,25 +52,25 @@ def reset_peak() -> None:
 
 
 def release_memory() -> None:
-    """Give back what PyTorch and the C library keep of freed memory: gigabytes, of processes that wait for a turn."""
+    """Return freed memory that PyTorch and the C library cache; waiting processes would keep gigabytes."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def peak_resident_gb() -> float:
-    """Most memory this process held since `reset_peak`."""
+    """Peak resident memory of this process since `reset_peak`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
 
 
 def peak_gpu_gb() -> float | None:
-    """Most GPU memory since `reset_peak`; None without a GPU."""
+    """Peak GPU memory since `reset_peak`; None without a GPU."""
     return torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else None
 
 
 def gemm_gflops(dtype: torch.dtype) -> float:
-    """Rate of a large matrix product, the fastest of three: what this machine can do at this moment."""
+    """Rate of a large matrix product, the fastest of three: this machine's peak at this moment."""
     size = 8192 if DEVICE.type == "cuda" else 2048
     one, other = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
     seconds = [seconds_of(lambda: torch.mm(one, other))[0] for _ in range(3)]
@@ -83,61 +96,57 @@ def timed(action: Action, times: int, gemm: torch.dtype | None) -> dict[str, Any
 
 
 class Worker:
-    """A process of its own that stays alive and does what it is told, so that several can take turns.
+    """A process that stays alive and runs the actions of one subject on request, so that several can take turns.
 
     Args:
-        make: called in the process; returns its actions by name.
-        options: its arguments; `threads` and `mixed_precision` of them are heeded here.
+        make: called in the process with `options`; methods of the object it returns are the actions.
+        options: its arguments; `threads` and `mixed_precision` of them are also used here.
         forked: see `processes`.
     """
 
-    def __init__(self, make: Callable[[Any], Mapping[str, Action]], options: Any, *, forked: bool = False) -> None:
-        context = processes(forked)
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, options))
-        self._process.start()
-        theirs.close()
+    def __init__(self, make: Callable[[Any], Any], options: Any, *, forked: bool = False) -> None:
+        self._pool = ProcessPoolExecutor(1, processes(forked), initializer=_start, initargs=(make, options))
 
     def run(
         self, action: str, times: int = 1, *, settle: str | None = None, fresh: bool = False, gemm: bool = False
     ) -> dict[str, Any]:
-        """What `timed` returns.
+        """Run an action and return what `timed` does.
 
         Args:
-            action: what to do.
-            times: how often.
-            settle: what to do once beforehand, untimed: caches are cold and memory was given back.
+            action: name of a method.
+            times: number of calls.
+            settle: action to run once beforehand, untimed: caches are cold and memory was returned.
             fresh: start counting peak memory anew.
             gemm: measure matrix products too.
         """
         try:
-            self._pipe.send((action, times, settle, fresh, gemm))
-            return self._pipe.recv()
-        except (EOFError, BrokenPipeError) as error:
-            self._process.join()
-            raise SystemExit(f"a measured process ended with {self._process.exitcode}; its message is above") from error
+            return self._pool.submit(_act, action, times, settle=settle, fresh=fresh, gemm=gemm).result()
+        except BrokenProcessPool as error:
+            raise SystemExit("a measured process ended unexpectedly; its message is above") from error
 
     def close(self) -> None:
         """End the process."""
-        self._pipe.close()
-        self._process.join()
+        self._pool.shutdown()
 
 
-def _serve(pipe: Any, make: Callable[[Any], Mapping[str, Action]], options: Any) -> None:
+_in_worker: dict[str, Any] = {}
+
+
+def _start(make: Callable[[Any], Any], options: Any) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    actions = make(options)
-    while True:
-        try:
-            action, times, settle, fresh, gemm = pipe.recv()
-        except EOFError:
-            return
-        if fresh:
-            reset_peak()
-        if settle:
-            actions[settle]()
-        pipe.send(timed(actions[action], times, DTYPES[options.mixed_precision] if gemm else None))
-        release_memory()
+    _in_worker.update(subject=make(options), dtype=DTYPES[options.mixed_precision])
+
+
+def _act(action: str, times: int, *, settle: str | None, fresh: bool, gemm: bool) -> dict[str, Any]:
+    subject = _in_worker["subject"]
+    if fresh:
+        reset_peak()
+    if settle:
+        methodcaller(settle)(subject)
+    found = timed(lambda: methodcaller(action)(subject), times, _in_worker["dtype"] if gemm else None)
+    release_memory()
+    return found
 
 
 def processes(forked: bool, preload: Sequence[str] = ()) -> BaseContext:
@@ -152,24 +161,24 @@ def processes(forked: bool, preload: Sequence[str] = ()) -> BaseContext:
 
 
 def in_own_process(function: Callable[[Any], Any], options: Any, *, forked: bool = False) -> Any:
-    """The result of `function(options)`, computed in a process that ends with it."""
+    """Return `function(options)`, computed in a process that ends with it."""
     with ProcessPoolExecutor(1, mp_context=processes(forked)) as pool:
         return pool.submit(function, options).result()
 
 
-def machine(packages: Sequence[str]) -> dict[str, Any]:
-    """What figures depend on besides the code that is measured."""
-    cpu = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return {
-        "cpu": cpu[0] if cpu else platform.machine(),
+def facts() -> dict[str, Any]:
+    """Date and machine of a result: everything that figures depend on besides the code that is measured."""
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":", 1)[1].strip() for line in cpuinfo if "model name" in line), platform.machine())
+    machine = {
+        "cpu": cpu,
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
         "load_before": round(os.getloadavg()[0], 2),
         "commit": commit(Path(__file__).parent),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
     }
+    return {"date": str(date.today()), "machine": machine}
 
 
 def _version(package: str) -> str | None:
@@ -180,7 +189,7 @@ def _version(package: str) -> str | None:
 
 
 def commit(directory: Path) -> str | None:
-    """The checkout's commit, with "+changes" if files differ from it; None outside of one."""
+    """The checkout's commit, with "+changes" if files differ from it; None outside of a checkout."""
     described = subprocess.run(
         ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"],
         cwd=directory, capture_output=True, encoding="utf-8", check=False,
@@ -189,10 +198,14 @@ def commit(directory: Path) -> str | None:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
-    return {
-        name: float(f"{of(values):.4g}") for name, of in (("median", statistics.median), ("min", min), ("max", max))
-    }
+    """Median, smallest and largest, to four digits."""
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def with_range(found: dict[str, float], digits: int) -> str:
+    """A cell of a table from what `spread` returns: median (smallest-largest)."""
+    return "{median:.{d}f} ({min:.{d}f}-{max:.{d}f})".format(**found, d=digits)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -45,7 +45,7 @@ from samed_peft.datasets import load_synapse, write_phantom
 from samed_peft.datasets.phantom import phantom_case
 from samed_peft.io import write_json
 from samed_peft.models.modeling import SamForSemanticSegmentation
-from samed_peft.models.precision import hold_frozen_weights
+from samed_peft.models.precision import cast_frozen_weights
 from samed_peft.prediction import PredictionOptions, Scan, predict_files
 from samed_peft.training import build_optimizer, train_step
 
@@ -57,7 +57,7 @@ def adapted(args: argparse.Namespace) -> PeftModel:
     sizes = {"num_labels": NUM_LABELS, "image_size": args.image_size}
     sam = SamForSemanticSegmentation.from_sam(random_sam(args.geometry), **sizes)
     model = add_lora(sam, SamedConfig("random", SYNAPSE_CLASSES, image_size=args.image_size))
-    hold_frozen_weights(model, DTYPES[args.mixed_precision])
+    cast_frozen_weights(model, DTYPES[args.mixed_precision])
     return model
 
 

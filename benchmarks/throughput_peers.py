@@ -21,7 +21,7 @@ from samed_peft import SamedConfig, Volume, add_lora, dice_ce_loss, load_sam, pr
 from samed_peft.config import CT_WINDOW_HU, SYNAPSE_CLASSES
 from samed_peft.datasets import load_synapse
 from samed_peft.models.modeling import SamForSemanticSegmentation
-from samed_peft.models.precision import hold_frozen_weights, product_dtype
+from samed_peft.models.precision import cast_frozen_weights, product_dtype
 from samed_peft.prediction import PredictionOptions, Scan, predict_files
 from samed_peft.prediction.inference import load_segmenter
 from samed_peft.training import build_optimizer, train_step
@@ -56,7 +56,7 @@ class SamedPeft:
         model = METHODS[args.method](sam, config)
         self.adapter = args.work / f"adapter-{args.mixed_precision}"
         save_adapter(model, self.adapter, config=config)
-        hold_frozen_weights(model, product_dtype(self.accelerator))
+        cast_frozen_weights(model, product_dtype(self.accelerator))
         self.label_size, self.batch, self.batches = sam.logits_size, read_batch(args), None
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, weight_decay=0.1))
 

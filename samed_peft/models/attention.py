@@ -1,12 +1,11 @@
-"""SAM's attention with relative positions, exact, without the (N, N) bias in memory and without padded projections."""
+"""SAM's encoder layer with exact attention that builds no (N, N) bias and projects no padding."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.sam.modeling_sam import SamMLPBlock
+from transformers.models.sam.modeling_sam import SamVisionLayer
 
 from samed_peft.models.cpu_attention import TiledAttention
 
@@ -14,16 +13,15 @@ from samed_peft.models.cpu_attention import TiledAttention
 class SamSplitAttention(nn.Module):
     """Self-attention of SAM's image encoder with separate `q_proj`, `k_proj` and `v_proj`.
 
-    SAM (arXiv 2304.02643) adds to each logit a term that depends on the query and on the vertical and horizontal
-    distance of the key: q·k / sqrt(d) + q·Rh[y - y'] + q·Rw[x - x']. Both terms are inner products of their own
-    (with the key's row and column as one-hot vectors), so they are appended to queries and keys, and one product
-    computes all three at once. The result is the same sum; the bias of N x N numbers per head is never built.
+    SAM (arXiv 2304.02643) adds to each logit a term that depends on the query and on the key's vertical and horizontal
+    distance: q·k / sqrt(d) + q·Rh[y - y'] + q·Rw[x - x']. With the key's row and column as one-hot vectors both terms
+    are inner products, so they are appended to queries and keys and one product computes the whole sum.
 
-    SAM pads the token grid with zeros to whole windows, 32 x 32 to 42 x 42 tokens at 512 pixels. What the projections
-    make of a zero token is the same everywhere, so it is computed once and only real tokens are projected.
+    SAM pads the token grid with zeros to whole windows, 32 x 32 to 42 x 42 tokens at 512 pixels. All zero tokens have
+    the same projections, which are computed once; only real tokens are projected.
 
-    On a CPU the attention is that of `TiledAttention`. Elsewhere, and for tracing, it is PyTorch's
-    scaled_dot_product_attention with head sizes padded to multiples of 8, which its fused kernels need.
+    CPUs run `TiledAttention`. Other devices and tracing run PyTorch's scaled_dot_product_attention, with head sizes
+    padded to multiples of 8 for its fused kernels.
 
     Args:
         hidden_size: width of the encoder.
@@ -60,7 +58,7 @@ class SamSplitAttention(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Attend within windows of (B, H, W, C)."""
         grid = hidden_states.shape[1:3]
-        tokens = hidden_states.flatten(1, 2)  # PEFT's OFT takes what has four axes for the input of a convolution
+        tokens = hidden_states.flatten(1, 2)  # PEFT's OFT treats four axes as a convolution's input
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (self._heads(project(tokens)).unflatten(1, grid) for project in projections)
         pad_key = pad_value = None
@@ -68,11 +66,8 @@ class SamSplitAttention(nn.Module):
             zero = hidden_states.new_zeros(1, hidden_states.shape[-1])
             pad_key, pad_value = self._heads(self.k_proj(zero))[0], self._heads(self.v_proj(zero))[0]
         table = self._table(query.dtype) if self.use_rel_pos else None
-        tensors = (query, key, value, pad_key, pad_value, table)
-        if _is_tiled(query):
-            output = TiledAttention.apply(self.window, *tensors)
-        else:
-            output = fused_attention(self.window, *tensors)
+        attend = TiledAttention.apply if _is_tiled(query) else fused_attention
+        output = attend(self.window, query, key, value, pad_key, pad_value, table)
         return self.proj(output.flatten(3).flatten(1, 2)).unflatten(1, grid)
 
     def _heads(self, tokens: Tensor) -> Tensor:
@@ -85,7 +80,7 @@ class SamSplitAttention(nn.Module):
 
 
 def _is_tiled(query: Tensor) -> bool:
-    # Processors without instructions for float16 take ages over its products; fused kernels convert in between.
+    # CPUs without float16 instructions are very slow at its products; fused kernels convert in between.
     fits = query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16)
     return fits and not torch.compiler.is_compiling()
 
@@ -99,14 +94,14 @@ def fused_attention(
     pad_value: Tensor | None,
     table: Tensor | None,
 ) -> Tensor:
-    """What `TiledAttention` computes, by scaled_dot_product_attention: any device and type, can be traced."""
+    """Compute the same as `TiledAttention` with scaled_dot_product_attention, on any device and type, traceably."""
     height, width, _, dim = query.shape[1:]
     query, key, value = (
         _to_windows(tokens, window, padding) for tokens, padding in ((query, None), (key, pad_key), (value, pad_value))
     )
     if table is not None:
         query, key = _append_positions(query, key, table, window)
-    # Fused kernels want equal widths; zero columns change no product, and those of the values are cut off.
+    # Fused kernels need equal widths; zero columns change no product, and the values' are cut off.
     head_size = -(-query.shape[-1] // 8) * 8
     query, key, value = (F.pad(tokens, (0, head_size - tokens.shape[-1])) for tokens in (query, key, value))
     output = F.scaled_dot_product_attention(query, key, value, scale=dim**-0.5)[..., :dim]
@@ -114,7 +109,7 @@ def fused_attention(
 
 
 def _to_windows(tokens: Tensor, window: int, padding: Tensor | None) -> Tensor:
-    """Tokens (B, H, W, heads, d) -> (windows, heads, window², d); without `padding`, padded with zeros."""
+    """Cut (B, H, W, heads, d) into (windows, heads, window², d), padded with `padding` (heads, d) or zeros."""
     height, width = tokens.shape[1:3]
     below, beyond = -height % window, -width % window
     if below or beyond:
@@ -128,7 +123,7 @@ def _to_windows(tokens: Tensor, window: int, padding: Tensor | None) -> Tensor:
 
 
 def _from_windows(tokens: Tensor, window: int, height: int, width: int) -> Tensor:
-    """The way back, padding left out: (windows, heads, window², d) -> (B, H, W, heads, d)."""
+    """Undo `_to_windows` without the padding: (windows, heads, window², d) -> (B, H, W, heads, d)."""
     down, across = -(-height // window), -(-width // window)
     tokens = tokens.unflatten(2, (window, window)).unflatten(0, (-1, down, across))
     whole = tokens.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
@@ -136,9 +131,9 @@ def _from_windows(tokens: Tensor, window: int, height: int, width: int) -> Tenso
 
 
 def _append_positions(query: Tensor, key: Tensor, table: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Queries and keys (G, heads, window², d) -> (G, heads, window², d + 2 window) whose product holds the bias."""
+    """Extend queries and keys (G, heads, window², d) by 2 window columns, so that their product includes the bias."""
     position = torch.arange(window, device=query.device)
-    distance = position[None, :] - position[:, None] + window - 1  # of a key's row (second) from a query's (first)
+    distance = position[None, :] - position[:, None] + window - 1  # from a query's row (first axis) to a key's (second)
     grid = query.unflatten(2, (window, window))
     rows, columns = table.chunk(2)
     by_row = torch.einsum("bnyxd,ykd->bnyxk", grid, rows[distance])
@@ -149,36 +144,34 @@ def _append_positions(query: Tensor, key: Tensor, table: Tensor, window: int) ->
     return extended, torch.cat([key, of_key.expand(*key.shape[:2], -1, -1)], dim=-1)
 
 
-class SamEncoderLayer(GradientCheckpointingLayer):
-    """A layer of Transformers' `SamVisionEncoder` around `SamSplitAttention`, with the same names of weights.
+class SamEncoderLayer(SamVisionLayer):
+    """Transformers' encoder layer with `SamSplitAttention` and the same names of weights.
 
-    What is normalised is converted to the type that matrix products are computed in once, not by every projection;
-    the sum that runs through all layers stays in the type it comes in, float32.
+    Normalised tokens are cast to the type of matrix products once, not by every projection; the residual sum stays in
+    its own type, float32.
 
     Args:
         config: a `SamVisionConfig`.
-        index: number of the layer; it decides between windows and the whole image.
+        index: number of the layer, which decides between windows and the whole image.
     """
 
     def __init__(self, config: Any, index: int) -> None:
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        window_size = 0 if index in config.global_attn_indexes else config.window_size
+        super().__init__(config, window_size)
         self.attn = SamSplitAttention(
             config.hidden_size,
             config.num_attention_heads,
             grid_size=config.image_size // config.patch_size,
-            window_size=0 if index in config.global_attn_indexes else config.window_size,
+            window_size=window_size,
             qkv_bias=config.qkv_bias,
             use_rel_pos=config.use_rel_pos,
         )
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = SamMLPBlock(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, H, W, C) to the same."""
+        """Tokens (B, H, W, C) -> the same shape."""
         dtype = compute_dtype(self.attn.proj.weight)
-        # Patches come out of their convolution with channels first, and sums would keep that order in memory, in which
-        # every norm has to copy its input. Here it is changed once, in the first layer.
+        # The patch convolution leaves channels first in memory and sums keep that order, so every norm would copy its
+        # input. The first layer changes it once.
         hidden_states = hidden_states.contiguous()
         hidden_states = hidden_states + self.attn(self.layer_norm1(hidden_states).to(dtype))
         tokens = self.layer_norm2(hidden_states).to(dtype).flatten(1, 2)
@@ -186,7 +179,7 @@ class SamEncoderLayer(GradientCheckpointingLayer):
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Type that a product with `weight` is computed in: autocast's where it is on, else its own, float32 for 4 bits."""
+    """Type of products with `weight`: autocast's if enabled, else the weight's own, or float32 for 4-bit weights."""
     device = weight.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

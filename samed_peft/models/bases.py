@@ -1,4 +1,4 @@
-"""Bases by name: a Hub id, a folder, one of Meta's checkpoints or the tiny SAM -> a SAM and its fingerprint."""
+"""Open base models: a Hub id, a folder, one of Meta's checkpoints or the tiny SAM -> a SAM and its fingerprint."""
 
 import dataclasses
 import hashlib
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, SamConfig, SamModel
 
 from samed_peft.config import TINY_SAM, SamedConfig, is_hub_id
@@ -21,43 +22,43 @@ TINY_SAM_DIR = Path(__file__).parent / "tiny_sam"
 def load_sam(
     base: str | Path, *, class_names: Sequence[str], image_size: int = 512, revision: str | None = None
 ) -> SamForSemanticSegmentation:
-    """A SAM ready to be adapted: K + 1 class maps, fresh mask tokens, positions resized for `image_size`.
+    """Load a SAM to adapt: K + 1 class maps, new mask tokens, positions resized for `image_size`.
 
     Args:
         base: Hub id ("facebook/sam-vit-base"), local `SamModel` folder, Meta `.pth`, or "tiny-sam" for the small
             model that ships with this package.
         class_names: names of labels 1..K, background left out.
-        image_size: pixels per side the encoder sees.
+        image_size: pixels per side of the encoder's input.
         revision: commit or tag of a Hub id.
 
     Raises:
-        InputError: `base` is missing or no SAM, or `image_size` does not fit its patch size.
+        InputError: `base` is missing or not a SAM, or `image_size` is not a multiple of its patch size.
     """
     config = SamedConfig(base=str(base), class_names=tuple(class_names), base_revision=revision, image_size=image_size)
     sam = open_sam(str(base), revision)
     sha256 = _fingerprint(sam)
     model = SamForSemanticSegmentation.from_sam(sam, num_labels=config.num_labels, image_size=image_size)
     model.base_sha256 = sha256
-    model.base_revision = revision or vars(sam.config).get("_commit_hash")  # Transformers notes it for the Hub
+    model.base_revision = revision or vars(sam.config).get("_commit_hash")  # set by Transformers for the Hub
     model.samed_config = dataclasses.replace(config, base_sha256=sha256, base_revision=model.base_revision)
     return model
 
 
 def require_base(base: str, name: str = "base") -> None:
-    """Whether `base` can name a SAM: a file, a folder or a Hub id, called `name` in the message.
+    """Require that `base` is a file, a folder or a Hub id.
 
     Raises:
-        InputError: it is none of them.
+        InputError: otherwise; the message calls it `name`.
     """
     if base != TINY_SAM and not Path(base).exists() and not is_hub_id(base):
         raise InputError(f"{name} {base} is neither a file, nor a folder, nor a Hub id such as facebook/sam-vit-base")
 
 
 def open_sam(base: str, revision: str | None = None) -> SamModel:
-    """Open a SAM under any of the names that `load_sam` takes, unchanged.
+    """Open a SAM by any name that `load_sam` takes, unchanged.
 
     Raises:
-        InputError: it is missing, damaged or no SAM.
+        InputError: it is missing, damaged or not a SAM.
     """
     path = TINY_SAM_DIR if base == TINY_SAM else Path(base)
     if path.is_file():
@@ -65,7 +66,7 @@ def open_sam(base: str, revision: str | None = None) -> SamModel:
     require_base(base)
     source = str(path) if path.is_dir() else base
     try:
-        # Unless told not to, Transformers asks on the terminal whether to run code that the folder brings.
+        # By default Transformers asks on the terminal whether to run code from the folder.
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_open(base, error) from error
@@ -86,10 +87,7 @@ def open_sam(base: str, revision: str | None = None) -> SamModel:
 
 
 def _fingerprint(sam: SamModel) -> str:
-    """SHA-256 over the weights an adapter relies on: encoder and positional encoding, at the base's own size.
-
-    The decoder is left out: it travels with the adapter.
-    """
+    """SHA-256 of the encoder and positional encoding at the base's own size; the decoder is saved with the adapter."""
     digest = hashlib.sha256()
     for name, tensor in sorted(sam.state_dict().items()):
         if name.startswith(("vision_encoder.", "shared_image_embedding.")):
@@ -101,16 +99,28 @@ def _fingerprint(sam: SamModel) -> str:
 
 
 def recorded_base(base: str) -> str:
-    """`base` as an adapter records it: files and folders by their absolute path, so that they are found from anywhere.
-
-    What is not there, such as a Hub id, stays as it is.
-    """
-    # Not resolved: the target of a link, in a cache for instance, may have no telling name.
+    """Make `base` absolute if it is a file or folder on disk, so that an adapter finds it from anywhere."""
+    # Links are not resolved: their target, in a cache for instance, often has a meaningless name.
     return os.path.abspath(base) if base != TINY_SAM and os.path.exists(base) else base
 
 
+@torch.no_grad()
+def randomize_weights(sam: nn.Module) -> None:
+    """Draw a SAM's weights anew, in place, at a scale that trains; Transformers initialises its encoder near 1e-10.
+
+    Fourier features of positions get SAM's frequencies, of deviation 1; Transformers' are so high that they alias.
+    """
+    for name, parameter in sam.named_parameters():
+        if "positional_embedding" in name:
+            nn.init.normal_(parameter)
+        elif parameter.ndim >= 2:
+            nn.init.trunc_normal_(parameter, std=0.02 if "encoder" in name else parameter[0].numel() ** -0.5)
+        else:
+            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+
+
 def _cannot_open(base: str, error: Exception) -> InputError:
-    """The error for a base that Transformers cannot open, with advice for being offline where `base` is a Hub id."""
+    """Build the error for a base that Transformers cannot open, with advice for offline use of a Hub id."""
     message = f"base {base} cannot be opened as a SAM: {error}"
     if is_hub_id(base) and isinstance(error, OSError):
         message += "; without a connection, give as base a folder that Transformers saved or one of Meta's .pth files"

@@ -1,10 +1,11 @@
-"""Weights by name: Meta's SAM checkpoints -> `SamModel`, positions for other sizes, fused and split projections."""
+"""Convert weights: Meta's SAM checkpoints -> `SamModel`, positions for other sizes, fused and split projections."""
 
 import copy
 import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -14,6 +15,12 @@ from transformers import SamConfig, SamModel
 
 from samed_peft.errors import InputError
 from samed_peft.io import load_torch_weights
+
+POSITIONS = "shared_image_embedding.positional_embedding"
+"""Name of the Fourier frequencies of positions, which no training changes."""
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+_TIED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
 
 # Pairs (Meta's name, Transformers' name), applied in order to a whole key.
 _RENAMES = (
@@ -25,10 +32,7 @@ _RENAMES = (
     (r"^image_encoder\.neck\.2\.", "vision_encoder.neck.conv2."),
     (r"^image_encoder\.neck\.3\.", "vision_encoder.neck.layer_norm2."),
     (r"^image_encoder\.", "vision_encoder."),
-    (
-        r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$",
-        "shared_image_embedding.positional_embedding",
-    ),
+    (r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$", POSITIONS),
     (r"^prompt_encoder\.point_embeddings\.", "prompt_encoder.point_embed."),
     (r"^prompt_encoder\.mask_downscaling\.0\.", "prompt_encoder.mask_embed.conv1."),
     (r"^prompt_encoder\.mask_downscaling\.1\.", "prompt_encoder.mask_embed.layer_norm1."),
@@ -44,32 +48,26 @@ _RENAMES = (
 _MLP_LAYER = re.compile(
     r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.layers\.(\d+)\.(.*)$"
 )
-POSITIONS = "shared_image_embedding.positional_embedding"
-"""Name of the Fourier frequencies of positions, a buffer that no training changes."""
-
-_TIED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
-
 MOST_OUTPUTS = 256
-"""Mask tokens at most: labels are uint8."""
+"""Largest number of mask tokens: labels are uint8."""
 
 DECODER_NORM_EPS = 1e-5
 """Epsilon of the layer norms in Meta's and SAMed's mask decoder: PyTorch's default."""
 
 
 def rename_meta_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under Meta's names -> the same tensors under Transformers' names.
+    """Rename weights from Meta's names to Transformers'; the tensors are shared.
 
     Works for whole checkpoints and for parts of one, such as the decoder in SAMed's files.
     """
-    last_layer: dict[str, int] = {}
-    for key in state:
-        if match := _MLP_LAYER.match(key):
-            last_layer[match[1]] = max(last_layer.get(match[1], 0), int(match[2]))
+    last_layers = dict(sorted((match[1], int(match[2])) for match in map(_MLP_LAYER.match, state) if match))
     renamed = {}
     for old, tensor in state.items():
         key = old
         if match := _MLP_LAYER.match(key):
-            key = f"{match[1]}.{_mlp_layer(int(match[2]), last_layer[match[1]])}.{match[3]}"
+            index, last = int(match[2]), last_layers[match[1]]
+            layer = "proj_in" if index == 0 else "proj_out" if index == last else f"layers.{index - 1}"
+            key = f"{match[1]}.{layer}.{match[3]}"
         for pattern, replacement in _RENAMES:
             key = re.sub(pattern, replacement, key)
         renamed[key] = tensor
@@ -78,102 +76,96 @@ def rename_meta_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _mlp_layer(index: int, last: int) -> str:
-    if index == 0:
-        return "proj_in"
-    return "proj_out" if index == last else f"layers.{index - 1}"
-
-
 def infer_config(state: Mapping[str, Tensor]) -> SamConfig:
-    """Geometry of a SAM from its weights under Transformers' names.
+    """Read the geometry of a SAM from its weights under Transformers' names.
 
-    The number of decoder heads leaves no trace in the weights; it is 8 in every published SAM.
+    Weights do not show the number of decoder heads; it is 8 in every published SAM.
 
     Raises:
         KeyError: a weight that gives the geometry is missing.
         IndexError: it has too few dimensions.
         ValueError: it has no elements, layers are not numbered 0, 1, 2 ..., or there are more than 256 mask tokens.
     """
-    encoder = "vision_encoder"
-    embedding = state[f"{encoder}.patch_embed.projection.weight"]
+    vision = _vision_config(state)
+    shared = {"hidden_size": vision["output_channels"]}
+    prompt = {name: vision[name] for name in ("image_size", "patch_size")}
+    prompt["mask_input_channels"] = state["prompt_encoder.mask_embed.conv2.weight"].shape[0]
+    return SamConfig(
+        vision_config=vision,
+        prompt_encoder_config=shared | prompt,
+        mask_decoder_config=shared | _decoder_config(state),
+    )
+
+
+def _vision_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    embedding = state["vision_encoder.patch_embed.projection.weight"]
     width, patch = embedding.shape[0], embedding.shape[2]
-    grid = state[f"{encoder}.pos_embed"].shape[1]
-    depth = _number_of_layers(state, f"{encoder}.layers.")
-    spans = [(state[f"{encoder}.layers.{i}.attn.rel_pos_h"].shape[0] + 1) // 2 for i in range(depth)]
-    out_channels = state[f"{encoder}.neck.conv1.weight"].shape[0]
-    decoder = "mask_decoder"
-    first_layer = f"{decoder}.transformer.layers.0"
-    iou_layers = {k.rsplit(".", 1)[0] for k in state if k.startswith(f"{decoder}.iou_prediction_head.")}
-    cross = state[f"{first_layer}.cross_attn_token_to_image.q_proj.weight"]
-    tokens = state[f"{decoder}.mask_tokens.weight"].shape[0]
+    grid = state["vision_encoder.pos_embed"].shape[1]
+    layers = "vision_encoder.layers."
+    depth = _number_of_layers(state, layers)
+    spans = [(state[f"{layers}{i}.attn.rel_pos_h"].shape[0] + 1) // 2 for i in range(depth)]
+    mlp_dim = state[f"{layers}0.mlp.lin1.weight"].shape[0]
+    return {
+        "hidden_size": width,
+        "output_channels": state["vision_encoder.neck.conv1.weight"].shape[0],
+        "num_hidden_layers": depth,
+        "num_attention_heads": width // state[f"{layers}0.attn.rel_pos_h"].shape[1],
+        "image_size": grid * patch,
+        "patch_size": patch,
+        "mlp_dim": mlp_dim,
+        "mlp_ratio": mlp_dim / width,
+        "window_size": min(spans),
+        "global_attn_indexes": [i for i, span in enumerate(spans) if span == grid],
+        "num_pos_feats": state[POSITIONS].shape[1],
+    }
+
+
+def _decoder_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    layers, iou_head = "mask_decoder.transformer.layers.", "mask_decoder.iou_prediction_head."
+    cross = state[f"{layers}0.cross_attn_token_to_image.q_proj.weight"]
+    tokens = state["mask_decoder.mask_tokens.weight"].shape[0]
     if tokens > MOST_OUTPUTS:
         raise ValueError(f"{tokens} mask tokens, more than {MOST_OUTPUTS}")
-    return SamConfig(
-        vision_config={
-            "hidden_size": width,
-            "output_channels": out_channels,
-            "num_hidden_layers": depth,
-            "num_attention_heads": width // state[f"{encoder}.layers.0.attn.rel_pos_h"].shape[1],
-            "image_size": grid * patch,
-            "patch_size": patch,
-            "mlp_dim": state[f"{encoder}.layers.0.mlp.lin1.weight"].shape[0],
-            "mlp_ratio": state[f"{encoder}.layers.0.mlp.lin1.weight"].shape[0] / width,
-            "window_size": min(spans),
-            "global_attn_indexes": [i for i, span in enumerate(spans) if span == grid],
-            "num_pos_feats": state[POSITIONS].shape[1],
-        },
-        prompt_encoder_config={
-            "hidden_size": out_channels,
-            "image_size": grid * patch,
-            "patch_size": patch,
-            "mask_input_channels": state["prompt_encoder.mask_embed.conv2.weight"].shape[0],
-        },
-        mask_decoder_config={
-            "hidden_size": out_channels,
-            "mlp_dim": state[f"{first_layer}.mlp.lin1.weight"].shape[0],
-            "num_hidden_layers": _number_of_layers(state, f"{decoder}.transformer.layers."),
-            "layer_norm_eps": DECODER_NORM_EPS,
-            "attention_downsample_rate": cross.shape[1] // cross.shape[0],
-            "num_multimask_outputs": tokens - 1,
-            "iou_head_depth": len(iou_layers),
-            "iou_head_hidden_dim": state[f"{decoder}.iou_prediction_head.proj_in.weight"].shape[0],
-        },
-    )
+    return {
+        "mlp_dim": state[f"{layers}0.mlp.lin1.weight"].shape[0],
+        "num_hidden_layers": _number_of_layers(state, layers),
+        "layer_norm_eps": DECODER_NORM_EPS,
+        "attention_downsample_rate": cross.shape[1] // cross.shape[0],
+        "num_multimask_outputs": tokens - 1,
+        "iou_head_depth": len({key.rsplit(".", 1)[0] for key in state if key.startswith(iou_head)}),
+        "iou_head_hidden_dim": state[f"{iou_head}proj_in.weight"].shape[0],
+    }
 
 
 def _number_of_layers(state: Mapping[str, Tensor], prefix: str) -> int:
     numbers = {int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)}
-    if numbers != set(range(len(numbers))):  # a name must not ask for layers that are not there
-        raise ValueError(f"{prefix} are numbered up to {max(numbers)}, but only {len(numbers)} are there")
+    if numbers != set(range(len(numbers))):  # otherwise a single name could ask for millions of layers
+        raise ValueError(f"{prefix} are numbered up to {max(numbers)}, but there are only {len(numbers)}")
     return len(numbers)
 
 
 def load_meta_checkpoint(path: Path) -> SamModel:
-    """A SAM in Meta's `.pth` format, of any geometry, as a `SamModel` in float32.
+    """Load a SAM of any geometry in Meta's `.pth` format as a `SamModel` in float32.
 
     Raises:
-        InputError: the file is no SAM checkpoint; missing, unexpected or misshapen weights are named.
+        InputError: the file is not a SAM checkpoint; missing, unexpected or misshapen weights are named.
     """
     state = rename_meta_keys(load_torch_weights(path))
     try:
         config = infer_config(state)
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # named as misshapen below
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # reported below
             model = SamModel(config)
     except (LookupError, ValueError, ArithmeticError, RuntimeError, TypeError, StrictDataclassError) as error:
         raise InputError(
-            f"{path} is no SAM checkpoint in Meta's format: its geometry cannot be read ({error}). "
+            f"{path} is not a SAM checkpoint in Meta's format: its geometry cannot be read ({error}). "
             "Expected sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth or one shaped like them; "
             "a checkpoint of SAMed needs its SAM: give --base"
         ) from error
     expected = model.state_dict()
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     misshapen = [k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape]
-    for problem, keys in (
-        ("lacks", missing),
-        ("has unknown", unexpected),
-        ("has misshapen", sorted(misshapen)),
-    ):
+    for problem, keys in (("lacks", missing), ("has unknown", unexpected), ("has misshapen", sorted(misshapen))):
         if keys:
             raise InputError(f"{path} {problem} weights: {', '.join(keys[:5])} ({len(keys)} in all)")
     model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
@@ -182,13 +174,13 @@ def load_meta_checkpoint(path: Path) -> SamModel:
 
 
 def semantic_config(config: SamConfig, *, num_labels: int | None, image_size: int | None) -> SamConfig:
-    """A SAM's configuration for other classes, another size, or both; None keeps what it has.
+    """Copy a SAM's config for other classes, another size, or both; None keeps its own.
 
     Raises:
-        InputError: `image_size` is no positive multiple of the patch size.
+        InputError: `image_size` is not a positive multiple of the patch size.
     """
     config = copy.deepcopy(config)
-    # What Meta's decoder was trained with; Transformers' 1e-6 moves logits a hundred times more than rounding does.
+    # Meta's decoder was trained with it; Transformers' 1e-6 moves logits a hundred times more than rounding does.
     config.mask_decoder_config.layer_norm_eps = DECODER_NORM_EPS
     if num_labels is not None:
         config.mask_decoder_config.num_multimask_outputs = num_labels - 1
@@ -203,7 +195,7 @@ def semantic_config(config: SamConfig, *, num_labels: int | None, image_size: in
 
 
 def resize_positions(state: Mapping[str, Tensor], config: SamConfig) -> dict[str, Tensor]:
-    """Absolute and global relative positions, resized bilinearly for `config`'s image size as in SAMed."""
+    """Resize absolute and global relative positions bilinearly for `config`'s image size, as in SAMed."""
     vision = config.vision_config
     grid = vision.image_size // vision.patch_size
     resized = dict(state)
@@ -222,25 +214,18 @@ def resize_positions(state: Mapping[str, Tensor], config: SamConfig) -> dict[str
 
 
 def split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's fused `qkv` weights as `q_proj`, `k_proj`, `v_proj`; everything else as it is."""
-    split = {}
-    for key, tensor in state.items():
-        if ".attn.qkv." in key:
-            for name, part in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True):
-                split[key.replace(".qkv.", f".{name}.")] = part
-        else:
-            split[key] = tensor
+    """Split the encoder's fused `qkv` weights into `q_proj`, `k_proj`, `v_proj`; keep all others."""
+    split = dict(state)
+    for key in [key for key in state if ".attn.qkv." in key]:
+        for name, part in zip(_QKV, split.pop(key).chunk(3), strict=True):
+            split[key.replace(".qkv.", f".{name}.")] = part
     return split
 
 
 def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Undo `split_qkv`."""
-    fused = {}
-    for key, tensor in state.items():
-        encoder_attention = key.startswith("vision_encoder.") and ".attn." in key
-        if encoder_attention and ".q_proj." in key:
-            parts = [state[key.replace(".q_proj.", f".{name}.")] for name in ("q_proj", "k_proj", "v_proj")]
-            fused[key.replace(".q_proj.", ".qkv.")] = torch.cat(parts)
-        elif not (encoder_attention and (".k_proj." in key or ".v_proj." in key)):
-            fused[key] = tensor
+    fused = dict(state)
+    for key in [key for key in state if key.startswith("vision_encoder.") and ".attn.q_proj." in key]:
+        parts = [fused.pop(key.replace(".q_proj.", f".{name}.")) for name in _QKV]
+        fused[key.replace(".q_proj.", ".qkv.")] = torch.cat(parts)
     return fused

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORED_LABEL = -100
-"""Pixels with this label count nowhere."""
+"""Label of pixels that the loss leaves out."""
 
 _SMOOTH = 1e-5
 
@@ -30,7 +30,7 @@ def dice_ce_loss(logits: Tensor, labels: Tensor, *, dice_weight: float = 0.8) ->
         dice_weight: share of the Dice loss.
 
     Returns:
-        A scalar. Undivided by classes that are absent: as in the original, every class counts in the Dice mean.
+        A scalar. As in the original, the Dice mean is over all classes, absent ones included.
     """
     return loss_parts(logits, labels, dice_weight=dice_weight).total
 
@@ -42,10 +42,10 @@ def loss_parts(
     dice_weight: float = 0.8,
     sum_over_processes: Callable[[Tensor], Tensor] | None = None,
 ) -> LossParts:
-    """`dice_ce_loss` with its parts, over the batches of all processes.
+    """Compute `dice_ce_loss` and its parts, over the batches of all processes.
 
-    The sums that Dice and cross entropy are quotients of are added up over processes before dividing, so that N
-    processes give the loss of one process with the N-fold batch.
+    Numerators and denominators are added up over processes before dividing, so that N processes give the loss of one
+    process with the N-fold batch.
 
     Args:
         logits: (B, K + 1, h, w).
@@ -67,17 +67,17 @@ def loss_parts(
 
 
 def _sums_over_pixels(logits: Tensor, labels: Tensor) -> Tensor:
-    """What Dice and cross entropy are quotients of, as one vector (3 K + 5,).
+    """Sum the terms of Dice and cross entropy over pixels -> (3 K + 5,).
 
-    That is, for each class, the probabilities of its own pixels, the squares of its probabilities and its number of
-    pixels; then the cross entropies and the number of pixels counted.
+    For each class: the probabilities of its own pixels, the squares of its probabilities, its number of pixels; then
+    the cross entropies and the number of pixels that count.
     """
     counted = labels != IGNORED_LABEL
     log_probabilities = logits.log_softmax(dim=1)
     of_label = log_probabilities.gather(1, labels.where(counted, 0)[:, None])[:, 0]
     squares = (2 * log_probabilities).exp() * counted[:, None]
-    # Class by class, each pixel has one probability that Dice asks for: K + 1 maps of zeros and ones are not needed.
-    # Sums at indices would do it at once, but in an order that changes from run to run on GPUs.
+    # Dice needs one probability a pixel, that of its label, so one-hot maps are not needed. Sums at indices would be
+    # shorter, but their order changes from run to run on GPUs.
     probability, zero = of_label.exp(), of_label.new_zeros(())
     members = [labels == label for label in range(logits.shape[1])]
     overlap = torch.stack([torch.where(member, probability, zero).sum() for member in members])

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, SamConfig, SamModel
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.models.sam.modeling_sam import (
-    SamFeedForward,
-    SamLayerNorm,
+    SamMaskDecoder,
     SamPositionalEmbedding,
     SamPromptEncoder,
-    SamTwoWayTransformer,
     SamVisionEncoder,
 )
 
@@ -23,33 +21,17 @@ from samed_peft.models.checkpoints import fuse_qkv, resize_positions, semantic_c
 from samed_peft.models.losses import dice_ce_loss
 
 FRESH_PARTS = ("mask_tokens", "output_hypernetworks_mlps", "iou_prediction_head")
-"""Parts of the mask decoder that start anew for K + 1 classes, as in SAMed."""
+"""Parts of the mask decoder that are initialised anew for K + 1 classes, as in SAMed."""
 
 
-class SemanticMaskDecoder(nn.Module):
+class SemanticMaskDecoder(SamMaskDecoder):
     """SAM's mask decoder with every mask token as an output: K + 1 class maps, background first.
 
-    Names of weights are those of Transformers' `SamMaskDecoder`. The IoU head is kept, so that a merged model is a
-    whole SAM again, but it is not run.
+    The IoU head is kept, so that a merged model is a whole SAM again, but it is not run.
     """
 
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        width, tokens = config.hidden_size, config.num_multimask_outputs + 1
-        self.iou_token = nn.Embedding(1, width)
-        self.mask_tokens = nn.Embedding(tokens, width)
-        self.transformer = SamTwoWayTransformer(config)
-        self.upscale_conv1 = nn.ConvTranspose2d(width, width // 4, kernel_size=2, stride=2)
-        self.upscale_conv2 = nn.ConvTranspose2d(width // 4, width // 8, kernel_size=2, stride=2)
-        self.upscale_layer_norm = SamLayerNorm(width // 4, data_format="channels_first")
-        self.activation = nn.GELU()
-        self.output_hypernetworks_mlps = nn.ModuleList(
-            SamFeedForward(width, width, width // 8, 3) for _ in range(tokens)
-        )
-        self.iou_prediction_head = SamFeedForward(width, config.iou_head_hidden_dim, tokens, config.iou_head_depth)
-
     def forward(self, image_embeddings: Tensor, positions: Tensor, dense_prompt: Tensor) -> Tensor:
-        """Class maps of images.
+        """Compute the class maps of images.
 
         Args:
             image_embeddings: (B, C, h, w) from the encoder.
@@ -70,19 +52,19 @@ class SemanticMaskDecoder(nn.Module):
         image_out = image_out.transpose(2, 3).reshape(batch, channels, height, width)
         features = self.activation(self.upscale_layer_norm(self.upscale_conv1(image_out)))
         features = self.activation(self.upscale_conv2(features))
-        # One by one: for a single batched product their weights would be copied together, and gradients apart again,
-        # which costs CPUs more than it saves.
+        # One by one: a batched product would stack all weights and split their gradients again, which costs CPUs more
+        # than it saves.
         class_tokens = tokens_out[:, 0, 1:].unbind(dim=1)
         pairs = zip(self.output_hypernetworks_mlps, class_tokens, strict=True)
         kernels = torch.stack([mlp(token) for mlp, token in pairs], dim=2)
-        # Channels are last in memory from the encoder on. With the features on the left of the product their gradient
-        # has channels last as well; GELU and convolution would take several times as long over one that has not.
+        # Channels are last in memory from the encoder on. With the features on the left of the product, their gradient
+        # has channels last too; otherwise GELU and convolution would take several times as long.
         maps = features.flatten(2).transpose(1, 2) @ kernels
         return maps.transpose(1, 2).unflatten(2, features.shape[2:]).contiguous()
 
     @torch.no_grad()
     def reset_fresh_parts(self) -> None:
-        """Draw mask tokens, hypernetworks and IoU head from PyTorch's own initialisation, as SAMed does."""
+        """Initialise mask tokens, hypernetworks and IoU head as PyTorch does by default, like SAMed."""
         for name in FRESH_PARTS:
             for module in self.get_submodule(name).to_empty(device="cpu").modules():
                 if isinstance(module, nn.Linear | nn.Embedding):
@@ -97,10 +79,10 @@ class SamForSemanticSegmentation(PreTrainedModel):
     Pixels are in [0, 1]: SAMed applies no mean or deviation.
 
     Attributes:
-        samed_config: the settings that prediction needs.
+        samed_config: the config that prediction needs.
         base_sha256: fingerprint of the base's frozen weights.
         base_revision: commit of a base from the Hub.
-        initial_updates: what an adapter took out of the base's weights when it was new (PiSSA, OLoRA).
+        initial_updates: the parts that a new PiSSA or OLoRA adapter subtracted from the base's weights.
     """
 
     config_class = SamConfig
@@ -128,16 +110,16 @@ class SamForSemanticSegmentation(PreTrainedModel):
 
     @classmethod
     def from_sam(cls, sam: SamModel, *, num_labels: int | None = None, image_size: int | None = None) -> Self:
-        """Take over a SAM's weights; the tensors are shared, not copied.
+        """Build the model from a SAM's weights, which are shared, not copied.
 
         Args:
             sam: any `SamModel`.
-            num_labels: K + 1, background included; mask tokens, hypernetworks and IoU head then start fresh. None
-                keeps the SAM's own outputs, those of a merged model for example.
+            num_labels: K + 1, background included; mask tokens, hypernetworks and IoU head are then initialised anew.
+                None keeps the SAM's own outputs, for example those of a merged model.
             image_size: pixels per side to run at; positions are resized bilinearly as SAMed does. None keeps it.
 
         Raises:
-            InputError: `image_size` is no multiple of the patch size.
+            InputError: `image_size` is not a multiple of the patch size.
         """
         config = semantic_config(sam.config, num_labels=num_labels, image_size=image_size)
         state = split_qkv(resize_positions(sam.state_dict(), config))
@@ -152,7 +134,7 @@ class SamForSemanticSegmentation(PreTrainedModel):
         return model.eval()
 
     def to_sam(self) -> SamModel:
-        """The same weights as a plain `SamModel` with fused `qkv`, whose outputs 0..K are the class maps.
+        """Return the weights as a plain `SamModel` with fused `qkv`, whose outputs 0..K are the class maps.
 
         `multimask_output=False` of the result gives map 0 (background), `multimask_output=True` maps 1..K.
         """
@@ -163,12 +145,12 @@ class SamForSemanticSegmentation(PreTrainedModel):
         return sam.eval()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save as a plain SAM that `SamModel.from_pretrained` opens; merge an adapter first."""
+        """Save as a plain SAM for `SamModel.from_pretrained`; merge an adapter first."""
         self.to_sam().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Open what `save_pretrained` wrote, with its class maps (for a base to adapt, see `load_sam`)."""
+        """Open a folder of `save_pretrained` with its class maps (to adapt a base, see `load_sam`)."""
         return cls.from_sam(SamModel.from_pretrained(pretrained_model_name_or_path, **kwargs))
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SemanticSegmenterOutput:
@@ -180,11 +162,11 @@ class SamForSemanticSegmentation(PreTrainedModel):
 
     @property
     def logits_size(self) -> int:
-        """Side of the logits: four times that of the encoder's grid."""
+        """Pixels per side of the logits: four times the tokens per side."""
         return 4 * (self.config.vision_config.image_size // self.config.vision_config.patch_size)
 
     def _positions(self, embeddings: Tensor) -> Tensor:
-        # Computed in every pass: with ViT-B under a thousandth of its time, and what is kept could outlive its weights.
+        # Not cached: it takes under a thousandth of ViT-B's time, and a cache could outlive the weights it depends on.
         batch, _, height, width = embeddings.shape
         centre_y = (torch.arange(height, device=embeddings.device) + 0.5) / height
         centre_x = (torch.arange(width, device=embeddings.device) + 0.5) / width

@@ -11,30 +11,30 @@ from torch import nn
 from samed_peft.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Types that matrix products can be computed in, by the names of options."""
+"""Types of matrix products by the names of options."""
 
 _OF_ACCELERATE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def product_dtype(accelerator: Accelerator, name: str | None = None) -> torch.dtype:
-    """Type that matrix products are computed in: the one called `name` in `DTYPES`, or else Accelerate's."""
+    """Type of matrix products: `DTYPES[name]`, or Accelerate's mixed precision without a name."""
     return _OF_ACCELERATE.get(accelerator.mixed_precision, torch.float32) if name is None else DTYPES[name]
 
 
-def hold_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the encoder's frozen matrices in the type that autocast computes their products in, and only in it.
+def cast_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the encoder's frozen matrices once to the type that autocast computes their products in.
 
-    Autocast rounds them to that type whenever they are used, so no result of LoRA changes; what goes is the float32
-    original, autocast's copy and the time of making it. The model has to run under autocast of that type from then on.
-    What autocast computes in float32, norms and positions, stays as it is, and so does all that is trained.
+    Autocast rounds them to that type on every use, so LoRA's results stay equal; this saves the float32 original,
+    autocast's copy and the time of the cast. From then on the model must run under autocast of that type. Norms,
+    positions (float32 under autocast) and trained weights stay as they are.
 
     Args:
-        model: a SAM with or without an adapter, before there is an optimizer.
-        dtype: of `DTYPES`; nothing is to be done for torch.float32.
+        model: a SAM with or without an adapter, before its optimizer is created.
+        dtype: one of `DTYPES`; torch.float32 changes nothing.
     """
     if dtype == torch.float32:
         return
-    # DoRA divides by norms of its layers' weights, which autocast would not have rounded.
+    # DoRA divides by norms of its layers' weights, which autocast does not round.
     normed = [m.get_base_layer() for m in model.modules() if isinstance(m, LoraLayer) and any(m.use_dora.values())]
     kept = {id(module) for module in normed}
     for name, module in model.named_modules():
@@ -44,9 +44,9 @@ def hold_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
             if not any(parameter.requires_grad for parameter in module.parameters()):
                 module.to(dtype)
         elif isinstance(module, BaseTunerLayer):
-            # PEFT would convert what goes into an adapter to float32, and autocast back again.
+            # PEFT would cast an adapter's input to float32, and autocast back again.
             module.cast_input_dtype_enabled = False
-    # Weights come as views of the base's file, and a single one left would keep all of it mapped.
+    # Weights are views of the base's memory-mapped file: a single remaining one would keep the whole file mapped.
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype != dtype:
             tensor.data = tensor.data.clone()
@@ -61,7 +61,7 @@ def _bitsandbytes() -> Any:
 
 
 def quantize_layers(layers: nn.Module) -> None:
-    """Replace all linear layers within a module by ones whose weights are 4-bit normal floats, in place.
+    """Replace all linear layers of a module in place by layers with 4-bit normal-float weights.
 
     Products are computed in the type of their inputs.
 
@@ -74,28 +74,25 @@ def quantize_layers(layers: nn.Module) -> None:
         quantized = bitsandbytes.nn.Linear4bit(
             linear.in_features, linear.out_features, bias=linear.bias is not None, quant_type="nf4", device="meta"
         )
-        weight = linear.weight.detach().clone()  # the file behind it is let go
+        weight = linear.weight.detach().clone()  # so that the file behind it is unmapped
         quantized.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=quantized)
         quantized.bias = linear.bias
-        # On some CPUs bitsandbytes would repack weights in evaluation and compute in bfloat16, whatever is asked for.
+        # On some CPUs bitsandbytes repacks weights for evaluation and then always computes in bfloat16.
         quantized.support_avx512bf16_for_cpu = False
-        parent, _, last = name.rpartition(".")
-        # Moving a weight is what quantizes it.
-        layers.get_submodule(parent).register_module(last, quantized.to(device))
+        layers.set_submodule(name, quantized.to(device))  # moving a weight quantizes it
 
 
 def dequantize_layers(model: nn.Module) -> None:
-    """Replace 4-bit layers by plain ones with the numbers that the 4 bits stand for, in place; others stay."""
+    """Replace 4-bit layers in place by linear layers with the numbers that the 4 bits encode."""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and is_quantized(m)]
     for name, quantized in found:
         packed: Any = quantized.weight
         values = _bitsandbytes().functional.dequantize_4bit(packed.data, packed.quant_state)
         plain = nn.Linear(quantized.in_features, quantized.out_features, bias=quantized.bias is not None, device="meta")
         plain.weight, plain.bias = nn.Parameter(values.float(), requires_grad=False), quantized.bias
-        parent, _, last = name.rpartition(".")
-        model.get_submodule(parent).register_module(last, plain)
+        model.set_submodule(name, plain)
 
 
 def is_quantized(linear: nn.Linear) -> bool:
-    """Whether a layer's weight is no matrix of numbers but of packed ones."""
+    """Whether a layer's weight is packed bits instead of a matrix of numbers."""
     return not linear.weight.is_floating_point()

@@ -28,7 +28,7 @@ from samed_peft.datasets.preprocessing import (
 from samed_peft.errors import InputError
 from samed_peft.io import Volume, write_mask
 from samed_peft.models.modeling import SamForSemanticSegmentation
-from samed_peft.models.precision import hold_frozen_weights, product_dtype
+from samed_peft.models.precision import cast_frozen_weights, product_dtype
 from samed_peft.prediction.compiled import CompiledSegmenter
 from samed_peft.prediction.pipeline import overlap
 
@@ -49,7 +49,7 @@ def load_segmenter(
 
     Merged, q and v take one product instead of three, and masks differ in ties alone. In half precision the adapter
     stays apart and its sums are rounded as in a training with autocast, under which the model has to run, and frozen
-    weights are held in that type (`hold_frozen_weights`).
+    weights are held in that type (`cast_frozen_weights`).
 
     Args:
         source: as for `load_adapter`.
@@ -69,7 +69,7 @@ def load_segmenter(
         with contextlib.suppress(NotImplementedError):
             return load_adapter(source, base=base, merge=True, device=place, revision=revision)
     model = load_adapter(source, base=base, revision=revision)
-    hold_frozen_weights(model, products)
+    cast_frozen_weights(model, products)
     return model.to(place)
 
 

@@ -15,7 +15,7 @@ from samed_peft.adapters.save_load import add_lora, save_adapter
 from samed_peft.datasets.rows import warn_of_absent_classes
 from samed_peft.errors import RunInterruptedError
 from samed_peft.models.bases import load_sam, recorded_base
-from samed_peft.models.precision import hold_frozen_weights, product_dtype
+from samed_peft.models.precision import cast_frozen_weights, product_dtype
 from samed_peft.prediction.inference import settings_of
 from samed_peft.training.adalora import share_out_ranks
 from samed_peft.training.batches import TrainingSlices
@@ -90,7 +90,7 @@ def _fresh_model(run: Run, accelerator: Accelerator) -> PeftModel:
     if run.training.gradient_checkpointing:
         sam.activation_checkpointing_enable()
     model = add_lora(sam, config)
-    hold_frozen_weights(model, product_dtype(accelerator))
+    cast_frozen_weights(model, product_dtype(accelerator))
     return model
 
 

@@ -18,7 +18,7 @@ from samed_peft.conversion.exports import export_peft_fused, export_samed
 from samed_peft.conversion.samed_format import read_samed
 from samed_peft.errors import InputError
 from samed_peft.models.bases import load_sam
-from samed_peft.models.precision import hold_frozen_weights
+from samed_peft.models.precision import cast_frozen_weights
 from samed_peft.training import (
     Progress,
     build_optimizer,
@@ -101,7 +101,7 @@ def test_every_trainable_weight_gets_a_gradient_in_float32_and_bfloat16(method, 
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         model = trained(config)
-        hold_frozen_weights(model, dtype)
+        cast_frozen_weights(model, dtype)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
             loss = model(pixel_values=pixels, labels=labels).loss
         loss.backward()

@@ -11,7 +11,7 @@ from test_methods import CONFIG, fresh, logits, trained
 from samed_peft.adapters.save_load import load_adapter, save_adapter
 from samed_peft.conversion.exports import export_samed
 from samed_peft.errors import InputError
-from samed_peft.models.precision import hold_frozen_weights
+from samed_peft.models.precision import cast_frozen_weights
 
 QLORA = dataclasses.replace(CONFIG, method="qlora")
 needs_bitsandbytes = pytest.mark.skipif(
@@ -45,7 +45,7 @@ def test_saved_loaded_and_merged_logits_are_the_same(pixels, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_trainable_weight_gets_a_gradient(dtype, pixels):
     model = trained(QLORA)
-    hold_frozen_weights(model, dtype)
+    cast_frozen_weights(model, dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         model(pixel_values=pixels, labels=torch.ones(2, 32, 32, dtype=torch.long)).loss.backward()
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from samed_peft.adapters.save_load import add_lora
 from samed_peft.models.bases import load_sam
 from samed_peft.models.losses import dice_ce_loss
-from samed_peft.models.precision import hold_frozen_weights, product_dtype
+from samed_peft.models.precision import cast_frozen_weights, product_dtype
 
 
 def loss_and_gradients(model, pixels, labels):
@@ -33,14 +33,14 @@ def test_logits_loss_and_gradients_stay_as_they_are_to_the_bit(fresh_model):
             if "lora_B" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     expected = loss_and_gradients(fresh_model, pixels, labels)
-    hold_frozen_weights(fresh_model, torch.bfloat16)
+    cast_frozen_weights(fresh_model, torch.bfloat16)
     found = loss_and_gradients(fresh_model, pixels, labels)
     for mine, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, wanted, atol=0, rtol=0)
 
 
 def test_only_frozen_matrices_of_the_encoder_change_their_type(fresh_model):
-    hold_frozen_weights(fresh_model, torch.bfloat16)
+    cast_frozen_weights(fresh_model, torch.bfloat16)
     types = {name: parameter.dtype for name, parameter in fresh_model.named_parameters()}
     half = {name for name, dtype in types.items() if dtype == torch.bfloat16}
     layer = "base_model.model.vision_encoder.layers.0"
@@ -62,6 +62,6 @@ def test_the_type_follows_the_accelerator(precision, expected):
 def test_the_file_of_the_base_is_let_go(golden_config, tmp_path):
     load_sam(golden_config.base, class_names=golden_config.class_names, image_size=128).save_pretrained(tmp_path)
     model = load_sam(tmp_path, class_names=golden_config.class_names, image_size=128)
-    hold_frozen_weights(add_lora(model, golden_config), torch.bfloat16)
+    cast_frozen_weights(add_lora(model, golden_config), torch.bfloat16)
     if sys.platform == "linux":
         assert str(tmp_path) not in Path("/proc/self/maps").read_text()
