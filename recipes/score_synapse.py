@@ -21,13 +21,13 @@ from samed_peft.datasets import CaseVolumes, load_synapse
 from samed_peft.datasets.synapse_files import TEST_CASES
 from samed_peft.errors import InputError, exit_on_error
 from samed_peft.evaluation import format_table, write_report
-from samed_peft.io import require_replaceable, require_writable_folder, write_json
+from samed_peft.io import FolderKind, require_replaceable, write_json
 from samed_peft.prediction.inference import load_segmenter, segment_cases, settings_of
 
 MARKER = "scores.json"
 """Says of a folder that this recipe fills it, from the first mask on: a killed run is simply started again."""
 
-OWN_FILES = rf"{re.escape(MARKER)}|predictions|pictures|report\.\w+"
+FOLDER = FolderKind((MARKER,), rf"{re.escape(MARKER)}|predictions|pictures|report\.\w+", in_place=True)
 
 
 def check_classes(config: SamedConfig, adapter: str) -> None:
@@ -68,8 +68,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder, or one of this recipe to replace")
     parser.add_argument("--test_cases", type=int, nargs="+", help="in place of SAMed's 12")
     args = parser.parse_args()
-    require_writable_folder(args.output_dir)
-    require_replaceable(args.output_dir, marker=MARKER, allowed=OWN_FILES)
+    require_replaceable(args.output_dir, FOLDER)
     accelerator = Accelerator()
     model = load_segmenter(args.adapter, base=args.base, accelerator=accelerator)
     config = settings_of(model)

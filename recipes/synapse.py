@@ -33,7 +33,7 @@ from samed_peft.datasets.synapse_files import require_disjoint, split_cases
 from samed_peft.errors import exit_on_error
 from samed_peft.evaluation import format_table
 from samed_peft.hub.push import check_repo_id
-from samed_peft.io import require_replaceable, require_writable_folder
+from samed_peft.io import require_replaceable
 from samed_peft.models.bases import recorded_base
 from samed_peft.prediction.held_out import score_held_out
 from samed_peft.prediction.inference import load_segmenter
@@ -67,8 +67,7 @@ def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
         parser.error("give either --data_dir or --demo; --validate_epochs and --validation_cases go together")
     if args.push_to_hub:
         check_repo_id(args.push_to_hub)
-    require_writable_folder(args.output_dir)
-    require_replaceable(args.output_dir, marker=state.RUN_FILE)
+    require_replaceable(args.output_dir, state.RUN_FOLDER)
     return args, from_options(args, TrainingConfig)
 
 

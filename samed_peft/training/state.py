@@ -19,11 +19,14 @@ from torch import nn
 
 from samed_peft.config import TINY_SAM, TINY_SAM_NOTE, SamedConfig, TrainingConfig
 from samed_peft.errors import InputError
-from samed_peft.io import atomic_dir, load_tensors, read_json, require_replaceable, save_tensors, write_json
+from samed_peft.io import FolderKind, atomic_dir, load_tensors, read_json, require_replaceable, save_tensors, write_json
 from samed_peft.training.adalora import allocation_tensors, restore_allocation
 
 RUN_FILE = "run.json"
 """Record of a run's settings, by which its folder is known."""
+
+RUN_FOLDER = FolderKind(markers=(RUN_FILE,), in_place=True)
+"""Output folder of a training run."""
 
 _DEFAULTS = {
     field.name: field.default
@@ -240,7 +243,7 @@ def _claim(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
         if not resume:
             raise InputError(f"{directory} holds a run with these settings; pass --resume to continue it")
     else:
-        require_replaceable(directory, marker=RUN_FILE)
+        require_replaceable(directory, RUN_FOLDER)
         write_json(record, settings)
 
 
