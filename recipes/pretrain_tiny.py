@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import SamConfig, SamModel
 
-from samed_peft.io import atomic_dir, require_replaceable, write_json
+from samed_peft.io import FolderKind, atomic_dir, require_replaceable, write_json
 from samed_peft.models.losses import dice_ce_loss
 from samed_peft.models.modeling import SamForSemanticSegmentation
 from samed_peft.prediction.inference import upsampled_argmax
@@ -99,7 +99,7 @@ def main() -> None:
         schedule.step()
         optimizer.zero_grad()
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    require_replaceable(args.output_dir, marker="config.json")
+    require_replaceable(args.output_dir, FolderKind(markers=("config.json",)))
     seconds, dice = time.monotonic() - started, validation_dice(model.eval(), args.seed + 2)
     with atomic_dir(args.output_dir) as directory:
         model.save_pretrained(directory)

@@ -20,13 +20,13 @@ from accelerate import Accelerator
 from samed_peft import InputError, Report, Volume, exit_on_error, format_table, load_segmenter, score_held_out
 from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.datasets import TEST_CASES, CaseVolumes, load_synapse
-from samed_peft.io import require_replaceable, require_writable_folder, write_json
+from samed_peft.io import FolderKind, require_replaceable, write_json
 from samed_peft.metrics import medpy_scores
 
 MARKER = "scores.json"
 """Marks a folder that this recipe fills, from the first mask on; a killed run is simply started again."""
 
-OWN_FILES = rf"{re.escape(MARKER)}|predictions|pictures|report\.\w+"
+FOLDER = FolderKind((MARKER,), rf"{re.escape(MARKER)}|predictions|pictures|report\.\w+", in_place=True)
 
 ALLOWED = 1e-9
 """Largest difference allowed between the report's `samed` columns and medpy's."""
@@ -85,8 +85,7 @@ def main() -> None:
     parser.add_argument("--test_cases", type=int, nargs="+", help="in place of SAMed's 12")
     args = parser.parse_args()
     out, facts = args.output_dir, {"adapter": args.adapter, "data_dir": str(args.data_dir)}
-    require_writable_folder(out)
-    require_replaceable(out, marker=MARKER, allowed=OWN_FILES)
+    require_replaceable(out, FOLDER)
     accelerator = Accelerator()
     model = load_segmenter(args.adapter, base=args.base, accelerator=accelerator)
     config = model.samed_config

@@ -11,7 +11,7 @@ from torch import Tensor
 from samed_peft.adapters.folder import CARD_FILE, CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
 from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
-from samed_peft.io import read_json, require_replaceable, tensor_shapes
+from samed_peft.io import FolderKind, read_json, tensor_shapes
 from samed_peft.models.bases import require_base
 
 _OWN_FILES = "|".join(re.escape(name) for name in (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE))
@@ -19,18 +19,12 @@ _OWN_FILES += r"|report\.(json|csv|html|md)|pictures"
 _SYSTEM_FILES = r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs.*|\.ipynb_checkpoints"
 """What file managers, NFS and Jupyter leave in folders that they show."""
 
+ADAPTER_FOLDER = FolderKind(markers=(CONFIG_FILE,), allowed=f"{_OWN_FILES}|{_SYSTEM_FILES}")
+"""An adapter, alone or with its report."""
+
 _PEFT_TYPES = [kind.value for kind in PeftType]
 PEFT_ERRORS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ImportError, re.error)
 """What PEFT raises for settings it was not written for."""
-
-
-def require_adapter_target(directory: Path) -> None:
-    """Refuse to replace a folder with anything but an adapter in it, or an adapter and its report.
-
-    Raises:
-        InputError: naming the other files.
-    """
-    require_replaceable(directory, marker=CONFIG_FILE, allowed=f"{_OWN_FILES}|{_SYSTEM_FILES}")
 
 
 def require_recorded_base(config: SamedConfig, folder: Path) -> None:

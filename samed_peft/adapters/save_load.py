@@ -12,11 +12,11 @@ from peft.utils import set_peft_model_state_dict
 
 from samed_peft.adapters.card import model_card
 from samed_peft.adapters.checks import (
+    ADAPTER_FOLDER,
     PEFT_ERRORS,
     check_ranks,
     check_tensors,
     read_peft_config,
-    require_adapter_target,
     require_recorded_base,
     unusable,
 )
@@ -31,13 +31,7 @@ from samed_peft.adapters.methods import (
 )
 from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.errors import InputError
-from samed_peft.io import (
-    atomic_dir,
-    load_tensors,
-    save_tensors,
-    write_json,
-    write_text,
-)
+from samed_peft.io import atomic_dir, load_tensors, require_replaceable, save_tensors, write_json, write_text
 from samed_peft.models.bases import load_sam
 from samed_peft.models.modeling import SamForSemanticSegmentation
 from samed_peft.models.precision import DTYPES, quantize_layers
@@ -138,7 +132,7 @@ def save_adapter(
         InputError: the directory holds something else than an adapter, or a weight is too large for `dtype`.
     """
     config = dataclasses.replace(config, base_sha256=model.base_sha256)
-    require_adapter_target(Path(directory))
+    require_replaceable(directory, ADAPTER_FOLDER)
     with atomic_dir(Path(directory)) as folder:
         if is_kept_as_lora(model):
             save_as_lora(model, folder / WEIGHTS_FILE)

@@ -55,10 +55,11 @@ def run(args: argparse.Namespace) -> None:
     """Score the folder, write the report and print its table."""
     from samed_peft.datasets.layouts import names_of_dataset
     from samed_peft.evaluation import format_table, write_report
-    from samed_peft.evaluation.folders import evaluate_folders, require_report_folder
-    from samed_peft.io import atomic_dir
+    from samed_peft.evaluation.artefacts import REPORT_FOLDER
+    from samed_peft.evaluation.folders import evaluate_folders
+    from samed_peft.io import atomic_dir, require_replaceable
 
-    require_report_folder(args.output)
+    require_replaceable(args.output, REPORT_FOLDER)
     report = evaluate_folders(
         args.predictions,
         args.references,

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     """Segment the scans and say what was written."""
     from accelerate import Accelerator
 
-    from samed_peft.io import require_highdicom, require_writable_folder
+    from samed_peft.io import FolderKind, require_highdicom, require_replaceable
     from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, predict_files
     from samed_peft.prediction.inference import load_segmenter, settings_of
 
@@ -83,9 +83,8 @@ def run(args: argparse.Namespace) -> None:
         require_highdicom()
     # What can be wrong is looked for before a large base is loaded.
     first = plan_masks(sources, args.output, channel=args.channel, dicom_seg=args.dicom_seg)[0]
-    require_writable_folder(first.mask.parent)
-    if args.overlay:
-        require_writable_folder(first.overlay.parent)
+    for folder in (first.mask.parent, *([first.overlay.parent] if args.overlay else [])):
+        require_replaceable(folder, FolderKind(in_place=True))
     accelerator = Accelerator(cpu=args.device == "cpu")
     place = {"accelerator": accelerator, "device": _device(args.device, accelerator)}
     model = load_segmenter(args.adapter, base=args.base, dtype=args.dtype, revision=args.revision, **place)

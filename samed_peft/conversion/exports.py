@@ -21,11 +21,11 @@ from samed_peft.config import SamedConfig
 from samed_peft.conversion.samed_format import require_plain_lora, write_tensors
 from samed_peft.errors import InputError
 from samed_peft.io import (
+    FolderKind,
     atomic_dir,
     atomic_file,
     read_json,
     require_replaceable,
-    require_writable,
     require_writable_file,
     save_tensors,
     save_torch_weights,
@@ -36,8 +36,13 @@ from samed_peft.models.checkpoints import resize_positions, semantic_config
 from samed_peft.models.modeling import SamForSemanticSegmentation
 
 _SAM_FILE = "config.json"
-_SAM_FILES = r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-_FUSED_FILES = "|".join(re.escape(name) for name in (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, _SAM_FILE))
+_SAM_FOLDER = FolderKind(
+    markers=(_SAM_FILE,), allowed=r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+)
+_FUSED_FOLDER = FolderKind(
+    markers=(_SAM_FILE, PEFT_FILE),  # an adapter of `save_adapter` lacks the SAM's config.json and has a model card
+    allowed="|".join(re.escape(name) for name in (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, _SAM_FILE)),
+)
 _MOST_ONNX_BYTES = (2 << 30) - (64 << 20)
 """An ONNX file is one protobuf message, which ends at 2 GiB; the graph needs some of it."""
 
@@ -47,8 +52,7 @@ _LORA_NAME = "base_model.model.vision_encoder.layers.{index}.attn.qkv.lora_{lett
 
 def _require_sam_target(directory: Path) -> None:
     """Refuse to replace anything but a SAM that `save_pretrained` wrote, alone in its folder."""
-    require_replaceable(directory, marker=_SAM_FILE, allowed=_SAM_FILES)
-    require_writable(directory)
+    require_replaceable(directory, _SAM_FOLDER)
     config = directory / _SAM_FILE
     if config.is_file():
         found = read_json(config)
@@ -58,12 +62,6 @@ def _require_sam_target(directory: Path) -> None:
                 f"expected the config.json of a SAM at {directory}, found model_type {kind!r}, "
                 "which must not be lost; choose an empty or new folder"
             )
-
-
-def _require_new_file(file: Path) -> None:
-    require_writable_file(file)
-    if file.exists():
-        raise InputError(f"expected a free name at {file}, found a file; remove it or choose another name")
 
 
 def convert_sam(source: str | Path, directory: str | Path, *, image_size: int | None = None) -> None:
@@ -109,7 +107,7 @@ def export_samed(source: str | Path, file: str | Path, *, base: str | None = Non
     Raises:
         InputError: SAMed's format has no place for this adapter, or `file` exists.
     """
-    _require_new_file(Path(file))
+    require_writable_file(file, replace=False)
     save_torch_weights(write_tensors(source, base=base), file)
 
 
@@ -128,7 +126,9 @@ def export_peft_fused(source: str | Path, directory: str | Path, *, base: str | 
     Raises:
         InputError: the adapter is not plain LoRA, or the directory holds something else.
     """
-    _require_fused_target(Path(directory), source)
+    if Path(directory).resolve() == Path(source).resolve():
+        raise InputError(f"{directory} is the adapter to be exported, which must not be lost; choose another folder")
+    require_replaceable(directory, _FUSED_FOLDER)
     adapted = load_adapter(source, base=base)
     config = adapted.samed_config
     assert config is not None, "load_adapter fills it"
@@ -158,15 +158,6 @@ def export_peft_fused(source: str | Path, directory: str | Path, *, base: str | 
         fused.save_pretrained(folder)
         adapted.get_base_model().config.save_pretrained(folder)
         write_json(folder / CONFIG_FILE, config.to_dict())
-
-
-def _require_fused_target(directory: Path, source: str | Path) -> None:
-    if directory.resolve() == Path(source).resolve():
-        raise InputError(f"{directory} is the adapter to be exported, which must not be lost; choose another folder")
-    # An adapter of `save_adapter` lacks the SAM's config.json and has a model card.
-    require_replaceable(directory, marker=_SAM_FILE, allowed=_FUSED_FILES)
-    require_replaceable(directory, marker=PEFT_FILE)
-    require_writable(directory)
 
 
 def _numbers(config: SamedConfig) -> str:
@@ -235,7 +226,7 @@ def export_onnx(source: str | Path, file: str | Path, *, base: str | None = None
             one ONNX file can hold (2 GiB; ViT-H does), or the outputs differ by more than a thousandth of the
             logits' range.
     """
-    _require_new_file(Path(file))
+    require_writable_file(file, replace=False)
     try:
         import onnx
         import onnxruntime

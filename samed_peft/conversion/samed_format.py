@@ -18,11 +18,11 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransfor
 from torch import Tensor
 from transformers import SamConfig
 
-from samed_peft.adapters.checks import check_tensors, require_adapter_target
+from samed_peft.adapters.checks import ADAPTER_FOLDER, check_tensors
 from samed_peft.adapters.save_load import UNUSED_PROMPTS, add_lora, load_adapter, save_adapter
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
 from samed_peft.errors import InputError
-from samed_peft.io import load_torch_weights, require_writable
+from samed_peft.io import load_torch_weights, require_replaceable
 from samed_peft.models.bases import load_sam, recorded_base
 from samed_peft.models.checkpoints import MOST_OUTPUTS, POSITIONS, rename_meta_keys
 from samed_peft.models.modeling import SamForSemanticSegmentation
@@ -154,8 +154,7 @@ def convert_samed(
     Raises:
         InputError: as `read_samed` and `save_adapter`.
     """
-    require_adapter_target(Path(directory))
-    require_writable(directory)
+    require_replaceable(directory, ADAPTER_FOLDER)
     adapted, config = read_samed(path, base, **options)
     save_adapter(adapted, directory, config=config, dtype=dtype)
 

@@ -15,7 +15,7 @@ from scipy.interpolate import CubicSpline
 from scipy.ndimage import gaussian_filter
 
 from samed_peft.errors import InputError
-from samed_peft.io import Volume, atomic_dir, require_replaceable, write_json, write_mask, write_volume
+from samed_peft.io import FolderKind, Volume, atomic_dir, require_replaceable, write_json, write_mask, write_volume
 
 RECIPE_FILE = "phantom.json"
 """Marks a folder as a phantom, which a later call may replace."""
@@ -248,7 +248,7 @@ def write_phantom(
         raise InputError(
             f"expected seed >= 0 and positive shape_dhw and spacing_zyx_mm, found {seed}, {shape_dhw}, {spacing_zyx_mm}"
         )
-    require_replaceable(directory, marker=RECIPE_FILE)
+    require_replaceable(directory, FolderKind(markers=(RECIPE_FILE,)))
     # Raw BTCV's axes: x to the left, y to the front, z to the head ("LAS").
     affine = np.diag([-spacing_zyx_mm[2], spacing_zyx_mm[1], spacing_zyx_mm[0], 1.0])
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape_dhw[::-1]) - 1) / 2)

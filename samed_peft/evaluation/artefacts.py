@@ -23,11 +23,11 @@ from samed_peft.evaluation.report import (
     markdown_table,
     remarks,
 )
-from samed_peft.io import write_bytes, write_json, write_text
+from samed_peft.io import FolderKind, write_bytes, write_json, write_text
 from samed_peft.metrics import CONVENTIONS, METRICS, Convention, presence
 
-REPORT_FILES = ("report.json", "report.csv", "report.html", "report.md", "pictures")
-"""All that `write_report` writes."""
+REPORT_FOLDER = FolderKind(markers=("report.json",), allowed=r"report\.(json|csv|html|md)|pictures")
+"""A folder that `write_report` filled."""
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 

@@ -8,7 +8,6 @@ from typing import Any
 from tqdm import tqdm
 
 from samed_peft.errors import InputError
-from samed_peft.evaluation.artefacts import REPORT_FILES
 from samed_peft.evaluation.cases import checked_names, score_pair
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.evaluation.report import Report
@@ -19,8 +18,6 @@ from samed_peft.io import (
     numbered_names,
     read_labels,
     read_volume,
-    require_replaceable,
-    require_writable,
     suffix_of,
 )
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance
@@ -113,23 +110,6 @@ def list_files(folder: Path, *, folders_too: bool = False) -> dict[str, list[Pat
     if not found:
         raise InputError(f"expected files ending in {', '.join(SUFFIXES)} in {folder}, found none; check the folder")
     return found
-
-
-def require_report_folder(directory: Path) -> None:
-    """Refuse to replace a folder in which anything but a report lies.
-
-    Raises:
-        InputError: `directory` is a file, or holds other files, such as those of a training run.
-    """
-    require_writable(directory)
-    require_replaceable(directory, marker="report.json")
-    others = [] if not directory.is_dir() else [path.name for path in directory.iterdir()]
-    foreign = sorted(name for name in others if name not in REPORT_FILES and not name.startswith(".tmp-"))
-    if foreign:
-        raise InputError(
-            f"expected a new folder or an earlier report at {directory}, found {', '.join(foreign[:5])} beside "
-            "the report, which must not be lost; choose another folder"
-        )
 
 
 def _writable(text: str) -> str:

@@ -5,13 +5,15 @@ sibling, synced to disk and renamed into place.
 """
 
 from samed_peft.io.atomic import (
+    FolderKind,
     atomic_dir,
     atomic_file,
     recover_dir,
     require_replaceable,
-    require_writable,
     require_writable_file,
-    require_writable_folder,
+    write_bytes,
+    write_json,
+    write_text,
 )
 from samed_peft.io.dicom import dicom_files, dicom_series, holds_dicom
 from samed_peft.io.dicom_seg import DICOM_SEG_SUFFIX, require_highdicom, write_dicom_seg
@@ -21,9 +23,6 @@ from samed_peft.io.files import (
     naming_unreadable,
     read_json,
     read_text,
-    write_bytes,
-    write_json,
-    write_text,
 )
 from samed_peft.io.label_names import PICTURE_ADVICE, label_colour, numbered_names, read_label_names
 from samed_peft.io.readers import SUFFIXES, is_picture, read_affine, suffix_of
@@ -42,6 +41,7 @@ __all__ = [
     "MASK_SUFFIXES",
     "PICTURE_ADVICE",
     "SUFFIXES",
+    "FolderKind",
     "Volume",
     "atomic_dir",
     "atomic_file",
@@ -66,9 +66,7 @@ __all__ = [
     "recover_dir",
     "require_highdicom",
     "require_replaceable",
-    "require_writable",
     "require_writable_file",
-    "require_writable_folder",
     "save_tensors",
     "save_torch_weights",
     "suffix_of",

@@ -2,15 +2,19 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import platform
 import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from samed_peft.errors import InputError
+from samed_peft.io.files import naming_unreadable
 
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 """Stands in temporary names: process numbers of another machine on the same disk say nothing here."""
@@ -73,38 +77,75 @@ def _remove_leftovers(path: Path) -> None:
             _remove(sibling)
 
 
-def require_writable(path: str | Path) -> None:
-    """Refuse a target that cannot be created, before work is put into its content; folders are tried, not made.
+@dataclass(frozen=True)
+class FolderKind:
+    """What an output folder of one kind may already hold.
+
+    Attributes:
+        markers: files that show a folder to be of this kind; none: a folder may hold anything.
+        allowed: regular expression of all names that a folder of this kind holds; None for any.
+        in_place: files are written into the folder one by one; otherwise `atomic_dir` replaces it as a whole.
+    """
+
+    markers: tuple[str, ...] = ()
+    allowed: str | None = None
+    in_place: bool = False
+
+
+def require_replaceable(directory: str | Path, kind: FolderKind) -> None:
+    """Refuse an output folder that cannot be written, or that is neither missing, nor empty, nor of its kind.
+
+    Call it before the work whose result goes there; it creates nothing.
 
     Raises:
-        InputError: something above `path` is a file, or the folder it belongs in may not be written.
+        InputError: `directory` is a file, below a file or may not be written; it holds files but not all markers, or
+            files that are not `allowed`.
     """
-    path = Path(path).resolve()
-    _try_to_write(path, path.parents)
+    path = Path(directory).resolve()
+    with contextlib.suppress(OSError):  # a name that the system refuses is refused below
+        if path.exists() and not path.is_dir():
+            raise InputError(
+                f"expected a folder or a free name at {path}, found a file; choose another name or move it"
+            )
+    _try_to_write(path, (path, *path.parents) if kind.in_place else path.parents)
+    if not kind.markers or not path.is_dir():
+        return
+    with naming_unreadable(path):
+        # Leftovers of a killed write belong to nobody.
+        names = [item.name for item in path.iterdir() if not item.name.startswith(".tmp-")]
+    foreign = sorted(name for name in names if kind.allowed is not None and not re.fullmatch(kind.allowed, name))
+    if foreign or (names and not {*kind.markers} <= {*names}):
+        found = f"other files {', '.join(foreign[:5])}".rstrip()
+        raise InputError(
+            f"expected an empty folder or an earlier one with {' and '.join(kind.markers)} at {path}, found {found}, "
+            "which must not be lost; choose an empty or new folder"
+        )
 
 
-def require_writable_folder(path: str | Path) -> None:
-    """`require_writable` for a folder that files go into, which may be there already.
+def require_writable_file(path: str | Path, *, replace: bool = True) -> None:
+    """Refuse the name of an output file that cannot be created, before the work whose result goes there.
+
+    Args:
+        path: the file.
+        replace: whether it may exist already.
 
     Raises:
-        InputError: as there, or `path` is a file, or a folder that may not be written.
+        InputError: `path` is a folder, below a file or may not be written; or it exists and `replace` is not set.
     """
-    path = Path(path).resolve()
-    with contextlib.suppress(OSError):  # a name that cannot be asked about is refused below
-        if path.is_file():
-            raise InputError(_found_file(path))
-    _try_to_write(path, (path, *path.parents))
-
-
-def _found_file(path: Path) -> str:
-    return f"expected a folder or a free name at {path}, found a file; choose another name or move it"
+    path = Path(path)
+    with contextlib.suppress(OSError):  # a name that the system refuses is refused below
+        if path.is_dir():
+            raise InputError(f"expected a file name, found the folder {path}; add a name for the file in it")
+    _try_to_write(path.resolve(), path.resolve().parents)
+    if path.exists() and not replace:
+        raise InputError(f"expected a free name at {path}, found a file; remove it or choose another name")
 
 
 def _try_to_write(path: Path, folders: Sequence[Path]) -> None:
-    """Make and remove a file in the first of these folders that is there."""
+    """Create and remove a file in the first of `folders` that exists."""
     folder = path.parent
     try:
-        folder = next(parent for parent in folders if parent.exists())
+        folder = next((parent for parent in folders if parent.exists()), folder)
         if folder.is_dir():
             probe = _temporary_sibling(folder / (path.name or "probe"))
             probe.touch()
@@ -113,18 +154,6 @@ def _try_to_write(path: Path, folders: Sequence[Path]) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror} in {folder}; choose another place") from error
     if not folder.is_dir():
         raise InputError(f"expected a folder above {path}, but {folder} is a file; choose another name")
-
-
-def require_writable_file(path: str | Path) -> None:
-    """`require_writable` for a file, which no folder may stand in the place of.
-
-    Raises:
-        InputError: as there, or `path` is a folder.
-    """
-    with contextlib.suppress(OSError):  # a name that cannot be asked about cannot be written either
-        if Path(path).is_dir():
-            raise InputError(f"expected a file name, found the folder {path}; add a name for the file in it")
-    require_writable(path)
 
 
 @contextlib.contextmanager
@@ -149,6 +178,26 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` atomically, as UTF-8 with the line ends it has."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` to `path` atomically as indented JSON.
+
+    Raises:
+        ValueError: `value` holds NaN or infinity, which JSON does not have; write None for them.
+    """
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def _backup_of(path: Path) -> Path:
@@ -199,33 +248,6 @@ def _swap_in(new: Path, path: Path) -> None:
         shutil.rmtree(backup)
 
 
-def require_replaceable(directory: Path, *, marker: str, allowed: str | None = None) -> None:
-    """Refuse to replace a folder that is neither missing, nor empty, nor of its own kind.
-
-    Args:
-        directory: folder to be replaced.
-        marker: file that shows the folder to be of that kind.
-        allowed: regular expression of all names a folder of that kind may hold; None for any.
-
-    Raises:
-        InputError: `directory` is a file, holds files but no `marker`, or holds files that are not `allowed`.
-    """
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise InputError(_found_file(directory))
-    # What a killed write left behind is nobody's file.
-    names = [p.name for p in directory.iterdir() if not p.name.startswith(".tmp-")]
-    foreign = [name for name in names if allowed is not None and not re.fullmatch(allowed, name)]
-    if foreign or (names and marker not in names):
-        raise InputError(
-            f"expected an empty folder or an earlier one with {marker} at {directory}, found other files "
-            f"{', '.join(sorted(foreign)[:3])}, which must not be lost; choose an empty or new folder".replace(
-                " ,", ","
-            )
-        )
-
-
 @contextlib.contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
     """Write a folder as a whole: it appears under `path` complete, or not at all.
@@ -238,9 +260,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         InputError: `path` is a file, below one, or where nothing may be written.
     """
     path = Path(path).resolve()  # a link is followed: its target is replaced, not the link
-    if path.exists() and not path.is_dir():
-        raise InputError(_found_file(path))
-    require_writable(path)
+    require_replaceable(path, FolderKind())
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_dir(path)
     temporary = _temporary_sibling(path)

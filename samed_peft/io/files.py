@@ -1,4 +1,4 @@
-"""Text, JSON and bytes, folders' content, and content fingerprints."""
+"""Read text, JSON and folder listings; fingerprint files by content."""
 
 import contextlib
 import hashlib
@@ -10,27 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from samed_peft.errors import InputError
-from samed_peft.io.atomic import atomic_file
-
-
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` atomically."""
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write `text` to `path` atomically, as UTF-8 with the line ends it has."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` to `path` atomically as indented JSON.
-
-    Raises:
-        ValueError: `value` holds NaN or infinity, which JSON does not have; write None for them.
-    """
-    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager

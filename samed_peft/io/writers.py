@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from samed_peft.errors import InputError
-from samed_peft.io.atomic import atomic_file
-from samed_peft.io.files import write_bytes
+from samed_peft.io.atomic import atomic_file, write_bytes
 from samed_peft.io.label_names import (
     TEXT_KEY,
     WORKBENCH_ECODE,

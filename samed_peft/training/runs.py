@@ -16,10 +16,13 @@ from samed_peft.config import TINY_SAM, TINY_SAM_NOTE, SamedConfig, TrainingConf
 from samed_peft.errors import InputError
 from samed_peft.evaluation import Report, format_table
 from samed_peft.hub.push import check_repo_id, push_to_hub
-from samed_peft.io import Volume, read_json, require_replaceable, require_writable_folder, write_json
+from samed_peft.io import FolderKind, Volume, read_json, require_replaceable, write_json
 
 RUN_FILE = "run.json"
 """Record of a run's settings; marks a folder as that of a run."""
+
+RUN_FOLDER = FolderKind(markers=(RUN_FILE,), in_place=True)
+"""Output folder of a training run."""
 
 _DEFAULTS = {
     field.name: list(field.default) if isinstance(field.default, tuple) else field.default
@@ -69,8 +72,7 @@ def start_run(output_dir: Path, *, mixed_precision: str | None = None, repo_id: 
     """
     if repo_id:
         check_repo_id(repo_id)
-    require_writable_folder(output_dir)
-    require_replaceable(output_dir, marker=RUN_FILE)
+    require_replaceable(output_dir, RUN_FOLDER)
     accelerator = Accelerator(mixed_precision=mixed_precision, log_with="tensorboard", project_dir=output_dir)
     require_replicas(accelerator)
     return accelerator
@@ -163,7 +165,7 @@ def claim_run_folder(directory: Path, settings: dict[str, Any], *, resume: bool,
 def _claim(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
     record = directory / RUN_FILE
     if not record.is_file():
-        require_replaceable(directory, marker=RUN_FILE)
+        require_replaceable(directory, RUN_FOLDER)
         write_json(record, settings)
         return
     found = {name: value for name, value in _DEFAULTS.items() if name in settings} | read_json(record)

@@ -218,7 +218,7 @@ def test_a_report_is_replaced_but_nothing_else(folders, capsys):
     # A training run writes its report beside its adapter.
     (folders / "report" / "adapter").mkdir()
     assert _evaluate(folders)[0] == 2
-    assert "found adapter beside the report" in capsys.readouterr().err
+    assert "found other files adapter, which must not be lost" in capsys.readouterr().err
     assert _evaluate(folders, output="refs")[0] == 2
     assert (folders / "refs" / "a.nii.gz").is_file()
 

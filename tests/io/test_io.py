@@ -539,6 +539,9 @@ def test_a_place_that_may_not_be_written_is_refused_and_left_alone(tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+FILLED = io.FolderKind(in_place=True)
+
+
 def test_a_folder_to_write_into_is_tried_before_it_is_needed(tmp_path):
     (tmp_path / "file").touch()
     for name, message in (
@@ -547,9 +550,9 @@ def test_a_folder_to_write_into_is_tried_before_it_is_needed(tmp_path):
         ("a" * 300, "cannot be written: File name too long"),
     ):
         with pytest.raises(InputError, match=message):
-            io.require_writable_folder(tmp_path / name)
-    io.require_writable_folder(tmp_path)
-    io.require_writable_folder(tmp_path / "new" / "deeper")
+            io.require_replaceable(tmp_path / name, FILLED)
+    io.require_replaceable(tmp_path, FILLED)
+    io.require_replaceable(tmp_path / "new" / "deeper", FILLED)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -557,13 +560,13 @@ def test_a_folder_to_write_into_is_tried_before_it_is_needed(tmp_path):
 def test_a_folder_that_takes_no_files_is_refused():
     for name in ("/proc", "/proc/new"):
         with pytest.raises(InputError, match=f"{name} cannot be written: .* in /proc; choose another place"):
-            io.require_writable_folder(name)
+            io.require_replaceable(name, FILLED)
 
 
 def test_a_file_is_no_folder_to_replace(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"expected a folder or a free name at .*file, found a file"):
-        io.require_replaceable(tmp_path / "file", marker="mark")
+        io.require_replaceable(tmp_path / "file", io.FolderKind(markers=("mark",)))
 
 
 def test_an_error_while_writing_stays_what_it_is(tmp_path):
@@ -573,12 +576,49 @@ def test_an_error_while_writing_stays_what_it_is(tmp_path):
 
 
 def test_a_folder_with_more_than_its_own_files_is_not_replaced(tmp_path):
+    own, any_with_mark = io.FolderKind(("mark",), allowed="mark|own"), io.FolderKind(("mark",))
     (tmp_path / "mark").touch()
-    io.require_replaceable(tmp_path, marker="mark", allowed="mark|own")
+    io.require_replaceable(tmp_path, own)
     (tmp_path / "thesis.txt").touch()
-    io.require_replaceable(tmp_path, marker="mark")
+    io.require_replaceable(tmp_path, any_with_mark)
     with pytest.raises(InputError, match=r"other files thesis\.txt, which must not be lost"):
-        io.require_replaceable(tmp_path, marker="mark", allowed="mark|own")
+        io.require_replaceable(tmp_path, own)
+
+
+def test_a_folder_that_lacks_one_of_its_markers_is_not_replaced(tmp_path):
+    kind = io.FolderKind(("one", "two"))
+    io.require_replaceable(tmp_path, kind)
+    (tmp_path / "one").touch()
+    with pytest.raises(InputError, match=r"with one and two at .*, found other files, which must not be lost"):
+        io.require_replaceable(tmp_path, kind)
+    (tmp_path / "two").touch()
+    io.require_replaceable(tmp_path, kind)
+
+
+def test_a_folder_whose_content_may_not_be_listed_is_not_replaced(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(InputError, match="out cannot be read: Permission denied"):
+        io.require_replaceable(tmp_path / "out", io.FolderKind(("mark",)))
+
+
+def test_a_folder_replaced_as_a_whole_needs_the_folder_above(tmp_path, monkeypatch):
+    tried, touch = [], Path.touch
+    monkeypatch.setattr(Path, "touch", lambda path: tried.append(path.parent) or touch(path))
+    (tmp_path / "out").mkdir()
+    for in_place in (True, False):
+        io.require_replaceable(tmp_path / "out", io.FolderKind(in_place=in_place))
+    assert tried == [tmp_path / "out", tmp_path]
+
+
+def test_the_root_folder_is_not_replaced(monkeypatch):
+    monkeypatch.setattr(Path, "touch", lambda path: None)
+    monkeypatch.setattr(Path, "unlink", lambda path: None)
+    with pytest.raises(InputError, match="found other files, which must not be lost"):
+        io.require_replaceable(Path.cwd().anchor, io.FolderKind(("mark",)))
 
 
 def _headers(tmp_path):
