@@ -18,15 +18,23 @@ from datasets import Dataset
 
 from samed_peft import SamedConfig, TrainingConfig
 from samed_peft.config import METHOD_FIELDS, TINY_SAM, add_options, from_options, lower_stop_epoch, option_values
-from samed_peft.datasets import CaseVolumes, splits
-from samed_peft.datasets import slices as msd
-from samed_peft.datasets.layouts import LabelledFolder, open_folder
+from samed_peft.datasets import (
+    ORIENTATIONS,
+    CaseVolumes,
+    LabelledFolder,
+    Splits,
+    check_cases,
+    choose_splits,
+    describe_folder,
+    load_slices,
+    open_folder,
+)
 from samed_peft.errors import exit_on_error
-from samed_peft.io import content_fingerprint
 from samed_peft.prediction import load_segmenter, score_held_out
 from samed_peft.training import Run, finish_run, fit, start_run
 
 SHAPE = ("image_size", "input_size", *METHOD_FIELDS)
+SPLIT = ("patient_pattern", "split_file", "test_cases", "validation_cases", "folds", "fold")
 
 
 def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
@@ -38,9 +46,7 @@ def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="by default Accelerate's setting")
     parser.add_argument("--channel", help="name or number, where dataset.json lists several")
     parser.add_argument("--class_names", type=lambda text: text.split(","), help="a,b,c; by default dataset.json's")
-    parser.add_argument(
-        "--plane", choices=tuple(msd.ORIENTATIONS), help="of the slices; by default across the coarsest"
-    )
+    parser.add_argument("--plane", choices=tuple(ORIENTATIONS), help="of the slices; by default across the coarsest")
     parser.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensities to scale to [0, 1]")
     parser.add_argument("--empty_share", type=float, default=1.0, help="share of slices without foreground to keep")
     parser.add_argument("--folds", type=int, default=5, help="of which --fold is held out")
@@ -62,44 +68,18 @@ def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
     return args, from_options(args, TrainingConfig)
 
 
-def split(args: argparse.Namespace, folder: LabelledFolder) -> tuple[list[str], list[str]]:
-    """Cases to train on and cases to test on, less those of the validation."""
-    patients = splits.patients_of(list(folder.images), args.patient_pattern)
-    if args.split_file:
-        train, test = splits.listed_split(args.split_file, patients, fold=args.fold)
-    elif args.test_cases:
-        train, test = splits.named_split(patients, args.test_cases)
-    else:
-        train, test = splits.fold_split(patients, folds=args.folds, fold=args.fold)
-    if args.validation_cases:
-        train, _ = splits.named_split({case: patients[case] for case in train}, args.validation_cases)
-    return train, test
-
-
-def pairs(folder: LabelledFolder, cases: list[str]) -> tuple[CaseVolumes, CaseVolumes]:
-    """Scans and references, as they lie on disk."""
-    images, labels = ({case: files[case] for case in cases} for files in (folder.images, folder.labels))
-    return CaseVolumes.of_scans(images, channel=folder.channel), CaseVolumes.of_masks(labels)
-
-
 def load_rows(
-    args: argparse.Namespace, folder: LabelledFolder, train: list[str], held_out: list[str], accelerator: Accelerator
+    args: argparse.Namespace, folder: LabelledFolder, cases: Splits, accelerator: Accelerator
 ) -> tuple[Dataset, SamedConfig]:
-    """Training slices, and what the adapter is to be; one process reads the scans, the others find the cache."""
-    config = SamedConfig(
-        args.base,
-        msd.class_names_for(folder, args.class_names),
-        window=tuple(args.window) if args.window else msd.choose_window(folder),
-        orientation=msd.choose_orientation(folder, plane=args.plane),
-        channel=folder.channel,
-        **option_values(args, SamedConfig, SHAPE),
-    )
+    """Training slices and the adapter's config; one process reads the scans, the others find the cache."""
+    chosen = describe_folder(folder, class_names=args.class_names, plane=args.plane, window=args.window)
+    config = SamedConfig(args.base, **chosen, **option_values(args, SamedConfig, SHAPE))
     options = {"num_classes": len(config.class_names), "window": config.window}
-    slices = {"orientation": config.orientation, "empty_share": args.empty_share}
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            msd.check_cases(folder, held_out, **options)
-        return msd.load_slices(folder, train, **options, **slices), config
+            check_cases(folder, cases.test + cases.validation, **options)
+        slices = {"orientation": config.orientation, "empty_share": args.empty_share}
+        return load_slices(folder, cases.train, **options, **slices), config
 
 
 @exit_on_error
@@ -109,21 +89,19 @@ def main() -> None:
     out, repo_id = args.output_dir, args.push_to_hub
     accelerator = start_run(out, mixed_precision=args.mixed_precision, repo_id=repo_id)
     folder = open_folder(args.data_dir, channel=args.channel, class_names=args.class_names)
-    train_cases, test_cases = split(args, folder)
-    rows, config = load_rows(args, folder, train_cases, test_cases + args.validation_cases, accelerator)
+    cases = choose_splits(folder.cases, **{name: vars(args)[name] for name in SPLIT})
+    rows, config = load_rows(args, folder, cases, accelerator)
     # Apart, since the validation chooses the adapter that the test is of.
-    held_out = {
-        name: content_fingerprint(files[case] for case in cases for files in (folder.images, folder.labels))[:16]
-        for name, cases in (("test", test_cases), ("validation", args.validation_cases))
-    }
-    data = (rows.config_name, *(f"{name}-{digest}" for name, digest in held_out.items()))
-    validation = pairs(folder, args.validation_cases) if args.validation_cases else None
+    held_out = (folder.data_name("test", cases.test), folder.data_name("validation", cases.validation))
+    data = (rows.config_name, *held_out)
+    validation = CaseVolumes.of_folder(folder, cases.validation) if cases.validation else None
     run = Run(config, training, rows, out, data, validation)
     adapter, settings = fit(run, accelerator=accelerator, resume=args.resume)
 
     settings |= {"dataset": folder.name} if folder.name else {}
     model = load_segmenter(adapter, accelerator=accelerator)  # test the adapter as it was saved
-    report = score_held_out(model, *pairs(folder, test_cases), out, accelerator=accelerator, settings=settings)
+    scans, references = CaseVolumes.of_folder(folder, cases.test)
+    report = score_held_out(model, scans, references, out, accelerator=accelerator, settings=settings)
     finish_run(run, adapter, report, accelerator=accelerator, repo_id=repo_id)
 
 

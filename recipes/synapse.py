@@ -17,6 +17,7 @@ from datasets import Dataset
 
 from samed_peft import SamedConfig, TrainingConfig
 from samed_peft.config import (
+    CT_WINDOW_HU,
     METHOD_FIELDS,
     SYNAPSE_CLASSES,
     SYNAPSE_NAME,
@@ -27,8 +28,18 @@ from samed_peft.config import (
     option_values,
 )
 from samed_peft.config.presets import DEMO, PRESETS
-from samed_peft.datasets import CaseVolumes, common_orientation, load_synapse, write_phantom
-from samed_peft.datasets.synapse_files import require_disjoint, split_cases
+from samed_peft.datasets import (
+    CaseVolumes,
+    LabelledFolder,
+    Splits,
+    check_cases,
+    common_orientation,
+    load_synapse,
+    open_synapse,
+    require_disjoint,
+    split_cases,
+    write_phantom,
+)
 from samed_peft.errors import exit_on_error
 from samed_peft.prediction import load_segmenter, score_held_out
 from samed_peft.training import Run, finish_run, fit, start_run
@@ -61,20 +72,28 @@ def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
     return args, from_options(args, TrainingConfig)
 
 
-def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Dataset, Dataset, Dataset | None]:
-    """Training slices, test volumes, validation volumes; one process prepares the cache, the others find it."""
+def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Dataset, LabelledFolder, Splits]:
+    """Training slices, the folder and its cases; one process prepares the cache, the others find it."""
     data_dir, held_out = args.data_dir, args.validation_cases
     with accelerator.main_process_first():
         if args.demo:
             data_dir = Path(f"{args.output_dir.resolve()}-phantom")
             if accelerator.is_main_process:
                 write_phantom(data_dir, cases=args.train_cases + args.test_cases, seed=0)
-        train_cases = split_cases(data_dir, "train", args.train_cases, without=held_out)
-        test_cases = split_cases(data_dir, "test", args.test_cases)
-        require_disjoint(train=train_cases, validation=held_out, test=test_cases)
-        train = load_synapse(data_dir, "train", cases=train_cases)
-        test = load_synapse(data_dir, "test", cases=test_cases)
-        return train, test, load_synapse(data_dir, "test", cases=held_out) if held_out else None
+        train = split_cases(data_dir, "train", args.train_cases, without=held_out)
+        test = split_cases(data_dir, "test", args.test_cases)
+        require_disjoint(train=train, validation=held_out, test=test)
+        validation = split_cases(data_dir, "test", held_out) if held_out else []
+        rows, folder = load_synapse(data_dir, "train", cases=train), open_synapse(data_dir)
+        if accelerator.is_main_process:
+            check_cases(folder, test + validation, num_classes=len(folder.class_names), window=CT_WINDOW_HU)
+        return rows, folder, Splits(train, test, validation)
+
+
+def held_out_volumes(folder: LabelledFolder, cases: list[str]) -> tuple[CaseVolumes, CaseVolumes]:
+    """Scans, scaled as the training slices are, and references."""
+    scans, references = CaseVolumes.of_folder(folder, cases)
+    return scans.scaled(CT_WINDOW_HU), references
 
 
 @exit_on_error
@@ -83,19 +102,20 @@ def main() -> None:
     args, training = parse_args()
     out, repo_id = args.output_dir, args.push_to_hub
     accelerator = start_run(out, mixed_precision=args.mixed_precision, repo_id=repo_id)
-    train_rows, test_rows, validation_rows = splits = load_data(args, accelerator)
+    rows, folder, cases = load_data(args, accelerator)
     shape = option_values(args, SamedConfig, (*SHAPE, "preset"))
-    config = SamedConfig(args.base, SYNAPSE_CLASSES, orientation=common_orientation(train_rows), **shape)
-    # The fingerprints of all files are in the names of the prepared splits.
-    data = tuple(rows.config_name for rows in splits if rows is not None)
-    validation = None if validation_rows is None else CaseVolumes.pairs(validation_rows)
-    run = Run(config, training, train_rows, out, data, validation)
+    config = SamedConfig(args.base, SYNAPSE_CLASSES, orientation=common_orientation(rows), **shape)
+    # Fingerprints of all files, so that a run cannot be resumed with others.
+    held_out = [folder.data_name(f"{folder.layout}-test", names) for names in (cases.test, cases.validation) if names]
+    validation = held_out_volumes(folder, cases.validation) if cases.validation else None
+    run = Run(config, training, rows, out, (rows.config_name, *held_out), validation)
     adapter, settings = fit(run, accelerator=accelerator, resume=args.resume)
 
     if args.demo or not args.test_cases:  # --test_cases may come from elsewhere
         settings |= {"dataset": "synthetic CT of samed_peft" if args.demo else SYNAPSE_NAME}
     model = load_segmenter(adapter, accelerator=accelerator)  # test the adapter as it was saved
-    report = score_held_out(model, *CaseVolumes.pairs(test_rows), out, accelerator=accelerator, settings=settings)
+    scans, references = held_out_volumes(folder, cases.test)
+    report = score_held_out(model, scans, references, out, accelerator=accelerator, settings=settings)
     finish_run(run, adapter, report, accelerator=accelerator, repo_id=repo_id)
 
 

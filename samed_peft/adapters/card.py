@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from samed_peft.config import METHODS, SYNAPSE_NAME, TINY_SAM, SamedConfig, is_hub_id
-from samed_peft.datasets.layouts import DECATHLON
+from samed_peft.datasets.dataset_json import DECATHLON
 
 _TAGS = ["samed", "segment-anything", "medical", "image-segmentation"]
 _CONVENTIONS = {

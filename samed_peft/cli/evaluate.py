@@ -53,7 +53,7 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Score the folder, write the report and print its table."""
-    from samed_peft.datasets.layouts import names_of_dataset
+    from samed_peft.datasets.dataset_json import names_of_dataset
     from samed_peft.evaluation import format_table, write_report
     from samed_peft.evaluation.artefacts import REPORT_FOLDER
     from samed_peft.evaluation.folders import evaluate_folders

@@ -1,29 +1,70 @@
-"""What the builders of this package share: errors that reach the user, and preparation in several processes."""
+"""Cases as rows of a dataset, prepared once in several processes and kept in the cache of Datasets."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets.exceptions import DatasetGenerationError
 
-from samed_peft.datasets.rows import decode_rows
+from samed_peft.datasets.cases import read_pair
+from samed_peft.datasets.folder import Case, LabelledFolder
+from samed_peft.datasets.preprocessing import normalized_array, reorientation, reoriented
+from samed_peft.datasets.rows import SLICE_FEATURES, VOLUME_FEATURES
 from samed_peft.errors import InputError
 
 
+@dataclass
+class RowsConfig(datasets.BuilderConfig):
+    """Everything that rows depend on; Datasets names the cache folder after a hash of it.
+
+    Attributes:
+        name: holds a fingerprint of the files, so that an edited one is prepared again.
+        split: "train" for rows of slices, "test" for rows of whole volumes.
+        cases: their files.
+        channel: of 4-D scans, or None.
+        label_table: see `LabelledFolder`.
+        num_classes: K.
+        orientation: axis codes that slices are brought to, or None for slices as stored.
+        window: (low, high) scaled to [0, 1], or None for percentiles of each scan.
+        empty_share: share of the slices without foreground to keep.
+    """
+
+    split: str = "train"
+    cases: tuple[Case, ...] = ()
+    channel: int | None = None
+    label_table: tuple[int, ...] | None = None
+    num_classes: int = 1
+    orientation: str | None = None
+    window: tuple[float, float] | None = None
+    empty_share: float = 1.0
+
+
 class RowsBuilder(datasets.GeneratorBasedBuilder):
-    """A builder of packed rows whose `InputError`s are not wrapped in errors of Datasets."""
+    """Prepares one split; made by `prepared_rows`. Its `InputError`s are not wrapped in errors of Datasets."""
 
-    def __init__(self, cache_dir: str | None = None, **options: Any) -> None:
-        with _cache_errors(cache_dir):
-            super().__init__(cache_dir=cache_dir, **options)
+    # Part of the cache's name: raised when equal files come to give other rows.
+    VERSION = datasets.Version("2.0.0")
+    BUILDER_CONFIG_CLASS = RowsConfig
 
-    def download_and_prepare(self, *args: Any, **options: Any) -> None:
-        """As Datasets', where a cache that cannot be written is an `InputError`."""
-        with _cache_errors(self._cache_dir_root):
-            super().download_and_prepare(*args, **options)
+    def _info(self) -> datasets.DatasetInfo:
+        features = SLICE_FEATURES if self.config.split == "train" else VOLUME_FEATURES
+        return datasets.DatasetInfo(description="Labelled scans", features=features)
+
+    def _split_generators(self, dl_manager: object) -> list[datasets.SplitGenerator]:
+        del dl_manager  # the files are on disk
+        # Datasets deals out a list to its processes, in order.
+        return [datasets.SplitGenerator(name=self.config.split, gen_kwargs={"cases": list(self.config.cases)})]
+
+    def _generate_examples(self, cases: list[Case]) -> Iterator[tuple[str, dict[str, Any]]]:
+        rows = _slice_rows if self.config.split == "train" else _volume_rows
+        for case in cases:
+            for number, row in rows(case, self.config):
+                yield f"{case.name}_{number:05d}", row
 
     def _prepare_split_single(self, **kwargs: Any) -> Iterator[Any]:
         try:
@@ -35,9 +76,38 @@ class RowsBuilder(datasets.GeneratorBasedBuilder):
             raise
 
 
+def _pair(case: Case, config: RowsConfig) -> tuple[Any, Any]:
+    return read_pair(case, channel=config.channel, table=config.label_table, num_classes=config.num_classes)
+
+
+def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Slice numbers and rows of a case; of the slices without foreground, the share to keep, evenly spread."""
+    files = zip(case.scans, case.labels, strict=True)
+    slices: list[tuple[np.ndarray, np.ndarray, str | None]] = []
+    for scan, labels in (_pair(Case(case.name, (image,), (label,)), config) for image, label in files):
+        there, _ = reorientation(scan, config.orientation)
+        images = reoriented(normalized_array(scan, config.window), there)
+        label = reoriented(labels.array.astype(np.uint8, copy=False), there)
+        codes = config.orientation or scan.orientation
+        slices += [(image, part, codes) for image, part in zip(images, label, strict=True)]
+    empty = np.array([place for place, (_, label, _) in enumerate(slices) if not label.any()], int)
+    kept = np.linspace(0, len(empty) - 1, round(config.empty_share * len(empty))).round().astype(int)
+    dropped = set(np.delete(empty, kept).tolist())
+    for place, (image, label, codes) in enumerate(slices):
+        if place not in dropped:
+            number = case.numbers[place] if case.numbers else place
+            yield number, {"image": image, "label": label, "case": case.name, "slice": number, "orientation": codes}
+
+
+def _volume_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str, Any]]]:
+    scan, labels = _pair(case, config)
+    image, label = normalized_array(scan, config.window), labels.array
+    yield 0, {"image": image, "label": label, "case": case.name, "affine": scan.affine, "path": str(scan.path)}
+
+
 @contextlib.contextmanager
 def _cache_errors(cache_dir: str | Path | None = None) -> Iterator[None]:
-    """Say of a cache that cannot be written how to have another; what is wrong with scans are no `OSError`s here.
+    """Turn the error for a cache that cannot be written into advice; errors of scans are never an `OSError` here.
 
     Raises:
         InputError: the folder is read-only, below a file, or full.
@@ -52,20 +122,81 @@ def _cache_errors(cache_dir: str | Path | None = None) -> Iterator[None]:
         ) from error
 
 
-def prepared(builder: RowsBuilder, split: str, *, num_cases: int, num_proc: int | None = None) -> datasets.Dataset:
-    """The rows of a split, made if they are not in the cache, as arrays.
+def prepared_rows(
+    name: str,
+    cases: Sequence[Case],
+    *,
+    split: str,
+    cache_dir: str | Path | None = None,
+    num_proc: int | None = None,
+    **options: Any,
+) -> datasets.Dataset:
+    """The rows of a split, prepared unless they are in the cache.
 
     Args:
-        builder: of this split alone.
-        split: its name.
-        num_cases: cases in it, which are dealt out to processes.
+        name: from `LabelledFolder.data_name`; becomes the `config_name` of the rows.
+        cases: files of the cases, which are dealt out to processes.
+        split: "train" or "test".
+        cache_dir: folder of the cache; by default that of Datasets.
         num_proc: processes; by default one a case, up to the number of cores.
+        **options: further fields of `RowsConfig`.
 
     Raises:
-        InputError: from the builder, or there are no rows.
+        InputError: a case cannot be used, the cache cannot be written, or there are no rows.
     """
-    processes = min(num_proc or os.cpu_count() or 1, num_cases)
-    builder.download_and_prepare(num_proc=processes if processes > 1 else None)
+    processes = min(num_proc or os.cpu_count() or 1, len(cases))
+    with _cache_errors(cache_dir):
+        builder = RowsBuilder(
+            config_name=name,
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            split=split,
+            cases=tuple(cases),
+            # Rows kept in memory before they are written; a volume is a few hundred megabytes.
+            writer_batch_size=16 if split == "train" else 1,
+            **options,
+        )
+        builder.download_and_prepare(num_proc=processes if processes > 1 else None)
     if not builder.info.splits[split].num_examples:
-        raise InputError(f"no slice is left of {num_cases} cases; keep some of those without foreground")
-    return builder.as_dataset(split=split).with_transform(decode_rows)
+        raise InputError(f"no slice is left of {len(cases)} cases; keep some of those without foreground")
+    return builder.as_dataset(split=split)
+
+
+def load_slices(
+    folder: LabelledFolder,
+    cases: Sequence[str],
+    *,
+    num_classes: int,
+    orientation: str | None,
+    window: tuple[float, float] | None,
+    empty_share: float = 1.0,
+) -> datasets.Dataset:
+    """Training slices of some cases, prepared once; files that are edited later are noticed.
+
+    Args:
+        folder: from `open_folder`.
+        cases: which of its cases.
+        num_classes: K, background left out.
+        orientation: from `choose_orientation`.
+        window: intensities scaled to [0, 1], or None for each scan's 0.5 and 99.5 percentiles.
+        empty_share: share of the slices without foreground to keep, 0 to 1.
+
+    Returns:
+        rows of `image` (H, W) float32 in [0, 1], or (H, W, 3) in colour, `label` (H, W) uint8, `case`, `slice` and
+        `orientation`.
+
+    Raises:
+        InputError: a file is damaged, a pair does not fit, a label has no name, or no slice is left.
+    """
+    if not 0 <= empty_share <= 1:
+        raise InputError(f"expected a share of empty slices from 0 to 1, found {empty_share}")
+    return prepared_rows(
+        f"{folder.data_name('slices', cases, as_slices=True)}-empty-{float(empty_share)}",
+        [folder.case(case, as_slices=True) for case in cases],
+        split="train",
+        channel=folder.channel,
+        label_table=folder.label_table,
+        num_classes=num_classes,
+        orientation=orientation,
+        window=None if window is None else (float(window[0]), float(window[1])),
+        empty_share=float(empty_share),
+    )

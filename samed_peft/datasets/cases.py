@@ -1,17 +1,166 @@
-"""Whole volumes by case, one in memory at a time."""
+"""Cases read from their files: scans, references and pairs of both, whole volumes one at a time."""
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 from datasets import Dataset
 
-from samed_peft.io import Volume, read_labels, read_volume
+from samed_peft.datasets.folder import Case, LabelledFolder
+from samed_peft.datasets.preprocessing import normalized_array
+from samed_peft.errors import InputError
+from samed_peft.io import (
+    PICTURE_ADVICE,
+    Volume,
+    grids_apart_mm,
+    is_picture,
+    read_affine,
+    read_labels,
+    read_volume,
+)
+
+_NAMING_ADVICE = "name all of them in dataset.json or with class_names, or is it the scan itself?"
+
+_CASES_AT_ONCE = 4
+"""Scans that are checked at the same time, each a few hundred megabytes."""
+
+Table = tuple[int, ...] | None
+"""See `LabelledFolder.label_table`."""
+
+
+def read_scan(case: Case, *, channel: int | None = None) -> Volume:
+    """The scan of a case; files of single slices are stacked.
+
+    Args:
+        case: from `LabelledFolder.case`.
+        channel: of a 4-D scan. nnU-Net stores one channel per file, so it only applies to 4-D files.
+
+    Raises:
+        InputError: a file is damaged, or slices have different sizes.
+    """
+    return _stacked([read_volume(path, channel=channel) for path in case.scans], case)
+
+
+def read_reference(case: Case, *, table: Table = None) -> Volume:
+    """The label map of a case; files of single slices are stacked.
+
+    Args:
+        case: from `LabelledFolder.case`.
+        table: label used for each stored label, or None.
+
+    Raises:
+        InputError: a file is damaged, a label is not in the table, or slices have different sizes.
+    """
+    labels = _stacked([read_labels(path) for path in case.labels], case)
+    if table is None:
+        return labels
+    require_labels(labels, len(table) - 1, advice="is it from another dataset, or the scan itself?")
+    return replace(labels, array=np.array(table, np.uint8)[labels.array])
+
+
+def read_pair(
+    case: Case, *, channel: int | None = None, table: Table = None, num_classes: int
+) -> tuple[Volume, Volume]:
+    """Scan and labels 0..K of a case.
+
+    Args:
+        case: see `read_scan`.
+        channel: see `read_scan`.
+        table: see `read_reference`.
+        num_classes: K.
+
+    Raises:
+        InputError: a file is damaged, the grids differ, or a label has no name.
+    """
+    scan, labels = read_scan(case, channel=channel), read_reference(case, table=table)
+    require_one_grid(scan, labels)
+    require_labels(labels, num_classes, advice=PICTURE_ADVICE if is_picture(case.labels[0]) else _NAMING_ADVICE)
+    return scan, labels
+
+
+def _stacked(parts: Sequence[Volume], case: Case) -> Volume:
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    for part in parts:
+        if part.array.shape != first.array.shape:
+            raise InputError(
+                f"expected slices of one size in {case.name}, found {first.array.shape[1:]} in {first.path} and "
+                f"{part.array.shape[1:]} in {part.path}; preprocess the case again"
+            )
+    return replace(first, array=np.concatenate([part.array for part in parts]))
+
+
+def require_one_grid(scan: Volume, labels: Volume) -> None:
+    """Refuse a label map of another shape or place than its scan.
+
+    Raises:
+        InputError: naming both files.
+    """
+    shape = scan.array.shape[:3]
+    if shape != labels.array.shape:
+        raise InputError(
+            f"expected a label map of the scan's shape {shape} ({scan.path}), found "
+            f"{labels.array.shape} in {labels.path}; resample it to the scan by nearest neighbour"
+        )
+    if apart_mm := grids_apart_mm(labels, scan):
+        raise InputError(
+            f"expected {labels.path} on the grid of {scan.path}, found affines whose corners lie {apart_mm:.3g} mm "
+            "apart; resample the label map to the scan, or copy the scan's header if the voxels do match"
+        )
+
+
+def require_labels(labels: Volume, highest: int, *, advice: str) -> None:
+    """Refuse labels outside 0..highest.
+
+    Args:
+        labels: a label map.
+        highest: largest label allowed.
+        advice: ends the message.
+
+    Raises:
+        InputError: naming up to eight of them.
+    """
+    if labels.array.min() < 0 or labels.array.max() > highest:
+        found = sorted({int(value) for value in np.unique(labels.array)} - set(range(highest + 1)))
+        raise InputError(
+            f"labels of {labels.path} hold {', '.join(map(str, found[:8]))}, but only 0..{highest} are "
+            f"expected there; {advice}"
+        )
+
+
+def check_cases(
+    folder: LabelledFolder, cases: Sequence[str], *, num_classes: int, window: tuple[float, float] | None
+) -> None:
+    """Read cases that will be scored after a training, so that a bad file stops the run before and not after it.
+
+    Args:
+        folder: from `open_folder`.
+        cases: which of its cases.
+        num_classes: K, background left out.
+        window: see `normalized_array`.
+
+    Raises:
+        InputError: as `read_pair`, or a scan cannot be scaled.
+    """
+
+    def check(case: Case) -> None:
+        scan, _ = read_pair(case, channel=folder.channel, table=folder.label_table, num_classes=num_classes)
+        normalized_array(scan, window)
+
+    files = [folder.case(case) for case in cases]
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, _CASES_AT_ONCE)) as pool:
+        for _ in pool.map(check, files):
+            pass
 
 
 class CaseVolumes(Mapping[str, Volume]):
-    """case -> `Volume`, read whenever it is asked for.
+    """case -> `Volume`, read whenever it is asked for, so that one at a time is in memory.
 
     Args:
         readers: case -> function that reads its volume.
@@ -21,18 +170,27 @@ class CaseVolumes(Mapping[str, Volume]):
         self._readers = readers
 
     @classmethod
+    def of_folder(cls, folder: LabelledFolder, cases: Sequence[str]) -> tuple[Self, Self]:
+        """Scans, as they are in their files, and references of some cases of a folder.
+
+        Raises:
+            InputError: see `LabelledFolder.case`.
+        """
+        files = {case: folder.case(case) for case in cases}
+        scans = {case: partial(read_scan, files[case], channel=folder.channel) for case in files}
+        references = {case: partial(_reference_on_scan, files[case], table=folder.label_table) for case in files}
+        return cls(scans), cls(references)
+
+    @classmethod
     def of_rows(cls, rows: Dataset, column: str) -> Self:
         """The "image" (in [0, 1]) or "label" of each row of a split of whole volumes."""
-        needed = rows.select_columns([column, "affine", "path"])  # the other array is not decoded
+        needed = rows.with_format(None).select_columns([column, "affine", "path"])  # the other array is not decoded
 
-        def reader(index: int) -> Callable[[], Volume]:
-            def read() -> Volume:
-                row = needed[index]
-                return Volume(row[column], row["affine"], Path(row["path"]), normalized=column == "image")
+        def read(index: int) -> Volume:
+            row = needed[index]
+            return Volume(row[column], row["affine"], Path(row["path"]), normalized=column == "image")
 
-            return read
-
-        return cls({case: reader(index) for index, case in enumerate(rows.with_format(None)["case"])})
+        return cls({case: partial(read, index) for index, case in enumerate(rows.with_format(None)["case"])})
 
     @classmethod
     def pairs(cls, rows: Dataset) -> tuple[Self, Self]:
@@ -49,6 +207,15 @@ class CaseVolumes(Mapping[str, Volume]):
         """Label maps from files."""
         return cls({case: partial(read_labels, path) for case, path in files.items()})
 
+    def scaled(self, window: tuple[float, float] | None) -> Self:
+        """The same scans in [0, 1]; see `normalized_array`."""
+
+        def read(case: str) -> Volume:
+            scan = self[case]
+            return replace(scan, array=normalized_array(scan, window), normalized=True)
+
+        return type(self)({case: partial(read, case) for case in self})
+
     def __getitem__(self, case: str) -> Volume:
         return self._readers[case]()
 
@@ -57,3 +224,9 @@ class CaseVolumes(Mapping[str, Volume]):
 
     def __len__(self) -> int:
         return len(self._readers)
+
+
+def _reference_on_scan(case: Case, *, table: Table) -> Volume:
+    """The label map with the scan's affine, as masks are written; its own may differ by rounding."""
+    labels, affine = read_reference(case, table=table), read_affine(case.scans[0])
+    return labels if affine is None else replace(labels, affine=affine)

@@ -1,84 +1,102 @@
-"""Arrays as dataset columns: stored as raw bytes with their shape, decoded by a transform."""
+"""Rows of slices and volumes: their columns, among them arrays as a feature type of Datasets, and checks of a split."""
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
+import pyarrow as pa
+from datasets import Dataset, Features, Value
+from datasets.features.features import register_feature
 
 from samed_peft.errors import InputError
 
-ARRAY_FEATURE = {"bytes": Value("large_binary"), "shape": List(Value("int32"))}
-"""Column type of what `pack_array` returns."""
+
+@dataclass
+class ArrayFeature:
+    """Column of arrays of one dtype and any shapes, stored as bytes; nested lists would take far longer to decode.
+
+    Importing this class registers it with Datasets, which `load_from_disk` in a fresh process needs.
+
+    Attributes:
+        dtype: name of the dtype, such as "float32".
+    """
+
+    dtype: str
+    pa_type: ClassVar[pa.DataType] = pa.struct({"bytes": pa.large_binary(), "shape": pa.list_(pa.int32())})
+    _type: str = field(default="ArrayFeature", init=False, repr=False)
+
+    def __call__(self) -> pa.DataType:
+        """Type of the stored column."""
+        return self.pa_type
+
+    def encode_example(self, value: Any) -> dict[str, Any]:
+        """Bytes and shape of an array, or of nested lists."""
+        array = np.asarray(value, dtype=self.dtype)
+        return {"bytes": array.tobytes(), "shape": list(array.shape)}
+
+    def decode_example(self, value: dict[str, Any] | None, token_per_repo_id: Any = None) -> np.ndarray | None:
+        """The array; it may be written to."""
+        del token_per_repo_id  # part of Datasets' interface
+        if value is None:
+            return None
+        # Copied, since an array over the bytes themselves could not be written to.
+        return np.frombuffer(value["bytes"], dtype=self.dtype).reshape(value["shape"]).copy()
+
+    def cast_storage(self, storage: pa.Array) -> pa.StructArray:
+        """The stored column, also from arrays returned to `Dataset.map`, which come here as nested lists."""
+        if pa.types.is_struct(storage.type):
+            columns = [storage.field(part.name).cast(part.type) for part in self.pa_type]
+            return pa.StructArray.from_arrays(columns, fields=list(self.pa_type), mask=storage.is_null())
+        if not (pa.types.is_list(storage.type) or pa.types.is_null(storage.type)):
+            raise pa.ArrowInvalid(f"expected arrays, found {storage.type}")
+        rows = [self.encode_example(self._array(row.values)) if row.is_valid else None for row in storage]
+        return pa.array(rows, self.pa_type)
+
+    def _array(self, values: pa.Array) -> np.ndarray:
+        """The array of one row's nested lists, which must not be ragged and must fit the dtype."""
+        shape = [len(values)]
+        while pa.types.is_list(values.type):
+            lengths = values.value_lengths().unique().to_pylist()
+            if len(lengths) != 1:
+                raise pa.ArrowInvalid(f"expected an array, found lists of {lengths} entries")
+            shape += lengths
+            values = values.flatten()
+        return np.asarray(values.cast(pa.from_numpy_dtype(self.dtype)).to_numpy(zero_copy_only=False)).reshape(shape)
+
+
+with warnings.catch_warnings(action="ignore", category=UserWarning):  # "experimental"; there is no other way
+    register_feature(ArrayFeature, "ArrayFeature")
 
 SLICE_FEATURES = Features(
     {
-        "image": ARRAY_FEATURE,
-        "label": ARRAY_FEATURE,
+        "image": ArrayFeature("float32"),
+        "label": ArrayFeature("uint8"),
         "case": Value("string"),
         "slice": Value("int32"),
         "orientation": Value("string"),
     }
 )
-"""Columns of a training split: one slice a row."""
+"""Columns of a training split: one slice a row, image (H, W) or (H, W, 3), label (H, W)."""
 
 VOLUME_FEATURES = Features(
     {
-        "image": ARRAY_FEATURE,
-        "label": ARRAY_FEATURE,
+        "image": ArrayFeature("float32"),
+        "label": ArrayFeature("uint8"),
         "case": Value("string"),
-        "affine": List(Value("float64")),
+        "affine": ArrayFeature("float64"),
         "path": Value("string"),
     }
 )
-"""Columns of a test split: one whole scan a row; `affine` is flat, or None."""
-
-
-def pack_array(array: np.ndarray) -> dict[str, Any]:
-    """Raw bytes and shape of an array; Arrow's nested lists would take tens of milliseconds to decode."""
-    return {"bytes": np.ascontiguousarray(array).tobytes(), "shape": list(array.shape)}
-
-
-def slice_row(
-    image: np.ndarray, label: np.ndarray, *, case: str, index: int, orientation: str | None
-) -> dict[str, Any]:
-    """A row of `SLICE_FEATURES`: image (H, W) or (H, W, 3) float32, label (H, W) uint8."""
-    return {
-        "image": pack_array(image),
-        "label": pack_array(label),
-        "case": case,
-        "slice": index,
-        "orientation": orientation,
-    }
-
-
-def _unpack(packed: dict[str, Any], dtype: type[np.generic]) -> np.ndarray:
-    # Copied, since an array over the bytes themselves could not be written to.
-    return np.frombuffer(packed["bytes"], dtype=dtype).reshape(packed["shape"]).copy()
-
-
-def decode_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Transform for `Dataset.with_transform`: packed columns to arrays, whichever of them were asked for.
-
-    Returns:
-        the batch with `image` as float32, `label` as uint8 and `affine` as (4, 4) float64 or None.
-    """
-    decoded = dict(batch)
-    if "image" in batch:
-        decoded["image"] = [_unpack(packed, np.float32) for packed in batch["image"]]
-    if "label" in batch:
-        decoded["label"] = [_unpack(packed, np.uint8) for packed in batch["label"]]
-    if "affine" in batch:
-        decoded["affine"] = [None if flat is None else np.array(flat).reshape(4, 4) for flat in batch["affine"]]
-    return decoded
+"""Columns of a test split: one whole scan a row, image and label (D, H, W), affine (4, 4) or None."""
 
 
 def common_orientation(rows: Dataset) -> str | None:
     """Axis codes that all slices of a training split share, or None if they are unknown.
 
     Raises:
-        InputError: they differ, so that no scan to predict could be turned to lie as the slices did.
+        InputError: they differ, so no scan to predict could be oriented as the slices were.
     """
     plain = rows.with_format(None)
     examples = dict(zip(plain["orientation"], plain["case"], strict=True))
@@ -92,15 +110,15 @@ def common_orientation(rows: Dataset) -> str | None:
 
 
 def warn_of_absent_classes(rows: Dataset, class_names: Sequence[str]) -> None:
-    """Warn of classes that no slice of a training split has a labelled pixel of.
+    """Warn of classes without a labelled pixel in any slice of a training split.
 
     Args:
         rows: from `load_synapse` or `load_slices`.
         class_names: names of labels 1..K.
     """
     counts = np.zeros(256, np.int64)
-    for packed in rows.with_format(None).select_columns("label"):
-        counts += np.bincount(np.frombuffer(packed["label"]["bytes"], np.uint8), minlength=256)
+    for row in rows.with_format(None).select_columns("label"):
+        counts += np.bincount(row["label"].ravel(), minlength=256)
     absent = [name for label, name in enumerate(class_names, start=1) if not counts[label]]
     if absent:
         warnings.warn(

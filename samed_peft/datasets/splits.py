@@ -1,8 +1,9 @@
-"""Which cases are held out: k folds or a listed split, patients never on both sides."""
+"""Choose held-out cases: k folds, a listed split or named cases, patients never on both sides."""
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,13 +14,57 @@ Split = tuple[list[str], list[str]]
 """Cases to train on, and cases held out."""
 
 
+class Splits(NamedTuple):
+    """Names of the cases to train on, to test on and to validate on."""
+
+    train: list[str]
+    test: list[str]
+    validation: list[str]
+
+
+def choose_splits(
+    cases: Sequence[str],
+    *,
+    patient_pattern: str | None = None,
+    split_file: str | Path | None = None,
+    test_cases: Sequence[str] | None = None,
+    validation_cases: Sequence[str] = (),
+    folds: int = 5,
+    fold: int = 0,
+) -> Splits:
+    """Split cases by a file, by the names of the test cases, or by folds; patients never on two sides.
+
+    Args:
+        cases: all names.
+        patient_pattern: see `patients_of`.
+        split_file: see `listed_split`.
+        test_cases: see `named_split`.
+        validation_cases: taken from those to train on.
+        folds: see `fold_split`; used without `split_file` and `test_cases`.
+        fold: which fold, or which split of the file, is held out.
+
+    Raises:
+        InputError: as these functions.
+    """
+    patients = patients_of(cases, patient_pattern)
+    if split_file is not None:
+        train, test = listed_split(split_file, patients, fold=fold)
+    elif test_cases:
+        train, test = named_split(patients, test_cases)
+    else:
+        train, test = fold_split(patients, folds=folds, fold=fold)
+    if validation_cases:
+        train, _ = named_split({case: patients[case] for case in train}, validation_cases)
+    return Splits(train, test, list(validation_cases))
+
+
 def patients_of(cases: Sequence[str], pattern: str | None = None) -> dict[str, str]:
     """Case -> patient.
 
     Args:
         cases: names of cases.
         pattern: regular expression that matches a whole name and whose first group is the patient, such as
-            `(.+)_visit[0-9]+`; None where each case is a patient of its own.
+            `(.+)_visit[0-9]+`; None if each case is another patient.
 
     Raises:
         InputError: the expression is broken, has no group, or does not match a case or its patient.
@@ -87,10 +132,10 @@ def listed_split(path: str | Path, patients: Mapping[str, str], *, fold: int = 0
 
 
 def named_split(patients: Mapping[str, str], held_out: Sequence[str]) -> Split:
-    """All cases but those named are trained on.
+    """Hold out the named cases and train on all others.
 
     Raises:
-        InputError: a named case is not there, none is left, or a patient would be on both sides.
+        InputError: a named case does not exist, none is left, or a patient would be on both sides.
     """
     unknown = sorted(set(held_out) - patients.keys())
     if unknown or not held_out:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from samed_peft.datasets.builder import load_slices
+from samed_peft.datasets.choices import choose_orientation, choose_window, class_names_for
 from samed_peft.datasets.layouts import open_folder
 from samed_peft.datasets.rows import warn_of_absent_classes
-from samed_peft.datasets.slices import choose_orientation, choose_window, class_names_for, load_slices
 from samed_peft.errors import InputError
 from samed_peft.training.batches import TrainingSlices
 

@@ -181,14 +181,14 @@ def test_cache_holds_in_another_process(tmp_path, load):
 
 KILLED = """
 import sys, time
-from samed_peft.datasets import load_synapse, synapse
-read = synapse._read_pair
-def read_slowly(*paths, **options):
-    if "0007" in paths[0].name:
+from samed_peft.datasets import builder, load_synapse
+read = builder.read_pair
+def read_slowly(case, **options):
+    if case.name == "case0007":
         print("half-way", flush=True)
         time.sleep(60)
-    return read(*paths, **options)
-synapse._read_pair = read_slowly
+    return read(case, **options)
+builder.read_pair = read_slowly
 load_synapse(sys.argv[1], "train", cache_dir=sys.argv[2], num_proc=1)
 """
 

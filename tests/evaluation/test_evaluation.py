@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from samed_peft.datasets.layouts import names_of_dataset
+from samed_peft.datasets.dataset_json import names_of_dataset
 from samed_peft.errors import InputError
 from samed_peft.evaluation import Report, case_picture, evaluate_cases, format_table, write_report
 from samed_peft.evaluation.artefacts import csv_text

@@ -1,0 +1,127 @@
+"""How the scans of a folder should be sliced, scaled and named: chosen from its headers, modality and labels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from samed_peft.config import CT_WINDOW_HU
+from samed_peft.datasets.dataset_json import DATASET_FILE
+from samed_peft.datasets.folder import LabelledFolder, is_file
+from samed_peft.errors import InputError
+from samed_peft.io import is_picture, numbered_names, read_affine, read_labels, read_volume
+
+ORIENTATIONS = {"axial": "LPS", "coronal": "LIP", "sagittal": "PIL"}
+"""Axis codes of the (x, y, z) axes that slices of each plane are brought to: as they hang on a light box."""
+
+_AXES = {"axial": 2, "coronal": 1, "sagittal": 0}
+"""World axis (right-left, posterior-anterior, inferior-superior) that each plane is perpendicular to."""
+
+COLOUR_RANGE = (0.0, 255.0)
+"""Window of 8-bit pictures."""
+
+
+def describe_folder(
+    folder: LabelledFolder,
+    *,
+    class_names: Sequence[str] | None = None,
+    plane: str | None = None,
+    window: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """Choose the fields of `SamedConfig` that depend on the data: `class_names`, `window`, `orientation`, `channel`.
+
+    Args:
+        folder: from `open_folder`.
+        class_names: see `class_names_for`.
+        plane: see `choose_orientation`.
+        window: (low, high), instead of the one from `choose_window`.
+
+    Raises:
+        InputError: as these functions.
+    """
+    return {
+        "class_names": class_names_for(folder, class_names),
+        "window": tuple(window) if window else choose_window(folder),
+        "orientation": choose_orientation(folder, plane=plane),
+        "channel": folder.channel,
+    }
+
+
+def choose_orientation(folder: LabelledFolder, *, plane: str | None = None) -> str | None:
+    """Choose the axis codes that all slices of a folder are brought to.
+
+    Args:
+        folder: only its headers are read.
+        plane: "axial", "coronal", "sagittal", or None for the plane across the coarsest axis, by the median of the
+            scans' spacings; axial if all are alike.
+
+    Returns:
+        "LPS", "LIP" or "PIL"; None if no scan has an affine, as pictures: those are sliced as stored.
+
+    Raises:
+        InputError: some scans have an affine and others do not, or a header is damaged.
+    """
+    affines = {case: read_affine(path) for case, path in folder.images.items()}
+    silent = [case for case, affine in affines.items() if affine is None]
+    if len(silent) == len(affines):
+        if plane is not None:
+            raise InputError(
+                f"expected scans with an orientation to cut {plane} slices from, found none in {folder.root}"
+            )
+        return None
+    if silent:
+        raise InputError(
+            f"expected all scans of {folder.root} with an orientation or none, found {', '.join(silent[:5])} without"
+        )
+    if plane is None:
+        spacings = np.array([_world_spacing_mm(affine) for affine in affines.values() if affine is not None])
+        typical = np.median(spacings, axis=0)
+        # A tenth more than the others: otherwise the scans count as isotropic.
+        coarsest = int(np.argmax(typical)) if typical.max() > 1.1 * np.median(typical) else _AXES["axial"]
+        plane = next(name for name, axis in _AXES.items() if axis == coarsest)
+    return ORIENTATIONS[plane]
+
+
+def _world_spacing_mm(affine: np.ndarray) -> np.ndarray:
+    """Voxel size along right-left, posterior-anterior and inferior-superior, each by the voxel axis nearest to it."""
+    from nibabel.orientations import io_orientation
+
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = np.ones(3)
+    for voxel_axis, world_axis in enumerate(io_orientation(affine)[:, 0]):
+        if np.isfinite(world_axis):
+            spacing[int(world_axis)] = sizes[voxel_axis]
+    return spacing
+
+
+def choose_window(folder: LabelledFolder) -> tuple[float, float] | None:
+    """The window that fits a folder: SAMed's for CT, 0..255 for 8-bit pictures, None (each scan's percentiles) else."""
+    if folder.modality is not None and folder.modality.lower() in ("ct", "computed tomography"):
+        return CT_WINDOW_HU
+    if is_picture(next(iter(folder.images.values()))):
+        # Decided by all of them: one 16-bit picture among 8-bit ones would be cut off.
+        largest = max(float(read_volume(path).array.max()) for path in folder.images.values())
+        return COLOUR_RANGE if 1 < largest <= 255 else None
+    return None
+
+
+def class_names_for(folder: LabelledFolder, given: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of labels 1..K: those given, those of the folder, or numbers up to the largest label.
+
+    Raises:
+        InputError: more or fewer names are given than the folder has, no label map has a label, or labels of pictures
+            are greys and not numbers.
+    """
+    number = len(folder.class_names)
+    if given is not None and number and len(given) != number:
+        source = DATASET_FILE if is_file(folder.root / DATASET_FILE) else f"layout {folder.layout!r}"
+        raise InputError(
+            f"expected {number} class name{'s' * (number != 1)}, as many as {source} has "
+            f"({', '.join(folder.class_names)}), found {len(given)}: {', '.join(given)}; leave class_names out, or "
+            "rename them all"
+        )
+    if given is not None:
+        return tuple(given)
+    if folder.class_names:
+        return folder.class_names
+    return numbered_names(map(read_labels, folder.labels.values()), folder=next(iter(folder.labels.values())).parent)

@@ -1,0 +1,220 @@
+"""Layouts described by a `dataset.json`; nothing is decoded here.
+
+The file comes in two dialects: that of the Medical Segmentation Decathlon (arXiv 2106.05735), which nnU-Net's first
+version shares, and that of nnU-Net's second version (doi 10.1038/s41592-020-01008-z).
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from samed_peft.datasets.folder import LabelledFolder, case_name, files_by_case, is_file, require_pairs
+from samed_peft.errors import InputError
+from samed_peft.io import read_json, suffix_of
+
+DATASET_FILE = "dataset.json"
+DECATHLON = "Medical Segmentation Decathlon"
+
+_ADVICE = "give the dataset.json of the Decathlon or of nnU-Net"
+
+_CHANNEL_NAME = re.compile(r"(.+)_(\d{4})")
+
+
+def is_nnunet(root: Path) -> bool:
+    """Whether a folder has a `dataset.json` and a file for each channel of a scan, named as nnU-Net's."""
+    return is_file(root / DATASET_FILE) and _one_file_a_channel(_content(root / DATASET_FILE), root)
+
+
+def is_decathlon(root: Path) -> bool:
+    """Whether a folder has a `dataset.json` that lists its scans and label maps."""
+    return is_file(root / DATASET_FILE) and not _one_file_a_channel(_content(root / DATASET_FILE), root)
+
+
+def open_nnunet(root: Path, *, channel: str | None, class_names: Sequence[str] | None) -> LabelledFolder:
+    """Scans of one channel in `imagesTr`, label maps in `labelsTr`; see `layouts.open_folder`."""
+    folder, channels, number = _described(root, channel, class_names)
+    images = _channel_files(root, number, channel_names=channels)
+    return replace(folder, images=images, labels=require_pairs(images, files_by_case(root / "labelsTr"), root))
+
+
+def open_decathlon(root: Path, *, channel: str | None, class_names: Sequence[str] | None) -> LabelledFolder:
+    """Scans and label maps listed under `training`; see `layouts.open_folder`."""
+    folder, _, _ = _described(root, channel, class_names)
+    images, labels = _listed_files(_content(root / DATASET_FILE)["training"], root)
+    return replace(folder, images=images, labels=labels)
+
+
+def _described(
+    root: Path, channel: str | None, class_names: Sequence[str] | None
+) -> tuple[LabelledFolder, list[str], int]:
+    """A folder without its files, the names of all channels and the number of the chosen one."""
+    path = root / DATASET_FILE
+    content = _content(path)
+    names = _listed_names(content, path, class_names)
+    channels = _channels(content, path)
+    number = _channel_number(channels, channel, path)
+    # A single channel is not recorded, so that a 4-D scan given to the adapter later is not taken silently.
+    chosen = number if len(channels) > 1 else None
+    return LabelledFolder(root, names, channels[number], {}, {}, chosen, _name(content, root)), channels, number
+
+
+def _name(content: Mapping[str, Any], root: Path) -> str | None:
+    name = content.get("name")
+    if not isinstance(name, str) or not name.strip():
+        return None
+    is_task = re.fullmatch(r"Task\d\d_\w+", root.name) is not None
+    return f"{DECATHLON}, {name.strip()}" if is_task else name.strip()
+
+
+def _one_file_a_channel(content: Mapping[str, Any], root: Path) -> bool:
+    """Whether files are named as nnU-Net's; its first version lists them as the Decathlon does, but without _0000."""
+    training = content.get("training")
+    if "channel_names" in content or not isinstance(training, list) or not training:
+        return True
+    first = training[0]
+    if not isinstance(first, dict) or "image" not in first:
+        return False
+    listed = root / str(first["image"])
+    suffix = suffix_of(listed) or ""
+    return not is_file(listed) and is_file(listed.with_name(f"{listed.name.removesuffix(suffix)}_0000{suffix}"))
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"expected an object with labels in {path}, found {type(content).__name__}; {_ADVICE}")
+    return content
+
+
+def _listed_names(content: Mapping[str, Any], path: Path, given: Sequence[str] | None) -> tuple[str, ...]:
+    """The listed names, or those given if the listed ones are of a kind that cannot be used, such as regions."""
+    try:
+        return class_names_of(content, path)
+    except InputError:
+        if given is None:
+            raise
+        return tuple(given)
+
+
+def class_names_of(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """Names of labels 1..K in the content of a `dataset.json`, background left out.
+
+    Raises:
+        InputError: there are no labels, they have gaps, or they are regions of several labels.
+    """
+    labels = content.get("labels")
+    if not isinstance(labels, dict) or not labels:
+        raise InputError(f'expected "labels" with numbers and names in {path}, found {labels!r}; {_ADVICE}')
+    by_number: dict[int, str] = {}
+    for key, value in labels.items():
+        number, name = (value, key) if isinstance(value, int) else (key, value)
+        if not str(number).isdecimal() or not isinstance(name, str) or int(number) in by_number:
+            raise InputError(
+                f"expected one number for each name in the labels of {path}, found {key!r}: {value!r}; "
+                "regions of several labels are not supported, name the labels with class_names"
+            )
+        by_number[int(number)] = name
+    names = [by_number[number] for number in sorted(by_number)]
+    if sorted(by_number) != list(range(len(by_number))) or "ignore" in names or len(set(names)) != len(names):
+        raise InputError(
+            f"expected labels 0..K without gaps, different names, and none to be ignored, in {path}, found {labels}; "
+            "renumber the masks, or name the labels with class_names"
+        )
+    if len(names) < 2:
+        raise InputError(f"expected labels beside background in {path}, found {labels}; or name them with class_names")
+    return tuple(names[1:])
+
+
+def names_of_dataset(path: Path) -> tuple[str, ...]:
+    """Class names of a `dataset.json` of the Medical Segmentation Decathlon or of nnU-Net, background left out.
+
+    Args:
+        path: the file; its `labels` are `{"0": "background", "1": "liver"}` or `{"background": 0, "liver": 1}`.
+
+    Raises:
+        InputError: the file has no such labels, or they are not 0..K.
+    """
+    if path.is_dir() or path.suffix.lower() != ".json":
+        raise InputError(f"expected the dataset.json of the Decathlon or of nnU-Net, found {path}; give that file")
+    return class_names_of(_content(path), path)
+
+
+def _channels(content: Mapping[str, Any], path: Path) -> list[str]:
+    """Names of channels 0, 1 and so on."""
+    listed = content.get("channel_names", content.get("modality", {"0": ""}))
+    if not isinstance(listed, dict) or sorted(listed) != sorted(str(number) for number in range(len(listed))):
+        raise InputError(f'expected channels "0", "1" and so on with their names in {path}, found {listed!r}')
+    return [str(listed[str(number)]) for number in range(len(listed))]
+
+
+def _channel_number(channels: list[str], wanted: str | None, path: Path) -> int:
+    if wanted is None and len(channels) == 1:
+        return 0
+    if wanted is not None:
+        matching = [n for n, name in enumerate(channels) if wanted.lower() in (name.lower(), str(n))]
+        if len(matching) == 1:
+            return matching[0]
+    listed = ", ".join(f"{number} ({name})" for number, name in enumerate(channels))
+    found = "none chosen" if wanted is None else f"{wanted!r}"
+    raise InputError(f"expected one of the channels {listed} of {path}, found {found}; choose one by name or number")
+
+
+def _channel_files(root: Path, number: int, *, channel_names: list[str]) -> dict[str, Path]:
+    """Scans of one channel, each channel being a file of its own."""
+    files = files_by_case(root / "imagesTr")
+    matches = {name: _CHANNEL_NAME.fullmatch(name) for name in files}
+    if not all(matches.values()):
+        plain = next(name for name, match in matches.items() if not match)
+        if len(channel_names) == 1:
+            return files
+        raise InputError(
+            f"expected a file for each channel in {root / 'imagesTr'}, named CASE_0000 and so on, found {plain}"
+        )
+    images = {match[1]: files[name] for name, match in matches.items() if match and int(match[2]) == number}
+    lacking = sorted({match[1] for match in matches.values() if match} - images.keys())
+    if lacking:
+        raise InputError(
+            f"expected a file ending in _{number:04d} ({channel_names[number]}) of every case in "
+            f"{root / 'imagesTr'}, found none of {', '.join(lacking[:5])}; add it or leave the case out"
+        )
+    return images
+
+
+def _listed_files(training: list[Any], root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Scans and label maps that Decathlon's `training` lists."""
+    images: dict[str, Path] = {}
+    labels: dict[str, Path] = {}
+    case_of_scan: dict[Path, str] = {}
+    for entry in training:
+        if not isinstance(entry, dict) or not {"image", "label"} <= entry.keys():
+            raise InputError(f'expected "image" and "label" of each training case in {root / DATASET_FILE}: {entry!r}')
+        image, label = (_listed_file(root, str(entry[kind])) for kind in ("image", "label"))
+        case = case_name(label)
+        if case in images:
+            if label == labels[case]:
+                raise InputError(f"{root / DATASET_FILE} lists {case} twice; mend the list")
+            raise InputError(
+                f"expected different names, since cases are named after their label maps, found {labels[case]} and "
+                f"{label} in {root / DATASET_FILE}; rename them"
+            )
+        # As one scan, a link to it included, it could be trained on and held out.
+        other = case_of_scan.setdefault(image.resolve(), case)
+        if other != case:
+            raise InputError(f"{root / DATASET_FILE} lists {image} with {other} and with {case}; mend the list")
+        images[case], labels[case] = image, label
+    if not images:
+        raise InputError(f"expected training cases in {root / DATASET_FILE}, found none; is it a test set?")
+    return images, labels
+
+
+def _listed_file(root: Path, listed: str) -> Path:
+    """A file that `dataset.json` names; by its name it is below `root`, but it may be a link to elsewhere."""
+    path = Path(os.path.normpath(root / listed))
+    if not path.is_relative_to(root):
+        raise InputError(f"expected files below {root} in its {DATASET_FILE}, found {path}")
+    if suffix_of(path) is None or not is_file(path):
+        raise InputError(f"{root / DATASET_FILE} lists {path}, which is missing or no scan; mend the list")
+    return path

@@ -1,0 +1,166 @@
+"""A folder of labelled scans, whatever its layout: which files make up each case, and what the labels mean."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from samed_peft.errors import InputError
+from samed_peft.io import content_fingerprint, list_folder, suffix_of
+
+
+@dataclass(frozen=True)
+class Case:
+    """Files of one case.
+
+    Attributes:
+        name: of the case.
+        scans: its scan; of a case stored slice by slice, a file for each slice, in order.
+        labels: its label map, or one for each slice; the same files if these hold both.
+        numbers: number of each slice; empty for a whole scan.
+    """
+
+    name: str
+    scans: tuple[Path, ...]
+    labels: tuple[Path, ...]
+    numbers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LabelledFolder:
+    """Cases of a folder, and what their labels mean.
+
+    Attributes:
+        root: the folder.
+        class_names: names of labels 1..K; empty if nothing names them.
+        modality: what the chosen channel shows, "CT" or "MRI" for example, lower or upper case as in the file; None if
+            unknown.
+        images: case -> scan.
+        labels: case -> label map; the same file if it holds both.
+        channel: number of the chosen channel if scans have several.
+        name: what `dataset.json` calls the data, preceded by "Medical Segmentation Decathlon" if the folder is named
+            like one of its tasks; None if unknown.
+        slices: case -> slice number -> file with that slice and its labels, of cases stored slice by slice.
+        label_table: label used for each stored label 0, 1 and so on; None if stored labels are used as they are.
+        splits: suggested cases for "train" and "test"; empty if the layout suggests none.
+        layout: name of the layout, see `layouts.LAYOUTS`.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    modality: str | None
+    images: Mapping[str, Path]
+    labels: Mapping[str, Path]
+    channel: int | None = None
+    name: str | None = None
+    slices: Mapping[str, Mapping[int, Path]] = field(default_factory=dict)
+    label_table: tuple[int, ...] | None = None
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    layout: str = ""
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """Names of all cases."""
+        return tuple(dict.fromkeys((*self.images, *self.slices)))
+
+    def case(self, name: str, *, as_slices: bool = False) -> Case:
+        """Files of a case: its whole scan, or its slices if only they exist.
+
+        Args:
+            name: of the case.
+            as_slices: prefer the files of single slices, which may have gaps.
+
+        Raises:
+            InputError: a scan lacks its label map or the reverse, or slices of a whole scan have gaps.
+        """
+        slices = self.slices.get(name, {})
+        if not slices or (name in self.images and not as_slices):
+            image, labels = self.images[name], self.labels[name]
+            for path, partner in ((image, labels), (labels, image)):
+                if not is_file(partner):
+                    raise InputError(
+                        f"{path} has no partner: expected {partner}; add it, or leave the case out with cases=[...]"
+                    )
+            return Case(name, (image,), (labels,))
+        numbers = tuple(sorted(slices))
+        files = tuple(slices[number] for number in numbers)
+        if not as_slices and len(numbers) != numbers[-1] - numbers[0] + 1:
+            gaps = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
+            raise InputError(
+                f"expected every slice of {name} in {files[0].parent}, but {gaps} are missing; "
+                "preprocess the case again"
+            )
+        return Case(name, files, files, numbers)
+
+    def data_name(self, prefix: str, cases: Iterable[str], *, as_slices: bool = False) -> str:
+        """A name for the data of some cases, for runs to record: `prefix` and a fingerprint of the files' content."""
+        chosen = [self.case(case, as_slices=as_slices) for case in cases]
+        files = dict.fromkeys(path for case in chosen for path in case.scans + case.labels)
+        return f"{prefix}-{content_fingerprint(files)[:16]}"
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file exists; False for names that no file can have and for folders that may not be searched."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder exists; False below folders that may not be searched."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def case_name(path: Path) -> str:
+    """The file's name without suffix.
+
+    Raises:
+        InputError: it is not UTF-8, which reports and prepared slices need.
+    """
+    if (readable := path.name.encode("utf-8", errors="replace").decode()) != path.name:
+        raise InputError(f"expected file names in UTF-8, found {readable} in {path.parent}; rename it")
+    return path.name[: -len(suffix_of(path) or "")]
+
+
+def files_by_case(folder: Path) -> dict[str, Path]:
+    """Case -> its one scan, label map or picture in a folder.
+
+    Raises:
+        InputError: a case has several files, a name is not UTF-8, or the folder has no scans.
+    """
+    found: dict[str, Path] = {}
+    for path in list_folder(folder):
+        if suffix_of(path) is not None and not path.name.startswith("."):
+            add_file(found, case_name(path), path)
+    if not found:
+        raise InputError(f"expected scans or pictures in {folder}, found none; check the folder")
+    return found
+
+
+def add_file(found: dict[str, Path], case: str, path: Path) -> None:
+    """Note the file of a case.
+
+    Raises:
+        InputError: the case has another file already.
+    """
+    if (other := found.setdefault(case, path)) != path:
+        raise InputError(f"expected one file a case, found {other} and {path}; remove one of them")
+
+
+def require_pairs(images: Mapping[str, Path], labels: Mapping[str, Path], root: Path) -> dict[str, Path]:
+    """Label maps in the order of the scans.
+
+    Raises:
+        InputError: a case lacks its scan or its label map.
+    """
+    alone: Sequence[str] = sorted(images.keys() ^ labels.keys())
+    if alone:
+        kind = "label map" if alone[0] in images else "scan"
+        raise InputError(
+            f"expected a scan and a label map of every case in {root}, found no {kind} of {', '.join(alone[:5])} "
+            f"({len(alone)} in all); add it, or take the other file away"
+        )
+    return {case: labels[case] for case in images}
