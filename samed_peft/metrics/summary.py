@@ -39,7 +39,10 @@ class Intervals(TypedDict):
 
 
 def summarise(cases: Sequence[CaseScores], class_names: Sequence[str]) -> dict[Convention, Summary]:
-    """Means over cases for each class, then over classes; undefined (NaN) scores are left out and counted."""
+    """Means over cases for each class, then over classes; undefined (NaN) scores are left out and counted.
+
+    A metric that a case lacks, such as one of a report from before the metric was added, is undefined.
+    """
     return {convention: _summary(cases, class_names, convention) for convention in CONVENTIONS}
 
 
@@ -101,7 +104,7 @@ def _summary(cases: Sequence[CaseScores], class_names: Sequence[str], convention
 
 
 def _means(scores: Sequence[Mapping[str, float]]) -> ClassScore:
-    return {metric: mean_defined([score[metric] for score in scores]) for metric in METRICS}
+    return {metric: mean_defined([score.get(metric, math.nan) for score in scores]) for metric in METRICS}
 
 
 def _intervals(
@@ -109,7 +112,7 @@ def _intervals(
 ) -> Intervals:
     found: Intervals = {"mean": {}, "classes": {name: {} for name in class_names}}
     for metric in METRICS:
-        values = np.array([[score[metric] for score in case[convention]] for case in cases])  # (N, K)
+        values = np.array([[score.get(metric, math.nan) for score in case[convention]] for case in cases])  # (N, K)
         scored = ~np.isnan(values)
         means = _ratios(weights @ np.nan_to_num(values), weights @ scored)  # (R, K)
         for name, column, count in zip(class_names, means.T, scored.sum(axis=0).tolist(), strict=True):
