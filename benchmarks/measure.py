@@ -29,11 +29,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy", "samed_peft")
 
 
-def options_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is a script's docstring, with the option that every benchmark has."""
+def options_parser(description: str | None, results: str = "results") -> argparse.ArgumentParser:
+    """Build a parser whose help is a script's docstring, with the option that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    folder = Path(__file__).parent / "results"
-    parser.add_argument("--results_dir", type=Path, default=folder, help="default: benchmarks/results")
+    folder = Path(__file__).parent / results
+    parser.add_argument("--results_dir", type=Path, default=folder, help=f"default: benchmarks/{results}")
     return parser
 
 

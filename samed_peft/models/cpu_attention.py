@@ -257,8 +257,8 @@ class TiledAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     @torch.autocast("cpu", enabled=False)
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Recompute the weights block by block, and from them the gradients of all tensors."""
         query, key, value, pad_key, pad_value, table = ctx.saved_tensors
