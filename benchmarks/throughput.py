@@ -30,15 +30,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from measure import (
-    Worker,
-    facts,
-    in_own_process,
-    options_parser,
-    processes,
-    spread,
-    with_range,
-)  # fmt: skip
+import measure
+from measure import Worker, markdown, spread, with_range
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -166,8 +159,6 @@ def profile(args: argparse.Namespace, kinds: tuple[str, ...]) -> Figures:
 
 def table(title: str, part: Figures, *, training: bool) -> str:
     """Format one part as Markdown tables."""
-    from samed_peft.evaluation.report import markdown_table
-
     head = ["subject", "median s (range)", "images/s" if training else "slices/s", "peak GB"]
     head += ["GEMM peak", "first loss"] if training else []
     others = sorted({name for ratios in part["times_as_fast"].values() for name in ratios})
@@ -177,17 +168,17 @@ def table(title: str, part: Figures, *, training: bool) -> str:
         row = [name, with_range(one["seconds"], 3), f"{one['per_second']:.2f}", f"{memory:.2f}"]
         row += [f"{one['share_of_gemm_peak']['median']:.0%}", f"{one['first_loss']:.4f}"] if training else []
         rows.append(row)
-    lines = [f"### {title}", "", markdown_table(head, rows), ""]
+    lines = [f"### {title}", "", *markdown(head, rows), ""]
     ratios = [
         [name, *(with_range(r[other], 2) if other in r else "" for other in others)]
         for name, r in part["times_as_fast"].items()
     ]
-    return "\n".join([*lines, *([markdown_table(["times as fast as", *others], ratios)] if others else [])])
+    return "\n".join([*lines, *(markdown(["times as fast as", *others], ratios) if others else [])])
 
 
 def parse() -> argparse.Namespace:
     """Options, with those that were left out filled in for the geometry."""
-    parser = options_parser(__doc__)
+    parser = measure.options_parser(__doc__)
     add = parser.add_argument
     add("--geometry", choices=["vit_b", "vit_l", "vit_h", "tiny"], default="vit_b", help="of random weights")
     add("--base", help="SAM to use instead: Hub id, folder, Meta .pth or tiny-sam")
@@ -233,11 +224,11 @@ def main() -> None:
     # Only the last part of paths, which differ from machine to machine.
     plain = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("name", "results_dir")}
     plain["base"] = args.base and (Path(args.base).name if Path(args.base).exists() else args.base)
-    result: Figures = facts() | {"settings": plain}
-    processes(args.forked, preload=["throughput_peers", "torch._dynamo"])
+    result: Figures = measure.facts() | {"settings": plain}
+    measure.processes(args.forked, preload=["throughput_peers", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as work:
         args.work = Path(work)
-        result |= in_own_process(write_inputs, args, forked=args.forked)
+        result |= measure.in_own_process(write_inputs, args, forked=args.forked)
         workers = start_workers(args)
         if "training" in args.parts:
             result["training"] = train(workers, args, result["step_gflop_per_image"])
@@ -255,9 +246,7 @@ def main() -> None:
     print(f"\n{result['step_gflop_per_image']} GFLOP an image and step; {json.dumps(result['machine'])}\n")
     parts = [table(titles[part], result[part], training=part == "training") for part in titles if part in result]
     print("\n\n".join(parts))
-    from samed_peft.io import write_json
-
-    write_json(args.results_dir / f"throughput-{result['date']}-{args.name or args.geometry}.json", result)
+    measure.write_result(args.results_dir / f"throughput-{result['date']}-{args.name or args.geometry}.json", result)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,6 @@ from samed_peft.prediction.inference import load_segmenter
 from samed_peft.training import build_optimizer, train_step
 from samed_peft.training.batches import TrainingSlices, batch_loader, epoch_batches
 
-METHODS = {"lora": add_lora}
-"""How this package adapts; a new method needs a line here and in `PEFT_CONFIGS`."""
-
-PEFT_CONFIGS = {"lora": lambda rank, **kwargs: LoraConfig(r=rank, lora_alpha=rank, **kwargs)}
-
 
 def read_batch(args: argparse.Namespace) -> dict[str, Tensor]:
     """Read the batch of all subjects: `pixel_values` (B, 3, S, S) and `labels` (B, h, h)."""
@@ -55,7 +50,7 @@ class SamedPeft:
             sam.activation_checkpointing_enable()
         sizes = {"image_size": args.image_size, "input_size": args.input_size, "rank": args.rank}
         config = SamedConfig(str(base), SYNAPSE_CLASSES, **sizes)
-        model = METHODS[args.method](sam, config)
+        model = add_lora(sam, config)
         self.adapter = args.work / f"adapter-{args.mixed_precision}"
         save_adapter(model, self.adapter, config=config)
         cast_frozen_weights(model, product_dtype(self.accelerator))
@@ -123,8 +118,9 @@ class PlainSam(nn.Module):
         sam.requires_grad_(False)
         if args.gradient_checkpointing:
             sam.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        config = PEFT_CONFIGS[args.method](
-            args.rank,
+        config = LoraConfig(
+            r=args.rank,
+            lora_alpha=args.rank,
             target_modules=r"vision_encoder\.layers\.\d+\.attn\.qkv",
             modules_to_save=["mask_decoder", "no_mask_embed"],
         )
