@@ -90,17 +90,14 @@ def placement_options(text: str) -> tuple[str, ...]:
     return tuple(options)
 
 
-def method_options(name: str) -> tuple[str, ...]:
-    """Options of a recipe for a method or "lora_plus"."""
-    return ("--lora_plus_ratio", str(LORA_PLUS_RATIO)) if name == "lora_plus" else ("--method", name)
-
-
 def variants(args: argparse.Namespace) -> list[Variant]:
     """List all rows of the table."""
     rank = ("--rank", str(args.rank))
     rows = [Variant("rank", f"rank {r}", ("--rank", str(r))) for r in args.ranks]
     rows += [Variant("placement", text, (*rank, *placement_options(text))) for text in args.placements]
-    rows += [Variant("method", name, (*rank, *method_options(name))) for name in args.methods]
+    for name in args.methods:
+        method = ("--lora_plus_ratio", str(LORA_PLUS_RATIO)) if name == "lora_plus" else ("--method", name)
+        rows.append(Variant("method", name, (*rank, *method)))
     if args.baselines:
         rows += [Variant("baseline", name, ("--method", name)) for name in ("decoder", "full")]
         rows.append(Variant("baseline", "no pretraining", rank, untrained=True))
@@ -258,7 +255,7 @@ def _reason(lines: Sequence[str]) -> str:
 
 @exit_on_error
 def main() -> None:
-    """Run what is not finished."""
+    """Run all runs without a result."""
     args = parse_args()
     runs = plan(args)
     finished = [run for run in runs if is_finished(run, args)]

@@ -26,6 +26,7 @@ import torch
 from accelerate import Accelerator
 from measure import DEVICE, DTYPES, Action
 from peft import PeftModel
+from scipy.stats import linregress
 from throughput_inputs import NUM_LABELS, random_model
 
 from samed_peft import SamedConfig, Volume, add_lora, predict_volume
@@ -157,9 +158,8 @@ def point(task: tuple[Callable[[argparse.Namespace], Action], argparse.Namespace
 
 def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     """Least-squares line, its R², and unit cost at the last point over that at the first."""
-    slope, intercept = np.polyfit(x, y, 1)
-    residual, total = np.square(np.polyval([slope, intercept], x) - y).sum(), np.square(y - np.mean(y)).sum()
-    found = {"fixed": intercept, "per_unit": slope, "r_squared": 1 - residual / total if total else 1.0}
+    line = linregress(x, y)
+    found = {"fixed": line.intercept, "per_unit": line.slope, "r_squared": line.rvalue**2 if np.ptp(y) else 1.0}
     found["unit_cost"] = (y[-1] / x[-1]) / (y[0] / x[0])
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 

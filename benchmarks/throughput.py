@@ -12,12 +12,10 @@ the same batch. A subject is:
     peft-eager    the same with the eager attention
     samed         the original code (--samed_dir), in float32, as its trainer does
 
-The share of the GEMM peak is a step's FLOP over its time and over the rate of a large matrix product of the same dtype,
-measured right before and after in the same process; `step_gflop` in throughput_inputs.py says which FLOP count.
-Predictions go through the low-resolution bottleneck; the original reads its own format, scaled beforehand, and skips
-its scores. ViT-B at 512 pixels takes some 20 minutes on two idle cores, `--geometry tiny --rounds 1` half a minute.
-Other work on the machine can slow steps several times over, most of all in bfloat16: look at the range. Prints
-Markdown and writes one JSON to benchmarks/results. Memory is read from /proc, so this runs on Linux.
+benchmarks/README.md says how times, memory and the share of the GEMM peak are measured. ViT-B at 512 pixels takes some
+20 minutes on two idle cores, `--geometry tiny --rounds 1` half a minute. Other work on the machine can slow steps
+several times over, most of all in bfloat16: look at the range. Prints Markdown and writes one JSON to
+benchmarks/results. Memory is read from /proc, so this runs on Linux.
 """
 
 import argparse
