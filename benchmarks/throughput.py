@@ -65,7 +65,7 @@ def worker(args: argparse.Namespace, subject: str, precision: str) -> Worker:
 def start_workers(args: argparse.Namespace) -> dict[str, Worker]:
     """Start a process for each subject and precision, under names such as "samed_peft float32"."""
     pairs = [(name, precision) for precision in args.mixed_precision for name in args.subjects if name != "samed"]
-    # The original has float32 only, whichever precisions the others run in.
+    # The original has only float32.
     pairs += [(name, "no") for name in args.subjects if name == "samed"]
     return {f"{name} {PRECISIONS[precision]}": worker(args, name, precision) for name, precision in pairs}
 
@@ -199,7 +199,7 @@ def parse() -> argparse.Namespace:
     add("--prediction_rounds", type=int, help="default: at most 2")
     add("--scan", type=Path, help="to predict file to file, in Hounsfield units; default: a phantom")
     add("--scan_shape", nargs=3, type=int, help="slices, rows, columns of the phantom; default 20 512 512")
-    add("--profile", action="store_true", help="print where the time of samed_peft goes")
+    add("--profile", action="store_true", help="print the operators that take samed_peft's time")
     add("--name", help="end of the result's file name; the geometry if not given")
     args = parser.parse_args()
     tiny = args.geometry == "tiny" or args.base == "tiny-sam"
