@@ -5,9 +5,9 @@
 
 All attend on the same queries, keys and values, projections left out, and take turns within a round; ratios are taken
 within a round too. Gradients are those of LoRA finetuning: of queries, keys, values and padding, not of the frozen
-relative positions. "encoder" adds up the 8 windowed and 4 global layers of ViT-B. Peak memory is the memory that one forward
-and backward pass adds to the process. Results are compared with the same attention in float64. Prints Markdown; writes one
-JSON to benchmarks/results. Memory is read from /proc, so this runs on Linux.
+relative positions. "encoder" adds up the 8 windowed and 4 global layers of ViT-B. Peak memory is the memory that one
+forward and backward pass adds to the process. Results are compared with the same attention in float64. Prints Markdown;
+writes one JSON to benchmarks/results. Memory is read from /proc, so this runs on Linux.
 """
 
 import argparse
