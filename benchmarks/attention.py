@@ -1,6 +1,6 @@
 """SAM's attention alone: this package's CPU kernel beside PyTorch's fused kernel and Transformers' SDPA attention.
 
-    python benchmarks/attention.py              # ViT-B at 512 and 1024 pixels, about five minutes on two cores
+    python benchmarks/attention.py              # ViT-B at 512 and 1024 pixels, about three minutes on two idle cores
     python benchmarks/attention.py --quick      # tiny sizes, seconds: to see that it works
 
 All attend on the same queries, keys and values, projections left out, and take turns within a round; ratios are taken
