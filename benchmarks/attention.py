@@ -1,13 +1,13 @@
 """SAM's attention alone: this package's CPU kernel beside PyTorch's fused kernel and Transformers' SDPA attention.
 
-    python benchmarks/attention.py              # ViT-B at 512 and 1024 pixels, about five minutes on two cores
+    python benchmarks/attention.py              # ViT-B at 512 and 1024 pixels, about three minutes on two idle cores
     python benchmarks/attention.py --quick      # tiny sizes, seconds: to see that it works
 
 All attend on the same queries, keys and values, projections left out, and take turns within a round; ratios are taken
 within a round too. Gradients are those of LoRA finetuning: of queries, keys, values and padding, not of the frozen
-relative positions. "encoder" adds up the 8 windowed and 4 global layers of ViT-B. Peak memory is what one forward and
-backward pass adds to the process. Results are compared with the same attention in float64. Prints Markdown; writes one
-JSON to benchmarks/results. Memory is read from /proc, so this runs on Linux.
+relative positions. "encoder" adds up the 8 windowed and 4 global layers of ViT-B. Peak memory is the memory that one
+forward and backward pass adds to the process. Results are compared with the same attention in float64. Prints Markdown;
+writes one JSON to benchmarks/results. Memory is read from /proc, so this runs on Linux.
 """
 
 import argparse
@@ -19,15 +19,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import measure
 import numpy as np
 import torch
-from measure import Action, facts, options_parser, peak_resident_gb, reset_peak, seconds_of, spread, with_range
+from measure import Action, spread, with_range
 from torch import Tensor, nn
 from transformers import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionLayer
 
-from samed_peft.evaluation.report import markdown_table
-from samed_peft.io import write_json
 from samed_peft.models.attention import fused_attention
 from samed_peft.models.cpu_attention import TiledAttention
 
@@ -50,35 +49,27 @@ class Layer:
     count: int
 
 
-def layers(image_size: int, *, quick: bool) -> list[Layer]:
-    """The windowed and the global layers of ViT-B at a size, or of a much smaller encoder."""
-    grid = image_size // PATCH
-    window, heads, dim = (3, 2, 16) if quick else (14, 12, 64)
-    return [Layer("windowed", grid, window, heads, dim, 8), Layer("global", grid, grid, heads, dim, 4)]
-
-
 def drawn(layer: Layer, *, batch_size: int, dtype: torch.dtype) -> list[Tensor | None]:
-    """Inputs as `TiledAttention` takes them, and last the gradient (B, H, W, heads, d) of its output.
+    """Draw inputs as `TiledAttention` takes them, and last the gradient (B, H, W, heads, d) of its output.
 
-    Padding is zero, as without biases: Transformers pads tokens, and projects them afterwards.
+    Padding is zero, as without biases: Transformers pads tokens and projects them afterwards.
     """
     rng = torch.Generator().manual_seed(0)
     shape = (batch_size, layer.grid, layer.grid, layer.heads, layer.dim)
     query, key, value, grad_output = (torch.randn(shape, generator=rng) for _ in range(4))
     table = torch.randn(2 * (2 * layer.window - 1), layer.dim, generator=rng)
-    padded = layer.grid % layer.window != 0
-    pads = [torch.zeros(layer.heads, layer.dim) if padded else None for _ in range(2)]
+    pads = [torch.zeros(layer.heads, layer.dim) if layer.grid % layer.window else None for _ in range(2)]
     return cast([query, key, value, *pads, table, grad_output], dtype)
 
 
 def cast(tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """Tensors in another type; all but the table and the output's gradient need gradients."""
+    """Cast tensors; all but the table and the output's gradient need gradients."""
     changed = [None if tensor is None else tensor.detach().to(dtype) for tensor in tensors]
     return [tensor if tensor is None else tensor.requires_grad_(i < 5) for i, tensor in enumerate(changed)]
 
 
 def subjects(layer: Layer, table: Tensor) -> dict[str, Attention]:
-    """Functions of query, key, value, the two paddings and the table."""
+    """Build the compared functions of query, key, value, the two paddings and the table."""
     config = SamVisionConfig(hidden_size=layer.heads * layer.dim, num_attention_heads=layer.heads)
     config._attn_implementation = "sdpa"
     theirs = SamVisionLayer(config, layer.window)
@@ -98,7 +89,7 @@ def subjects(layer: Layer, table: Tensor) -> dict[str, Attention]:
 
 
 def backward(attend: Attention, tensors: list[Tensor | None]) -> list[Tensor]:
-    """Output and gradients of queries, keys and values (and, where a subject takes it, padding)."""
+    """Return output and gradients of queries, keys, values and, if the subject takes it, padding."""
     *inputs, grad_output = tensors
     output = attend(*inputs)
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
@@ -116,16 +107,16 @@ def largest_difference(found: list[Tensor], exact: list[Tensor]) -> dict[str, fl
 
 
 def peak_mb(action: Action) -> float:
-    """Memory that a call adds; in a thread of its own, as this package keeps scratch memory for each thread."""
+    """Peak memory that a call adds, in a new thread because this package keeps scratch memory for each thread."""
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(reset_peak).result()
-        before = peak_resident_gb()
+        thread.submit(measure.reset_peak).result()
+        before = measure.peak_resident_gb()
         thread.submit(action).result()
-        return round(1e3 * (peak_resident_gb() - before), 1)
+        return round(1e3 * (measure.peak_resident_gb() - before), 1)
 
 
-def measure(layer: Layer, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
-    """Differences from float64, peak memory, and seconds of every round, for all subjects."""
+def measured(layer: Layer, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure differences from float64, peak memory, and seconds of every round, for all subjects."""
     tensors = drawn(layer, batch_size=args.batch_size, dtype=dtype)
     exact = backward(partial(fused_attention, layer.window), cast(tensors, torch.float64))
     calls: dict[tuple[str, str], Action] = {}
@@ -138,18 +129,14 @@ def measure(layer: Layer, dtype: torch.dtype, args: argparse.Namespace) -> dict[
         found[name]["seconds"] = {step: [] for step in STEPS}
     for _ in range(args.rounds):
         for (name, step), call in calls.items():
-            found[name]["seconds"][step].append(seconds_of(call)[0])
+            found[name]["seconds"][step].append(measure.seconds_of(call)[0])
     return found
 
 
 def compare(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Seconds of subjects, a list of rounds each -> their spread, and how many times as fast this package is."""
-    ours = seconds["samed_peft"]
-    ratios = {
-        name: spread([other / own for other, own in zip(rounds, ours, strict=True)])
-        for name, rounds in seconds.items()
-        if name != "samed_peft"
-    }
+    """Summarise the seconds of each subject's rounds, and how many times as fast this package is."""
+    ours = np.array(seconds["samed_peft"])
+    ratios = {name: spread((seconds[name] / ours).tolist()) for name in SUBJECTS[1:]}
     return {"seconds": {name: spread(rounds) for name, rounds in seconds.items()}, "times_as_fast": ratios}
 
 
@@ -157,8 +144,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure all sizes and types; one entry for each with its layers, and each step's comparisons."""
     results = []
     for size, dtype in itertools.product(args.image_sizes, DTYPES):
-        kinds = layers(size, quick=args.quick)
-        found = {layer.kind: measure(layer, DTYPES[dtype], args) for layer in kinds}
+        window, heads, dim = (3, 2, 16) if args.quick else (14, 12, 64)
+        grid = size // PATCH
+        kinds = [Layer("windowed", grid, window, heads, dim, 8), Layer("global", grid, grid, heads, dim, 4)]
+        found = {layer.kind: measured(layer, DTYPES[dtype], args) for layer in kinds}
         steps = {}
         for step in STEPS:
             parts = {kind: {name: one["seconds"][step] for name, one in found[kind].items()} for kind in found}
@@ -183,20 +172,19 @@ def table(results: list[dict[str, Any]]) -> str:
     rows = []
     for one, step in itertools.product(results, STEPS):
         for part, compared in one["steps"][step].items():
-            times = [
-                with_range({k: 1e3 * v for k, v in compared["seconds"][name].items()}, digits=1) for name in SUBJECTS
-            ]
-            ratios = [with_range(compared["times_as_fast"][name], digits=2) for name in SUBJECTS[1:]]
+            times = [with_range(compared["seconds"][name], 1, scale=1e3) for name in SUBJECTS]
+            ratios = [with_range(compared["times_as_fast"][name], 2) for name in SUBJECTS[1:]]
             peaks = [one["layers"][part][name]["peak_mb"] for name in SUBJECTS] if part != "encoder" else []
             memory = " / ".join(f"{peak:.0f}" for peak in peaks) if step == STEPS[1] else ""
             rows.append([f"{one['image_size']}, {one['dtype']}, {step}, {part}", *times, *ratios, memory])
     head = ["pixels, type, pass, layers", *(f"{name}, ms" for name in SUBJECTS)]
-    return markdown_table([*head, *(f"{name} / samed_peft" for name in SUBJECTS[1:]), "peak MB of each"], rows)
+    head += [*(f"{name} / samed_peft" for name in SUBJECTS[1:]), "peak MB of each"]
+    return "\n".join(measure.markdown(head, rows))
 
 
-def parse() -> argparse.Namespace:
-    """Options."""
-    parser = options_parser(__doc__)
+def main() -> None:
+    """Measure, print a table and write the figures."""
+    parser = measure.options_parser(__doc__)
     parser.add_argument("--image_sizes", type=int, nargs="+", default=[512, 1024], help="pixels per side")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
@@ -206,21 +194,14 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         vars(args).update(image_sizes=[128], rounds=1)
-    return args
-
-
-def main() -> None:
-    """Measure, print a table and write the figures."""
-    args = parse()
     torch.set_num_threads(args.threads)
-    result = facts() | {"settings": {k: v for k, v in vars(args).items() if k not in ("name", "results_dir")}}
-    found = run(args)
-    overall = {name: mean_ratio(found, name) for name in SUBJECTS[1:]}
-    print("\n" + table(found))
-    for name, ratio in overall.items():
+    settings = {name: value for name, value in vars(args).items() if name not in ("name", "results_dir")}
+    result = measure.facts() | {"settings": settings, "results": run(args)}
+    result["overall"] = {name: mean_ratio(result["results"], name) for name in SUBJECTS[1:]}
+    print("\n" + table(result["results"]))
+    for name, ratio in result["overall"].items():
         print(f"\nThe whole encoder, mean over sizes, types and passes: {ratio:.2f} times as fast as {name}")
-    path = args.results_dir / f"attention-{result['date']}-{args.name}.json"
-    write_json(path, result | {"results": found, "overall": overall})
+    measure.write_result(args.results_dir / f"attention-{result['date']}-{args.name}.json", result)
 
 
 if __name__ == "__main__":

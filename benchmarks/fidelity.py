@@ -1,22 +1,19 @@
-"""Does this package compute what the original SAMed computes? Both run side by side, on the same weights and scans.
+"""Does this package compute the same as the original SAMed? Both run side by side, on the same weights and scans.
 
     git clone https://github.com/hitachinsk/SAMed && pip install einops icecream imageio tensorboardX
     python benchmarks/fidelity.py --samed_dir SAMed --data_dir DATA --case 1
 
-DATA is a raw BTCV folder. Weights are random: what is compared is arithmetic, not skill. ViT-B at 512 pixels on twenty
-slices takes about ten minutes on two cores. Prints a table and writes one JSON to benchmarks/results; exits with 1
-if a tolerance is exceeded.
+DATA is a raw BTCV folder. Weights are random: this compares arithmetic, not skill. ViT-B at 512 pixels on twenty slices
+takes about ten minutes on two cores. Prints a table and writes one JSON to benchmarks/results; exits with 1 if a
+tolerance is exceeded.
 """
 
-import argparse
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from datetime import date
 from pathlib import Path
 
 import nibabel
@@ -24,6 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from fidelity_original import EPOCHS, PEAK, STEPS, WARMUPS
+from measure import facts, options_parser
 from peft import PeftModel
 from torch.nn import functional
 
@@ -45,7 +43,7 @@ LOGIT_TOLERANCE = 1e-5
 
 
 def write_inputs(work: Path, data_dir: Path, case: int, image_size: int) -> None:
-    """Slices as the model sees them and as the training sees them, the whole volume, and pairs of masks."""
+    """Write slices as model input and as training rows, the whole volume, and pairs of masks."""
     rows = load_synapse(data_dir, "test", cases=[case])
     images, references = CaseVolumes.pairs(rows)
     name, volume, reference = next(iter(images)), next(iter(images.values())), next(iter(references.values()))
@@ -68,7 +66,7 @@ def write_inputs(work: Path, data_dir: Path, case: int, image_size: int) -> None
 
 
 def compare_preprocessing(work: Path, samed_dir: Path, data_dir: Path, case: int) -> Row:
-    """Raw BTCV through the original's script, and through this package."""
+    """Preprocess raw BTCV with the original's script and with this package."""
     script = samed_dir / "preprocess" / "preprocess_data.py"
     command = [sys.executable, script, "--src_path", data_dir, "--dst_path", work / "processed"]
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
@@ -81,22 +79,16 @@ def _apart(one: np.ndarray, other: np.ndarray) -> float:
 
 
 class Replayed:
-    """Draws of the original's generators, in place of a NumPy generator."""
+    """A NumPy generator's methods that return the draws of the original's generators."""
 
     def __init__(self, draws: Sequence[float]) -> None:
-        self._draws = iter(draws)
-
-    def random(self) -> float:
-        """The next uniform draw."""
-        return next(self._draws)
-
-    def integers(self, *_: int) -> int:
-        """The next whole number."""
-        return int(next(self._draws))
+        draws = iter(draws)
+        self.random = lambda: next(draws)
+        self.integers = lambda *_: int(next(draws))
 
 
 def compare_augmentation(original: dict[str, np.ndarray], given: dict[str, np.ndarray]) -> Iterator[Row]:
-    """Training slices, augmented with the same random draws."""
+    """Compare training slices that were augmented with the same random draws."""
     size, worst = int(given["image_size"]), [0.0, 0.0]
     for index, draws in enumerate(original["draws"]):
         image, label = augment(given["train_images"][index], given["train_labels"][index], rng=Replayed(draws))
@@ -109,25 +101,22 @@ def compare_augmentation(original: dict[str, np.ndarray], given: dict[str, np.nd
 
 
 def rate_in_force(step: int, warmup: int) -> float:
-    """This package's learning rate in the same schedule."""
+    """Return this package's learning rate in the same schedule."""
     return learning_rate(step, peak=PEAK, warmup_steps=warmup, max_steps=EPOCHS * STEPS)
 
 
 def compare_rules(original: dict[str, np.ndarray], given: dict[str, np.ndarray]) -> Iterator[Row]:
-    """Learning rates in force in SAMed's trainer, and its scores of pairs of masks, absent ones included."""
+    """Compare SAMed's learning rates, and its scores of pairs of masks, absent ones included."""
     found = [[rate_in_force(step, warmup) for step in range(STEPS)] for warmup in WARMUPS]
-    yield (
-        f"learning rates of {STEPS} steps of SAMed's trainer, in warm-up and decay",
-        _apart(found, original["rates"]),
-        1e-15,
-    )
+    name = f"learning rates of {STEPS} steps of SAMed's trainer, in warm-up and decay"
+    yield name, _apart(found, original["rates"]), 1e-15
     scores = [score_masks(*pair, convention="samed") for pair in given["mask_pairs"]]
     ours = [[score["dice"], score["hd95"]] for score in scores]
     yield f"Dice and HD95 of {len(ours)} pairs of masks", _apart(ours, original["pair_scores"]), 1e-9
 
 
 def compare_forward(work: Path, variant: str, original: dict[str, np.ndarray], pixels: torch.Tensor) -> Iterator[Row]:
-    """Logits of a converted checkpoint, and the checkpoint converted back."""
+    """Compare the logits of a converted checkpoint, and the checkpoint converted back."""
     export_samed(work / variant, work / f"{variant}_back.pth")
     before, after = load_torch_weights(work / f"{variant}.pth"), load_torch_weights(work / f"{variant}_back.pth")
     same = list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
@@ -141,7 +130,7 @@ def compare_forward(work: Path, variant: str, original: dict[str, np.ndarray], p
 
 
 def compare_training(work: Path, variant: str, original: dict[str, np.ndarray]) -> Iterator[Row]:
-    """The same steps of training from the same start."""
+    """Compare the same training steps from the same start."""
     model = load_adapter(work / variant, trainable=True)
     assert isinstance(model, PeftModel), "an adapter that is not merged"
     accelerator = Accelerator(cpu=True)
@@ -154,7 +143,7 @@ def compare_training(work: Path, variant: str, original: dict[str, np.ndarray]) 
         losses.append(train_step(prepared, [batch], optimizer, accelerator=accelerator, learning_rate=rate))
     apart = np.abs(np.array(losses) - original[f"losses_{variant}"]).max(axis=1)
     yield f"{variant}: loss of the first step, and its parts", float(apart[0]), 1e-5
-    # AdamW's first steps take the sign of a gradient: where that is zero but for rounding, weights move by the rate.
+    # AdamW's first steps use a gradient's sign: if it is zero up to rounding, weights move by the learning rate.
     yield f"{variant}: losses of the next {STEPS - 1}", float(apart[1:].max()), 1e-3
     save_adapter(model, work / f"{variant}_end", config=model.samed_config)
     export_samed(work / f"{variant}_end", work / "end.pth")
@@ -164,7 +153,7 @@ def compare_training(work: Path, variant: str, original: dict[str, np.ndarray]) 
 
 
 def compare_reopened(work: Path, original: dict[str, np.ndarray]) -> Iterator[Row]:
-    """What SAMed's own loaders and test.py make of exported checkpoints."""
+    """Compare exported checkpoints in SAMed's own loaders and test.py."""
     reopened = dict(np.load(work / "reopened.npz"))
     for variant in VARIANTS:
         apart = _apart(reopened[f"logits_{variant}"], original[f"logits_{variant}"])
@@ -173,13 +162,13 @@ def compare_reopened(work: Path, original: dict[str, np.ndarray]) -> Iterator[Ro
 
 
 def mask_of(path: Path) -> np.ndarray:
-    """A mask that SAMed's test saved, (D, H, W)."""
+    """Read a mask that SAMed's test saved, (D, H, W)."""
     return np.asarray(nibabel.load(path).dataobj).T.astype(np.uint8)
 
 
 @torch.inference_mode()
 def margins(model: torch.nn.Module, volume: np.ndarray, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """How far the logits of the two likeliest classes lie apart, voxel by voxel, in some slices."""
+    """Yield the gap between the logits of the two likeliest classes, voxel by voxel, in some slices."""
     size = settings_of(model).image_size
     for index in indices:
         pixels = torch.from_numpy(slice_to_pixels(volume[index], image_size=size, input_size=224))
@@ -189,7 +178,7 @@ def margins(model: torch.nn.Module, volume: np.ndarray, indices: np.ndarray) -> 
 
 
 def compare_volume(work: Path, original: dict[str, np.ndarray], given: dict[str, np.ndarray]) -> Iterator[Row]:
-    """A whole scan through the 224 pixel bottleneck, and its scores."""
+    """Compare a whole scan through the 224 pixel bottleneck, and its scores."""
     model = load_adapter(work / "samed")
     mask = predict_volume(model, Volume(given["volume"], normalized=True), batch_size=2)
     theirs, exact = (mask_of(work / f"{name}_pred.nii.gz") for name in ("case", "exact"))
@@ -199,11 +188,8 @@ def compare_volume(work: Path, original: dict[str, np.ndarray], given: dict[str,
     # One in ten thousand, unless rounding alone moves more than that in the original too.
     yield "samed: share of voxels of a scan's mask that differ", float(differ.mean()), max(1e-4, own)
     yield "samed: share that differ from SAMed's float64", float((mask != exact).mean()), max(1e-4, own)
-    ties = [
-        margin[differ[index]] < LOGIT_TOLERANCE
-        for index, margin in margins(model, given["volume"], np.flatnonzero(differ.any(axis=(1, 2))))
-    ]
-    untied = sum(int((~tie).sum()) for tie in ties)
+    gaps = margins(model, given["volume"], np.flatnonzero(differ.any(axis=(1, 2))))
+    untied = sum(int((margin[differ[index]] >= LOGIT_TOLERANCE).sum()) for index, margin in gaps)
     yield f"samed: share that differ where two classes are not within {LOGIT_TOLERANCE:g}", untied / differ.size, 0.0
     scores = score_case(theirs, given["reference"], num_classes=8)["samed"]
     ours = np.array([[score["dice"], score["hd95"]] for score in scores])
@@ -211,7 +197,7 @@ def compare_volume(work: Path, original: dict[str, np.ndarray], given: dict[str,
 
 
 def run_original(samed_dir: Path, work: Path, geometry: str, part: str) -> None:
-    """One part of fidelity_original.py, without this package on its path."""
+    """Run one part of fidelity_original.py without this package on its path."""
     command = [sys.executable, Path(__file__).with_name("fidelity_original.py"), samed_dir, work, geometry, part]
     alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run([str(part) for part in command], check=True, env=alone)
@@ -219,13 +205,12 @@ def run_original(samed_dir: Path, work: Path, geometry: str, part: str) -> None:
 
 def main() -> None:
     """Run the original, then compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__)
     parser.add_argument("--samed_dir", type=Path, required=True, help="checkout of hitachinsk/SAMed")
     parser.add_argument("--data_dir", type=Path, required=True, help="raw BTCV folder")
     parser.add_argument("--case", type=int, default=1, help="one of SAMed's test cases")
     parser.add_argument("--geometry", choices=("vit_b", "vit_l", "vit_h"), default="vit_b")
     parser.add_argument("--image_size", type=int, default=512)
-    parser.add_argument("--results_dir", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     samed_dir, data_dir = args.samed_dir.resolve(), args.data_dir.resolve()
     with tempfile.TemporaryDirectory() as folder:
@@ -245,13 +230,12 @@ def main() -> None:
         rows += compare_reopened(work, original)
     cells = [(name, f"{found:.2g}", f"{allowed:.2g}" if allowed < math.inf else "") for name, found, allowed in rows]
     print(markdown_table(["Quantity", "Largest difference", "Allowed"], cells))
-    write_json(args.results_dir / f"fidelity-{args.geometry}-{args.image_size}.json", {
-        "geometry": args.geometry, "image_size": args.image_size, "date": str(date.today()), "torch": torch.__version__,
-        "machine": platform.machine(), "rows": [
-            {"quantity": name, "difference": found, "allowed": allowed if allowed < math.inf else None}
-            for name, found, allowed in rows
-        ],
-    })  # fmt: skip
+    result = {"geometry": args.geometry, "image_size": args.image_size, **facts()}
+    result["rows"] = [
+        {"quantity": name, "difference": found, "allowed": allowed if allowed < math.inf else None}
+        for name, found, allowed in rows
+    ]
+    write_json(args.results_dir / f"fidelity-{args.geometry}-{args.image_size}.json", result)
     if any(found > allowed for _, found, allowed in rows):
         sys.exit("a difference is larger than allowed")
 

@@ -1,4 +1,4 @@
-"""What the original SAMed computes; fidelity.py runs this in processes of its own, as both have a segment_anything.
+"""The original SAMed's side of fidelity.py, which runs it in separate processes: both have a segment_anything.
 
     python benchmarks/fidelity_original.py SAMED_DIR WORK GEOMETRY compute
     python benchmarks/fidelity_original.py SAMED_DIR WORK GEOMETRY reopen
@@ -26,7 +26,7 @@ NO_CHANGE = {"pixel_mean": [0, 0, 0], "pixel_std": [1, 1, 1]}
 
 
 def base_weights(registry, geometry, path):
-    """A SAM at 1024 pixels with three masks, in Meta's format."""
+    """Write a SAM at 1024 pixels with three masks in Meta's format; its own constructors set positions to zero."""
     torch.manual_seed(0)
     sam, _ = registry[geometry](image_size=1024, num_classes=3, checkpoint=None, **NO_CHANGE)
     for name, weight in sam.named_parameters():
@@ -36,13 +36,13 @@ def base_weights(registry, geometry, path):
 
 
 def fresh(registry, geometry, variant, work, image_size):
-    """The original's LoRA on that SAM."""
+    """Add the original's LoRA to that SAM."""
     sam, _ = registry[geometry](image_size=image_size, num_classes=8, checkpoint=str(work / "base.pth"), **NO_CHANGE)
     return __import__(MODULES[variant]).LoRA_Sam(sam, 4)
 
 
 def adapted(registry, geometry, variant, work, image_size):
-    """The same with B drawn at random, so that it counts."""
+    """Add LoRA with random B, which would be zero."""
     net = fresh(registry, geometry, variant, work, image_size)
     lists = ("w_Bs", "self_attn_Bs", "cross_attn_ti_Bs", "cross_attn_it_Bs")
     layers = [layer for name in lists for layer in vars(net).get(name, [])]
@@ -54,31 +54,31 @@ def adapted(registry, geometry, variant, work, image_size):
 
 
 def in_float64(net):
-    """The same net in double precision, which tells how far float32 is off."""
+    """Copy a net to double precision, to measure the error of float32."""
     exact = copy.deepcopy(net).double()
-    exact.sam.prompt_encoder.pe_layer.float()  # it makes its coordinates in float32
+    exact.sam.prompt_encoder.pe_layer.float()  # its coordinates are float32
     exact.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
     return exact
 
 
 class Stub(nn.Module):
-    """A model that costs nothing, for the trainer."""
+    """A model without cost, for the trainer."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, 9, 1, 1))
 
     def forward(self, images, *_):
-        """The same logits for any image."""
+        """Return the same logits for any image."""
         logits = self.weight.expand(len(images), -1, 8, 8)
         return {"low_res_logits": logits, "masks": logits}
 
     def save_lora_parameters(self, path):
-        """The trainer calls it at the end."""
+        """Do nothing; the trainer calls it at the end."""
 
 
 def rates(work, warmup):
-    """Learning rates in force at each step of SAMed's own `trainer_synapse`."""
+    """Record the learning rate at each step of SAMed's own `trainer_synapse`."""
     import trainer
 
     found, folder = [], work / f"rates_{warmup}"
@@ -101,7 +101,7 @@ def rates(work, warmup):
 
 
 def augmented(images, labels, image_size):
-    """SAMed's `RandomGenerator` on slices: pixels, low-resolution labels, and the random draws behind them."""
+    """Augment slices with SAMed's `RandomGenerator`: pixels, low-resolution labels, and the random draws used."""
     from datasets.dataset_synapse import RandomGenerator
 
     draws, made = [], []
@@ -124,7 +124,7 @@ def augmented(images, labels, image_size):
 
 
 def trajectory(net, pixels, labels, image_size, rates):
-    """Losses of a few steps of two slices with the original's loss and optimizer; the net is trained in place."""
+    """Train a net in place, two slices a step, with the original's loss and optimizer; returns the losses."""
     from trainer import calc_loss
     from utils import DiceLoss
 
@@ -142,7 +142,7 @@ def trajectory(net, pixels, labels, image_size, rates):
 
 
 def compute(work, geometry, given):
-    """Everything that needs no adapter from elsewhere."""
+    """Compute everything that needs no adapter from this package."""
     from segment_anything import sam_model_registry
     from utils import calculate_metric_percase, test_single_volume
 
@@ -174,7 +174,7 @@ def compute(work, geometry, given):
 
 
 def reopen(work, geometry, given):
-    """Checkpoints that were converted and exported again, opened by the original."""
+    """Open checkpoints with the original that were converted and exported again."""
     import utils
     from segment_anything import sam_model_registry
 
@@ -196,7 +196,7 @@ def reopen(work, geometry, given):
 
 
 def main():
-    """One of the two parts."""
+    """Run one of the two parts."""
     samed_dir, work, geometry, part = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]
     sys.path.insert(0, samed_dir)
     torch.Tensor.cuda = nn.Module.cuda = lambda this, *_, **__: this

@@ -1,14 +1,14 @@
-r"""Which rank, which layers, which method? Runs of a recipe side by side, on scans of one's own.
+r"""Which rank, which layers, which method? Runs of a recipe side by side, on the user's own scans.
 
     python benchmarks/lora_rank.py --data_dir Task04_Hippocampus --base tiny-sam --output_dir runs/ranks --baselines \
         -- --plane sagittal --image_size 64 --batch_size 32 --epochs 1 --learning_rate 0.002 --no-augment
     python benchmarks/rank_table.py benchmarks/results/lora_rank
 
-Each of the ranks, placements, methods and baselines is a run of `accelerate launch recipes/finetune.py` for each seed,
-with what follows `--` as its further options, and one JSON in --results_dir: scores per case and class in both
-conventions, sizes, time of a step, peak memory, versions. Finished runs are skipped, one that was stopped goes on from
-its checkpoint, one that failed is tried again; --dry_run shows what is left. Exit codes: 0 all done, 1 some failed,
-2 wrong input, 75 stopped by a signal.
+Each rank, placement, method and baseline is one run of `accelerate launch recipes/finetune.py` for each seed. Words
+after `--` are further options of the recipe. Each run writes one JSON to --results_dir: scores per case and class in
+both conventions, sizes, time of a step, peak memory, versions. Finished runs are skipped, stopped ones resumed from
+their checkpoint, failed ones tried again; --dry_run lists the runs that are left. Exit codes: 0 all done, 1 some
+failed, 2 wrong input, 75 stopped by a signal.
 
 A placement is targets (q, k, v, out, mlp), "+decoder" for LoRA in the decoder as in SAMed_s, "@" and layers:
 "q,v", "q,k,v", "q,k,v,mlp", "q,v+decoder", "q,v@3-5".
@@ -26,35 +26,31 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine
-from torch import nn
+from measure import facts, options_parser
 
 from samed_peft.config import METHODS
 from samed_peft.errors import InputError, RunInterruptedError, SomeCasesFailedError, exit_on_error
 from samed_peft.io import read_json, write_json
-from samed_peft.models.bases import open_sam
+from samed_peft.models.bases import open_sam, randomize_weights
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-RESULTS = Path(__file__).parent / "results" / "lora_rank"
 TARGETS = {"q": ["q_proj"], "k": ["k_proj"], "v": ["v_proj"], "out": ["proj"], "mlp": ["lin1", "lin2"]}
 LORA_PLUS_RATIO = 16
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "samed_peft")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What one row of the table is.
+    """One row of the table.
 
     Attributes:
         kind: "rank", "placement", "method" or "baseline".
-        name: its name in the table and in file names.
-        options: the recipe's, without seed, data and output.
-        untrained: whether the base's weights are replaced by random ones.
+        name: name in the table and in file names.
+        options: options of the recipe, without seed, data and output.
+        untrained: replace the base's weights by random ones.
     """
 
     kind: str
@@ -65,7 +61,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Planned:
-    """A variant with a seed, and where its files are."""
+    """A variant with a seed, and the places of its files."""
 
     variant: Variant
     seed: int
@@ -77,7 +73,7 @@ def placement_options(text: str) -> tuple[str, ...]:
     """Options of a recipe for a placement such as "q,v+decoder@3-5".
 
     Raises:
-        InputError: it is none.
+        InputError: `text` is not a placement.
     """
     found = re.fullmatch(r"(?P<targets>[a-z]+(,[a-z]+)*)(?P<decoder>\+decoder)?(@(?P<first>\d+)-(?P<last>\d+))?", text)
     unknown = set(found["targets"].split(",")) - TARGETS.keys() if found else {text}
@@ -94,17 +90,14 @@ def placement_options(text: str) -> tuple[str, ...]:
     return tuple(options)
 
 
-def method_options(name: str) -> tuple[str, ...]:
-    """Options of a recipe for a method, "lora_plus" among them."""
-    return ("--lora_plus_ratio", str(LORA_PLUS_RATIO)) if name == "lora_plus" else ("--method", name)
-
-
 def variants(args: argparse.Namespace) -> list[Variant]:
-    """All rows, without those that are the same by two names."""
+    """List all rows of the table."""
     rank = ("--rank", str(args.rank))
     rows = [Variant("rank", f"rank {r}", ("--rank", str(r))) for r in args.ranks]
     rows += [Variant("placement", text, (*rank, *placement_options(text))) for text in args.placements]
-    rows += [Variant("method", name, (*rank, *method_options(name))) for name in args.methods]
+    for name in args.methods:
+        method = ("--lora_plus_ratio", str(LORA_PLUS_RATIO)) if name == "lora_plus" else ("--method", name)
+        rows.append(Variant("method", name, (*rank, *method)))
     if args.baselines:
         rows += [Variant("baseline", name, ("--method", name)) for name in ("decoder", "full")]
         rows.append(Variant("baseline", "no pretraining", rank, untrained=True))
@@ -112,7 +105,7 @@ def variants(args: argparse.Namespace) -> list[Variant]:
 
 
 def plan(args: argparse.Namespace) -> list[Planned]:
-    """All runs, the seeds of a variant apart, so that an early stop leaves whole tables of fewer seeds."""
+    """List all runs, seed by seed, so that an early stop leaves whole tables of fewer seeds."""
     data = args.data_dir.resolve().name
     runs = []
     for seed, variant in itertools.product(args.seeds, variants(args)):
@@ -122,24 +115,15 @@ def plan(args: argparse.Namespace) -> list[Planned]:
 
 
 def write_untrained(base: str, folder: Path) -> None:
-    """The same network with random weights of an ordinary scale, those of Transformers being near zero."""
+    """Save a base's network with random weights."""
     torch.manual_seed(0)
     sam = open_sam(base)
-    with torch.no_grad():
-        for name, parameter in sam.named_parameters():
-            if "pos" in name.rpartition(".")[2] or "positional_embedding" in name:
-                nn.init.normal_(parameter, std=1.0 if "positional_embedding" in name else 0.02)
-            elif parameter.ndim >= 2:
-                nn.init.trunc_normal_(parameter, std=0.02 if "encoder" in name else parameter[0].numel() ** -0.5)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.ones_(parameter)
+    randomize_weights(sam)
     sam.save_pretrained(folder)
 
 
 def settings(run: Planned, args: argparse.Namespace) -> dict[str, Any]:
-    """What a result is of: two results with the same can stand for each other."""
+    """Describe a run; results with equal descriptions are interchangeable."""
     return {
         "recipe": args.recipe,
         "data": args.data_dir.resolve().name,
@@ -152,10 +136,10 @@ def settings(run: Planned, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def is_finished(run: Planned, args: argparse.Namespace) -> bool:
-    """Whether a run's result is there.
+    """Whether a run's result exists.
 
     Raises:
-        InputError: one of other settings is there in its place.
+        InputError: the file holds the result of a different run.
     """
     if not run.result.is_file():
         return False
@@ -170,7 +154,7 @@ def is_finished(run: Planned, args: argparse.Namespace) -> bool:
 
 
 def command(run: Planned, args: argparse.Namespace) -> list[str]:
-    """The launch of one run."""
+    """Command line of one run."""
     base = str(args.output_dir / "untrained_base") if run.variant.untrained else args.base
     launch = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(args.launch)]
     recipe = [str(RECIPES / f"{args.recipe}.py"), "--data_dir", str(args.data_dir), "--output_dir", str(run.output)]
@@ -187,7 +171,7 @@ def carry_out(run: Planned, args: argparse.Namespace) -> int:
     log = run.output.with_suffix(".log")
     started = time.monotonic()
     with log.open("ab") as output:
-        # In a group of its own: what is launched outlives its launcher while it writes a checkpoint.
+        # A process group, because the training outlives its launcher while it writes a checkpoint.
         process = subprocess.Popen(command(run, args), stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait()
@@ -211,7 +195,7 @@ def _is_alive(group: int) -> bool:
 
 
 def result(run: Planned, args: argparse.Namespace, *, seconds: float) -> dict[str, Any]:
-    """One run's JSON: what ran, what it scores, what it takes."""
+    """Build one run's JSON: its description, scores and costs."""
     report, used = read_json(run.output / "report.json"), read_json(run.output / "resources.json")
     weights = run.output / "adapter" / "adapter_model.safetensors"
     return {
@@ -221,33 +205,28 @@ def result(run: Planned, args: argparse.Namespace, *, seconds: float) -> dict[st
         "config": {name: value for name, value in read_json(run.output / "run.json").items() if name != "base"},
         "trainable_parameters": used["trainable_parameters"],
         "stored_bytes": weights.stat().st_size,
-        "seconds_per_step": used["seconds_per_step"],
-        "peak_resident_gb": used["peak_resident_gb"],
-        "peak_gpu_gb": used["peak_gpu_gb"],
+        **{name: used[name] for name in ("seconds_per_step", "peak_resident_gb", "peak_gpu_gb")},
         "seconds": round(seconds, 1),
-        "date": str(date.today()),
-        "machine": machine(PACKAGES),
+        **facts(),
     }
 
 
 def expected_time(done: Sequence[Path], left: int) -> str:
-    """How long the runs that are left will take, by those that are done."""
+    """Estimate the time of the runs that are left from the finished ones."""
     if not left:
         return "nothing is left to do"
     if not done:
         return "their time is known once one of them has finished"
-    seconds = [read_json(path)["seconds"] for path in done]
-    median = statistics.median(seconds)
-    return f"about {left * median / 60:.0f} minutes, by {len(seconds)} finished ones of {median:.0f} s"
+    median = statistics.median(read_json(path)["seconds"] for path in done)
+    return f"about {left * median / 60:.0f} minutes, by {len(done)} finished ones of {median:.0f} s"
 
 
 def parse_args() -> argparse.Namespace:
-    """Options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse the options."""
+    parser = options_parser(__doc__, "results/lora_rank")
     add = parser.add_argument
-    add("--data_dir", type=Path, required=True, help="what the recipe takes")
+    add("--data_dir", type=Path, required=True, help="as the recipe's")
     add("--output_dir", type=Path, required=True, help="folders and logs of the runs")
-    add("--results_dir", type=Path, default=RESULTS, help="one JSON a run; default: benchmarks/results/lora_rank")
     add("--recipe", choices=("finetune", "synapse"), default="finetune")
     add("--base", default="facebook/sam-vit-base", help="as the recipe's")
     add("--ranks", type=int, nargs="*", default=[1, 2, 4, 8, 16, 64], help="of LoRA on q and v")
@@ -269,14 +248,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def _reason(lines: Sequence[str]) -> str:
-    """The recipe's own message, where it has one; accelerate launch writes a traceback behind it."""
+    """Find the recipe's own error message in its log; accelerate launch writes a traceback behind it."""
     own = [line for line in lines if line.startswith("error: ")]
     return (own or [line for line in lines if line.strip()] or ["no output"])[-1]
 
 
 @exit_on_error
 def main() -> None:
-    """Run what is not finished."""
+    """Run all runs without a result."""
     args = parse_args()
     runs = plan(args)
     finished = [run for run in runs if is_finished(run, args)]

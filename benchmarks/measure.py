@@ -29,18 +29,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy", "samed_peft")
 
 
-def options_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is a script's docstring, with the option that every benchmark has."""
+def options_parser(description: str | None, results: str = "results") -> argparse.ArgumentParser:
+    """Build a parser whose help is a script's docstring, with the option that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    folder = Path(__file__).parent / "results"
-    parser.add_argument("--results_dir", type=Path, default=folder, help="default: benchmarks/results")
+    folder = Path(__file__).parent / results
+    parser.add_argument("--results_dir", type=Path, default=folder, help=f"default: benchmarks/{results}")
     return parser
-
-
-def synchronize() -> None:
-    """Wait for a GPU, if there is one."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def reset_peak() -> None:
@@ -78,7 +72,8 @@ def gemm_gflops(dtype: torch.dtype) -> float:
 
 
 def seconds_of(action: Action) -> tuple[float, Any]:
-    """Seconds of a call, and its result."""
+    """Seconds of a call, until a GPU has finished too, and its result."""
+    synchronize = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
     synchronize()
     started = time.perf_counter()
     value = action()
@@ -150,9 +145,9 @@ def _act(action: str, times: int, *, settle: str | None, fresh: bool, gemm: bool
 
 
 def processes(forked: bool, preload: Sequence[str] = ()) -> BaseContext:
-    """How processes are started: anew, or forked from one that has imported `preload`.
+    """Start processes anew, or fork them from one that has imported `preload`.
 
-    Forks start at once, but share memory with each other, which makes their peaks smaller than they are: for tests.
+    Forks start at once but share memory, so their peaks come out too small: for tests.
     """
     context = multiprocessing.get_context("forkserver" if forked else "spawn")
     if forked and preload:
@@ -170,13 +165,14 @@ def facts() -> dict[str, Any]:
     """Date and machine of a result: everything that figures depend on besides the code that is measured."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":", 1)[1].strip() for line in cpuinfo if "model name" in line), platform.machine())
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     machine = {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
         "load_before": round(os.getloadavg()[0], 2),
-        "commit": commit(Path(__file__).parent),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "versions": versions,
     }
     return {"date": str(date.today()), "machine": machine}
 
@@ -188,12 +184,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def commit(directory: Path) -> str | None:
-    """The checkout's commit, with "+changes" if files differ from it; None outside of a checkout."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"],
-        cwd=directory, capture_output=True, encoding="utf-8", check=False,
-    )  # fmt: skip
+def _commit() -> str | None:
+    """This checkout's commit, with "+changes" if files differ from it; None outside of a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
+    described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=False)
     return described.stdout.strip() or None
 
 
@@ -203,11 +197,21 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
-def with_range(found: dict[str, float], digits: int) -> str:
-    """A cell of a table from what `spread` returns: median (smallest-largest)."""
-    return "{median:.{d}f} ({min:.{d}f}-{max:.{d}f})".format(**found, d=digits)
+def with_range(found: dict[str, float], digits: int, *, scale: float = 1) -> str:
+    """Format the result of `spread` as median (smallest-largest)."""
+    median, low, high = (f"{scale * found[name]:.{digits}f}" for name in ("median", "min", "max"))
+    return f"{median} ({low}-{high})"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table."""
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    """Lines of a Markdown table."""
+    from samed_peft.evaluation.report import markdown_table
+
+    return markdown_table(head, rows).splitlines()
+
+
+def write_result(path: Path | str, result: dict[str, Any]) -> None:
+    """Write a result as JSON."""
+    from samed_peft.io import write_json
+
+    write_json(path, result)

@@ -1,13 +1,13 @@
 """How time and memory of training, prediction and data preparation grow with size, batch, slices and cases.
 
     python benchmarks/scaling.py                        # the tiny SAM, five minutes on two cores
-    python benchmarks/scaling.py --geometry vit_b       # the real thing, far longer
+    python benchmarks/scaling.py --geometry vit_b       # a real SAM, far longer
 
-Every point is measured in a process of its own, which gives clean peaks of memory; they are counted from when model and
-input are there. A line is fitted to each curve: R² near 1 says that there is a fixed part and a part for each unit.
-"Unit cost" is what a unit costs at the largest point over what it costs at the smallest: 1 is proportional, less has a
-fixed part that larger inputs share, more grows faster than its input. Prints Markdown; writes one JSON and one plot to
-benchmarks/results. Memory is read from /proc, so this runs on Linux.
+Every point is measured in its own process, which gives clean peaks of memory, counted once model and input are ready. A
+line is fitted to each curve: R² near 1 means a fixed part plus a part for each unit. "Unit cost" is the cost of a unit
+at the largest point over that at the smallest: 1 is proportional, less has a fixed part that larger inputs share, more
+grows faster than its input. Prints Markdown; writes one JSON and one plot to benchmarks/results. Memory is read from
+/proc, so this runs on Linux.
 """
 
 import argparse
@@ -17,52 +17,37 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+import measure
 import numpy as np
 import torch
 from accelerate import Accelerator
-from measure import (
-    DEVICE,
-    DTYPES,
-    in_own_process,
-    machine,
-    markdown,
-    peak_gpu_gb,
-    peak_resident_gb,
-    processes,
-    reset_peak,
-    seconds_of,
-)  # fmt: skip
+from measure import DEVICE, DTYPES, Action
 from peft import PeftModel
-from throughput_inputs import NUM_LABELS, random_sam
+from scipy.stats import linregress
+from throughput_inputs import NUM_LABELS, random_model
 
 from samed_peft import SamedConfig, Volume, add_lora, predict_volume
 from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.datasets import load_synapse, write_phantom
 from samed_peft.datasets.phantom import phantom_case
-from samed_peft.io import write_json
-from samed_peft.models.modeling import SamForSemanticSegmentation
 from samed_peft.models.precision import cast_frozen_weights
 from samed_peft.prediction import PredictionOptions, Scan, predict_files
 from samed_peft.training import build_optimizer, train_step
 
-Action = Callable[[], Any]
-
 
 def adapted(args: argparse.Namespace) -> PeftModel:
-    """A SAM with random weights and LoRA."""
-    sizes = {"num_labels": NUM_LABELS, "image_size": args.image_size}
-    sam = SamForSemanticSegmentation.from_sam(random_sam(args.geometry), **sizes)
+    """Add LoRA to a SAM with random weights."""
+    sam = random_model(args.geometry, args.image_size)
     model = add_lora(sam, SamedConfig("random", SYNAPSE_CLASSES, image_size=args.image_size))
     cast_frozen_weights(model, DTYPES[args.mixed_precision])
     return model
 
 
 def step(args: argparse.Namespace) -> Action:
-    """A training step of `batch_size` images at `image_size`."""
+    """Prepare a training step of `batch_size` images at `image_size`."""
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=DEVICE.type == "cpu")
     model = adapted(args)
     side = model.logits_size
@@ -80,7 +65,7 @@ def step(args: argparse.Namespace) -> Action:
 
 
 def slices(args: argparse.Namespace) -> Action:
-    """The prediction of a volume of `slices` slices in memory."""
+    """Prepare the prediction of a volume of `slices` slices in memory."""
     model = adapted(args).to(DEVICE)
     image, _ = phantom_case(1, seed=0, shape_dhw=(5, *args.plane))
     volume = Volume(np.resize(image, (args.slices, *args.plane)))
@@ -93,7 +78,7 @@ def slices(args: argparse.Namespace) -> Action:
 
 
 def preparation(args: argparse.Namespace) -> Action:
-    """Training rows of `cases` scans, from their files on, by one process."""
+    """Prepare the reading of training rows of `cases` scan files by one process."""
     numbers = range(1, args.cases + 1)
     folder = write_phantom(args.work / "training", cases=numbers, seed=0, shape_dhw=(args.slices, *args.plane))
     caches = (args.work / "rows" / f"{args.cases}-{number}" for number in range(100))
@@ -102,7 +87,7 @@ def preparation(args: argparse.Namespace) -> Action:
 
 
 def scans(args: argparse.Namespace) -> Action:
-    """The prediction of `cases` scans, file to file."""
+    """Prepare the prediction of `cases` scans, file to file."""
     model = adapted(args).to(DEVICE)
     numbers = range(1, args.cases + 1)
     folder = write_phantom(args.work / "scans", cases=numbers, seed=0, shape_dhw=(args.slices, *args.plane))
@@ -119,14 +104,14 @@ def scans(args: argparse.Namespace) -> Action:
 
 @dataclass(frozen=True)
 class Curve:
-    """One thing that grows.
+    """One quantity that is varied.
 
     Attributes:
-        make: gives the action that is timed, for options in which `varied` has one of `values`.
+        make: prepares the action that is timed, for options in which `varied` has one of `values`.
         varied: name of an option.
-        unit: what time and memory are held against.
-        values: of the option.
-        why: what to expect, and what it comes from.
+        unit: unit that time and memory are divided by.
+        values: values of the option.
+        why: expected growth, and its cause.
     """
 
     make: Callable[[argparse.Namespace], Action]
@@ -143,71 +128,64 @@ class Curve:
 
 
 def curves(args: argparse.Namespace) -> dict[str, Curve]:
-    """What is measured, under the name it has in the results."""
+    """All curves by their names in the results."""
+    sizes = ("image_size", "tokens", args.image_sizes)
     per_token = "windows, layers and decoder take the same for each token; global attention grows with their square"
+    shared = "the optimizer and Python's part are shared by the batch"
+    batches = "slices pass in batches of 8; only scan and mask stay in memory"
+    rows = "one scan at a time; rows go to disk and are memory-mapped"
+    files = "one scan at a time; the model is loaded once"
     return {
-        "training step, by image size": Curve(step, "image_size", "tokens", args.image_sizes, per_token),
-        f"prediction of {args.slices} slices, by image size": Curve(
-            slices, "image_size", "tokens", args.image_sizes, per_token
-        ),
-        "training step, by batch": Curve(
-            step, "batch_size", "images", args.batch_sizes, "the optimizer and Python's part are shared by the batch"
-        ),
-        "prediction, by slices": Curve(
-            slices, "slices", "slices", args.volumes, "slices pass in batches of 8; only scan and mask stay in memory"
-        ),
-        "data preparation, by training slices": Curve(
-            preparation, "cases", "slices", args.case_numbers, "one scan at a time; rows go to disk and are mapped"
-        ),
-        "prediction, by scans": Curve(
-            scans, "cases", "scans", args.case_numbers, "one scan at a time; the model is loaded once"
-        ),
+        "training step, by image size": Curve(step, *sizes, per_token),
+        f"prediction of {args.slices} slices, by image size": Curve(slices, *sizes, per_token),
+        "training step, by batch": Curve(step, "batch_size", "images", args.batch_sizes, shared),
+        "prediction, by slices": Curve(slices, "slices", "slices", args.volumes, batches),
+        "data preparation, by training slices": Curve(preparation, "cases", "slices", args.case_numbers, rows),
+        "prediction, by scans": Curve(scans, "cases", "scans", args.case_numbers, files),
     }
 
 
-def measure(task: tuple[Callable[[argparse.Namespace], Action], argparse.Namespace]) -> dict[str, float]:
-    """Median seconds of an action, and peak memory of its process while it runs."""
+def point(task: tuple[Callable[[argparse.Namespace], Action], argparse.Namespace]) -> dict[str, float]:
+    """Measure an action's median seconds, and the peak memory of its process while it runs."""
     make, args = task
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as work:
         args.work = Path(work)
         action = make(args)
-        reset_peak()
+        measure.reset_peak()
         for _ in range(args.warmup):
             action()
-        seconds = [seconds_of(action)[0] for _ in range(args.repeats)]
-    gpu = peak_gpu_gb()
-    return {"seconds": statistics.median(seconds), "gb": peak_resident_gb() if gpu is None else gpu}
+        seconds = [measure.seconds_of(action)[0] for _ in range(args.repeats)]
+    gpu = measure.peak_gpu_gb()
+    return {"seconds": statistics.median(seconds), "gb": measure.peak_resident_gb() if gpu is None else gpu}
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     """Least-squares line, its R², and unit cost at the last point over that at the first."""
-    slope, intercept = np.polyfit(x, y, 1)
-    residual, total = np.square(np.polyval([slope, intercept], x) - y).sum(), np.square(y - np.mean(y)).sum()
-    found = {"fixed": intercept, "per_unit": slope, "r_squared": 1 - residual / total if total else 1.0}
+    line = linregress(x, y)
+    found = {"fixed": line.intercept, "per_unit": line.slope, "r_squared": line.rvalue**2 if np.ptp(y) else 1.0}
     found["unit_cost"] = (y[-1] / x[-1]) / (y[0] / x[0])
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
 def run(curve: Curve, args: argparse.Namespace) -> dict[str, Any]:
-    """All points of a curve, and its lines."""
+    """Measure all points of a curve and fit its lines."""
     points = []
     for value in curve.values:
         options = copy.copy(args)
         vars(options)[curve.varied] = value
-        found = in_own_process(measure, (curve.make, options), forked=args.quick)
+        found = measure.in_own_process(point, (curve.make, options), forked=args.quick)
         points.append({curve.varied: value, curve.unit: curve.units(value, args)} | found)
-        print(
-            f"{curve.make.__name__}, {curve.varied} {value}: {found['seconds']:.3f} s, {found['gb']:.2f} GB", flush=True
-        )
-    x = [point[curve.unit] for point in points]
-    lines = {name: fit(x, [point[name] for point in points]) for name in ("seconds", "gb")}
+        name = f"{curve.make.__name__}, {curve.varied} {value}"
+        print(f"{name}: {found['seconds']:.3f} s, {found['gb']:.2f} GB", flush=True)
+    x = [one[curve.unit] for one in points]
+    lines = {name: fit(x, [one[name] for one in points]) for name in ("seconds", "gb")}
     return {"unit": curve.unit, "points": points, "lines": lines}
 
 
 def verdict(line: dict[str, float]) -> str:
-    """What the unit cost says."""
+    """Put the unit cost into words."""
     cost = line["unit_cost"]
     if abs(cost - 1) <= 0.1:
         return "proportional"
@@ -215,25 +193,21 @@ def verdict(line: dict[str, float]) -> str:
 
 
 def table(found: dict[str, Any], why: dict[str, str]) -> str:
-    """All curves as Markdown."""
+    """Format all curves as Markdown."""
     rows = []
     for name, one in found.items():
-        for quantity, unit in (("seconds", "s"), ("gb", "GB")):
-            line, unit_name = one["lines"][quantity], one["unit"]
-            first, last = (
-                f"{point[quantity]:.3g} {unit} at {point[unit_name]}"
-                for point in one["points"][:: len(one["points"]) - 1]
-            )
+        for quantity, unit, end in (("seconds", "s", f"; expected: {why[name]}"), ("gb", "GB", "")):
+            line, ends = one["lines"][quantity], (one["points"][0], one["points"][-1])
+            points = ", ".join(f"{at[quantity]:.3g} {unit} at {at[one['unit']]}" for at in ends)
             fitted = f"{line['fixed']:.2g} + {line['per_unit']:.2g} {unit} each"
-            numbers = [f"{first}, {last}", fitted, f"{line['r_squared']:.3f}", f"{line['unit_cost']:.2f}"]
-            explained = f"{verdict(line)}; expected: {why[name]}" if quantity == "seconds" else verdict(line)
-            rows.append([name if quantity == "seconds" else "", unit_name, *numbers, explained])
-    head = ["what", "unit", "first and last point", "line", "R²", "unit cost", "explanation"]
-    return "\n".join(markdown(head, rows))
+            numbers = [points, fitted, f"{line['r_squared']:.3f}", f"{line['unit_cost']:.2f}"]
+            rows.append([name if end else "", one["unit"], *numbers, verdict(line) + end])
+    head = ["curve", "unit", "first and last point", "line", "R²", "unit cost", "explanation"]
+    return "\n".join(measure.markdown(head, rows))
 
 
-def plot(found: dict[str, Any], title: str, path: Path) -> None:
-    """Time above, memory below; measured points and fitted lines."""
+def plot(found: dict[str, Any], title: str, path: str) -> None:
+    """Plot measured points and fitted lines, time above, memory below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(found), 7), layout="constrained")
@@ -254,15 +228,15 @@ def plot(found: dict[str, Any], title: str, path: Path) -> None:
 
 def parse() -> argparse.Namespace:
     """Options, with those that were left out filled in for the geometry."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.options_parser(__doc__)
     add = parser.add_argument
     add("--geometry", choices=["vit_b", "vit_l", "vit_h", "tiny"], default="tiny", help="weights are random")
     add("--image_sizes", type=int, nargs="+", help="default: 256 512 1024, or for tiny 128 256 512: as many tokens")
     add("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8])
     add("--volumes", type=int, nargs="+", default=[5, 10, 20, 40, 80], help="numbers of slices")
     add("--case_numbers", type=int, nargs="+", default=[1, 2, 4, 8])
-    add("--image_size", type=int, help="where others vary; default: 512, or 256 for tiny")
-    add("--slices", type=int, default=8, help="of a scan, where others vary")
+    add("--image_size", type=int, help="of the other curves; default: 512, or 256 for tiny")
+    add("--slices", type=int, default=8, help="of a scan in the other curves")
     add("--plane", type=int, nargs=2, default=[512, 512], help="rows and columns of a slice")
     add("--mixed_precision", choices=list(DTYPES), default="no")
     add("--threads", type=int, default=2)
@@ -270,7 +244,6 @@ def parse() -> argparse.Namespace:
     add("--repeats", type=int, default=3)
     add("--quick", action="store_true", help="the smallest sizes, in forked processes: to see that it works")
     add("--name", help="end of the results' file names; the geometry if not given")
-    add("--results_dir", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     tiny = args.geometry == "tiny"
     args.patch_size, args.batch_size, args.cases = 8 if tiny else 16, 1, 1
@@ -283,20 +256,19 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure every curve; print and write what was found."""
+    """Measure every curve; print and write the figures."""
     args = parse()
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    processes(args.quick, preload=["throughput_inputs", "torch._dynamo"])
+    measure.processes(args.quick, preload=["throughput_inputs", "torch._dynamo"])
     hidden = ("name", "results_dir", "batch_size", "cases")
     settings = {name: value for name, value in vars(args).items() if name not in hidden}
-    result = {"date": str(date.today()), "machine": machine(("torch", "transformers", "peft", "numpy"))}
+    result = measure.facts()
     measured = curves(args)
     found = {name: run(curve, args) for name, curve in measured.items()}
     print("\n" + table(found, {name: curve.why for name, curve in measured.items()}))
-    name = f"scaling-{date.today()}-{args.name or args.geometry}"
-    args.results_dir.mkdir(parents=True, exist_ok=True)
-    write_json(args.results_dir / f"{name}.json", result | {"settings": settings, "curves": found})
-    plot(found, f"{args.geometry}, {args.mixed_precision} mixed precision", args.results_dir / f"{name}.png")
+    path = args.results_dir / f"scaling-{result['date']}-{args.name or args.geometry}"
+    measure.write_result(f"{path}.json", result | {"settings": settings, "curves": found})
+    plot(found, f"{args.geometry}, {args.mixed_precision} mixed precision", f"{path}.png")
 
 
 if __name__ == "__main__":

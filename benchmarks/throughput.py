@@ -1,23 +1,21 @@
-"""How fast, and in how much memory, SAM is trained and predicts: this package, plain Transformers with PEFT, and SAMed.
+"""Speed and memory of training SAM and predicting: this package, plain Transformers with PEFT, and SAMed.
 
     git clone https://github.com/hitachinsk/SAMed && pip install einops icecream imageio tensorboardX
     python benchmarks/throughput.py --samed_dir SAMed
 
-Every subject lives in a process of its own, and they take turns (A B C A B C), so that a machine's slow drift hits all
-alike; ratios are taken within a round. All start from the same weights, random ones of an ordinary
-scale unless there is a --base, and train on the same batch. A subject is:
+Each subject runs in its own process, and they take turns (A B C A B C), so that a machine's slow drift hits all alike;
+ratios are taken within a round. All start from the same weights (random ones that train, without --base) and train on
+the same batch. A subject is:
 
     samed_peft    this package, with its own training step and file prediction
     peft-sdpa     `transformers.SamModel` with its SDPA attention and stock PEFT, LoRA on the fused `qkv`
     peft-eager    the same with the eager attention
     samed         the original code (--samed_dir), in float32, as its trainer does
 
-The share of the GEMM peak is the FLOP of a step over its time and the rate of a large matrix product of the same dtype,
-measured right before and after in the same process; see `step_gflop` in throughput_inputs.py for what is counted.
-Predictions go through the low-resolution bottleneck; the original reads its own format, scaled beforehand, and is
-spared its scores. ViT-B at 512 pixels takes some 20 minutes on two idle cores, `--geometry tiny --rounds 1` half a
-minute. Other work on the machine can slow steps several times over, most of all in bfloat16: look at the range.
-Prints Markdown and writes one JSON to benchmarks/results. Memory is read from /proc, so this runs on Linux.
+benchmarks/README.md says how times, memory and the share of the GEMM peak are measured. ViT-B at 512 pixels takes some
+20 minutes on two idle cores, `--geometry tiny --rounds 1` half a minute. Other work on the machine can slow steps
+several times over, most of all in bfloat16: look at the range. Prints Markdown and writes one JSON to
+benchmarks/results. Memory is read from /proc, so this runs on Linux.
 """
 
 import argparse
@@ -27,82 +25,61 @@ import os
 import statistics
 import tempfile
 from collections.abc import Mapping
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from measure import Action, Worker, in_own_process, machine, markdown, processes, spread
+import measure
+from measure import Worker, markdown, spread, with_range
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy")
+SUBJECTS = ("samed_peft", "peft-sdpa", "peft-eager", "samed")
 Figures = dict[str, Any]
 
 
-# Imported where they run: this module is imported in every measured process, and must not weigh on it.
-def make_samed_peft(args: argparse.Namespace) -> Mapping[str, Action]:
-    from throughput_peers import make_ours
+def make(args: argparse.Namespace) -> Any:
+    """Build `args.subject`, in its process; imports run here because every process imports this module."""
+    if args.subject == "samed":
+        from throughput_original import Original
 
-    return make_ours(args)
+        return Original(args)
+    from throughput_peers import PlainPeft, SamedPeft
 
-
-def make_peft_sdpa(args: argparse.Namespace) -> Mapping[str, Action]:
-    from throughput_peers import make_plain
-
-    return make_plain(args, "sdpa")
-
-
-def make_peft_eager(args: argparse.Namespace) -> Mapping[str, Action]:
-    from throughput_peers import make_plain
-
-    return make_plain(args, "eager")
-
-
-def make_samed(args: argparse.Namespace) -> Mapping[str, Action]:
-    from throughput_original import make
-
-    return make(args)
+    return SamedPeft(args) if args.subject == "samed_peft" else PlainPeft(args, args.subject.removeprefix("peft-"))
 
 
 def write_inputs(args: argparse.Namespace) -> Figures:
+    """Write the files that all subjects read."""
     from throughput_inputs import write_inputs
 
     return write_inputs(args)
 
 
-SUBJECTS = {
-    "samed_peft": make_samed_peft,
-    "peft-sdpa": make_peft_sdpa,
-    "peft-eager": make_peft_eager,
-    "samed": make_samed,
-}
+def worker(args: argparse.Namespace, subject: str, precision: str) -> Worker:
+    """Start the process of a subject."""
+    options = copy.copy(args)
+    options.subject, options.mixed_precision = subject, precision
+    return Worker(make, options, forked=args.forked and subject != "samed")
 
 
 def start_workers(args: argparse.Namespace) -> dict[str, Worker]:
-    """A process for each subject and precision, under names such as "samed_peft float32"."""
-    workers = {}
+    """Start a process for each subject and precision, under names such as "samed_peft float32"."""
     pairs = [(name, precision) for precision in args.mixed_precision for name in args.subjects if name != "samed"]
-    # The original once, in float32, whichever precisions the others run in.
+    # The original has only float32.
     pairs += [(name, "no") for name in args.subjects if name == "samed"]
-    for name, precision in pairs:
-        options = copy.copy(args)
-        options.mixed_precision = precision
-        forked = args.forked and name != "samed"
-        workers[f"{name} {PRECISIONS[precision]}"] = Worker(SUBJECTS[name], options, forked=forked)
-    return workers
+    return {f"{name} {PRECISIONS[precision]}": worker(args, name, precision) for name, precision in pairs}
 
 
 def take_turns(workers: Mapping[str, Worker], action: str, *, rounds: int, times: int) -> Figures:
-    """Rounds of each subject in turn -> what `timed` measured, a list for each."""
+    """Run rounds of each subject in turn; returns a list of `measure.timed`'s results for each."""
     found: Figures = {name: [] for name in workers}
+    training = action == "train_step"
     for number in range(rounds):
-        for name, worker in workers.items():
-            settle = "train_step" if action == "train_step" else "predict_slices"
-            found[name].append(worker.run(action, times, settle=settle, gemm=action == "train_step"))
-            print(
-                f"round {number + 1}, {action}, {name}: {statistics.median(found[name][-1]['seconds']):.3f} s",
-                flush=True,
-            )
+        for name, subject in workers.items():
+            settle = action if training else "predict_slices"
+            found[name].append(subject.run(action, times, settle=settle, gemm=training))
+            median = statistics.median(found[name][-1]["seconds"])
+            print(f"round {number + 1}, {action}, {name}: {median:.3f} s", flush=True)
     return found
 
 
@@ -122,25 +99,20 @@ def figures(rounds: list[Figures], *, units: int) -> Figures:
 def times_as_fast(found: Figures) -> Figures:
     """How many times as fast this package is as each other subject, round by round.
 
-    Against the original, which trains in float32, in whichever precision this package has.
+    PEFT is compared in the same precision; the original, which trains in float32, with both.
     """
-    ratios: Figures = {}
-    for ours in (name for name in found if name.startswith("samed_peft ")):
-        for other in found:
-            if other.startswith("peft-") and other.split()[1] != ours.split()[1]:
-                continue
-            if other.startswith("samed_peft "):
-                continue
-            pairs = zip(found[other], found[ours], strict=True)
-            ratios.setdefault(ours, {})[other] = spread(
-                [statistics.median(theirs["seconds"]) / statistics.median(mine["seconds"]) for theirs, mine in pairs]
-            )
+    medians = {name: [statistics.median(one["seconds"]) for one in rounds] for name, rounds in found.items()}
+    ratios: Figures = {name: {} for name in found if name.startswith("samed_peft ")}
+    for ours, others in ratios.items():
+        for other in (name for name in found if name not in ratios):
+            if other.startswith("samed ") or other.split()[1] == ours.split()[1]:
+                others[other] = spread([t / m for t, m in zip(medians[other], medians[ours], strict=True)])
     return ratios
 
 
 def train(workers: Mapping[str, Worker], args: argparse.Namespace, gflop: float) -> Figures:
-    """Training steps of all subjects, and of this package fed by its loader."""
-    first = {name: worker.run("train_step", fresh=True) for name, worker in workers.items()}
+    """Measure training steps of all subjects, and of this package with its own loader."""
+    first = {name: subject.run("train_step", fresh=True) for name, subject in workers.items()}
     found = take_turns(workers, "train_step", rounds=args.rounds, times=args.steps)
     subjects = {name: figures(rounds, units=args.batch_size) for name, rounds in found.items()}
     for name, one in subjects.items():
@@ -148,58 +120,55 @@ def train(workers: Mapping[str, Worker], args: argparse.Namespace, gflop: float)
         one["gemm_gflops"] = spread([r["gemm_gflops"] for r in found[name]])
         shares = [gflop * args.batch_size / statistics.median(r["seconds"]) / r["gemm_gflops"] for r in found[name]]
         one["share_of_gemm_peak"] = spread(shares)
-    for name, worker in workers.items():
+    for name, subject in workers.items():
         if name.startswith("samed_peft "):
-            fed = worker.run("fed_step", args.steps * args.rounds, settle="fed_step")
+            fed = subject.run("fed_step", args.steps * args.rounds, settle="fed_step")
             subjects[name]["share_waiting_for_data"] = round(sum(fed["values"]) / sum(fed["seconds"]), 4)
             subjects[name]["fed_seconds"] = spread(fed["seconds"])
     return {"subjects": subjects, "times_as_fast": times_as_fast(found)}
 
 
 def predict(workers: Mapping[str, Worker], args: argparse.Namespace, action: str, slices: int) -> Figures:
-    """Predictions of all subjects."""
-    for worker in workers.values():
-        worker.run("predict_slices", fresh=True)
+    """Measure predictions of all subjects."""
+    for subject in workers.values():
+        subject.run("predict_slices", fresh=True)
     found = take_turns(workers, action, rounds=args.prediction_rounds, times=1)
     subjects = {name: figures(rounds, units=slices) for name, rounds in found.items()}
     return {"slices": slices, "subjects": subjects, "times_as_fast": times_as_fast(found)}
 
 
 def profile(args: argparse.Namespace, kinds: tuple[str, ...]) -> Figures:
-    """Where the time of this package goes; prints tables."""
+    """Profile this package and print the tables."""
     found: Figures = {}
     for precision in args.mixed_precision:
-        options = copy.copy(args)
-        options.mixed_precision = precision
-        worker = Worker(make_samed_peft, options, forked=args.forked)
-        worker.run("train_step")
+        subject = worker(args, "samed_peft", precision)
+        subject.run("train_step")
         for kind in kinds:
             if kind == "profile_prediction":
-                worker.run("start_prediction")
-                worker.run("predict_slices")
-            (one,) = worker.run(kind)["values"]
+                subject.run("start_prediction")
+                subject.run("predict_slices")
+            (one,) = subject.run(kind)["values"]
             print(f"\n{kind}, {PRECISIONS[precision]}\n\n{one.pop('table')}\n")
             print("\n".join(f"{name:<20} {share:6.1%}" for name, share in one["groups"].items()))
             found[f"{kind} {PRECISIONS[precision]}"] = one
-        worker.close()
+        subject.close()
     return found
 
 
 def table(title: str, part: Figures, *, training: bool) -> str:
-    """One part as a Markdown table."""
-    head = ["subject", "median s", "fastest-slowest", "images/s" if training else "slices/s", "peak GB"]
+    """Format one part as Markdown tables."""
+    head = ["subject", "median s (range)", "images/s" if training else "slices/s", "peak GB"]
     head += ["GEMM peak", "first loss"] if training else []
     others = sorted({name for ratios in part["times_as_fast"].values() for name in ratios})
     rows = []
     for name, one in part["subjects"].items():
-        seconds, memory = one["seconds"], one["peak_gpu_gb"] or one["peak_resident_gb"]
-        row = [name, f"{seconds['median']:.3f}", f"{seconds['min']:.3f}-{seconds['max']:.3f}"]
-        row += [f"{one['per_second']:.2f}", f"{memory:.2f}"]
+        memory = one["peak_gpu_gb"] or one["peak_resident_gb"]
+        row = [name, with_range(one["seconds"], 3), f"{one['per_second']:.2f}", f"{memory:.2f}"]
         row += [f"{one['share_of_gemm_peak']['median']:.0%}", f"{one['first_loss']:.4f}"] if training else []
         rows.append(row)
     lines = [f"### {title}", "", *markdown(head, rows), ""]
     ratios = [
-        [name, *(f"{r[o]['median']:.2f} ({r[o]['min']:.2f}-{r[o]['max']:.2f})" if o in r else "" for o in others)]
+        [name, *(with_range(r[other], 2) if other in r else "" for other in others)]
         for name, r in part["times_as_fast"].items()
     ]
     return "\n".join([*lines, *(markdown(["times as fast as", *others], ratios) if others else [])])
@@ -207,11 +176,11 @@ def table(title: str, part: Figures, *, training: bool) -> str:
 
 def parse() -> argparse.Namespace:
     """Options, with those that were left out filled in for the geometry."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.options_parser(__doc__)
     add = parser.add_argument
     add("--geometry", choices=["vit_b", "vit_l", "vit_h", "tiny"], default="vit_b", help="of random weights")
     add("--base", help="SAM to use instead: Hub id, folder, Meta .pth or tiny-sam")
-    add("--subjects", nargs="+", choices=list(SUBJECTS), help="all, but the original needs --samed_dir")
+    add("--subjects", nargs="+", choices=SUBJECTS, help="all, but the original needs --samed_dir")
     add("--samed_dir", type=Path, help="checkout of hitachinsk/SAMed")
     add("--parts", nargs="+", choices=["training", "slices", "file"], default=["training", "slices", "file"])
     add("--method", choices=["lora"], default="lora")
@@ -230,9 +199,8 @@ def parse() -> argparse.Namespace:
     add("--prediction_rounds", type=int, help="default: at most 2")
     add("--scan", type=Path, help="to predict file to file, in Hounsfield units; default: a phantom")
     add("--scan_shape", nargs=3, type=int, help="slices, rows, columns of the phantom; default 20 512 512")
-    add("--profile", action="store_true", help="print where the time of samed_peft goes")
+    add("--profile", action="store_true", help="print the operators that take samed_peft's time")
     add("--name", help="end of the result's file name; the geometry if not given")
-    add("--results_dir", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     tiny = args.geometry == "tiny" or args.base == "tiny-sam"
     args.image_size = args.image_size or (64 if tiny else 512)
@@ -251,37 +219,32 @@ def main() -> None:
     """Measure, print tables and write the figures."""
     args = parse()
     os.environ |= QUIET
-    # Of places on this machine the last part says enough.
+    # Only the last part of paths, which differ from machine to machine.
     plain = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("name", "results_dir")}
     plain["base"] = args.base and (Path(args.base).name if Path(args.base).exists() else args.base)
-    result: Figures = {"date": str(date.today()), "machine": machine(PACKAGES), "settings": plain}
-    processes(args.forked, preload=["throughput_peers", "torch._dynamo"])
+    result: Figures = measure.facts() | {"settings": plain}
+    measure.processes(args.forked, preload=["throughput_peers", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as work:
         args.work = Path(work)
-        result |= in_own_process(write_inputs, args, forked=args.forked)
+        result |= measure.in_own_process(write_inputs, args, forked=args.forked)
         workers = start_workers(args)
         if "training" in args.parts:
             result["training"] = train(workers, args, result["step_gflop_per_image"])
-        for worker in workers.values():
-            worker.run("start_prediction")
+        for subject in workers.values():
+            subject.run("start_prediction")
         for part, number in (("slices", args.slices), ("file", result["scan_slices"])):
             if part in args.parts:
                 result[part] = predict(workers, args, f"predict_{part}", number)
-        for worker in workers.values():
-            worker.close()
+        for subject in workers.values():
+            subject.close()
         if args.profile:
             result["profile"] = profile(args, ("profile_step", "profile_prediction"))
     titles = {"training": f"A training step of {args.batch_size} images", "slices": f"{args.slices} slices in memory"}
     titles["file"] = f"A scan of {result['scan_slices']} slices, file to file"
     print(f"\n{result['step_gflop_per_image']} GFLOP an image and step; {json.dumps(result['machine'])}\n")
-    print(
-        "\n\n".join(
-            table(title, result[part], training=part == "training") for part, title in titles.items() if part in result
-        )
-    )
-    target = args.results_dir / f"throughput-{date.today()}-{args.name or args.geometry}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=2) + "\n")
+    parts = [table(titles[part], result[part], training=part == "training") for part in titles if part in result]
+    print("\n\n".join(parts))
+    measure.write_result(args.results_dir / f"throughput-{result['date']}-{args.name or args.geometry}.json", result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """One SAM, one batch and one scan for all subjects of throughput.py, and the FLOP of a training step."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -10,7 +9,6 @@ import torch
 from segment_anything import modeling
 from throughput_original import meta_sam
 from throughput_peers import PlainSam
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SamConfig, SamModel
 
@@ -19,7 +17,7 @@ from samed_peft.config import CT_WINDOW_HU, SYNAPSE_CLASSES
 from samed_peft.datasets import load_synapse, write_phantom
 from samed_peft.datasets.preprocessing import normalized_array
 from samed_peft.io import write_json, write_volume
-from samed_peft.models.bases import TINY_SAM_DIR
+from samed_peft.models.bases import TINY_SAM_DIR, randomize_weights
 from samed_peft.models.checkpoints import rename_meta_keys
 from samed_peft.models.modeling import SamForSemanticSegmentation
 from samed_peft.training.batches import TrainingSlices
@@ -34,25 +32,21 @@ GEOMETRIES = {
 NUM_LABELS = len(SYNAPSE_CLASSES) + 1
 
 
-def random_sam(geometry: str) -> SamModel:
-    """A SAM whose weights have an ordinary scale: those of Transformers, near 1e-10, underflow."""
+def random_model(geometry: str, image_size: int) -> SamForSemanticSegmentation:
+    """Build a SAM with random weights at a size, for all of Synapse's classes."""
     tiny = geometry == "tiny"
     config = SamConfig.from_pretrained(TINY_SAM_DIR) if tiny else SamConfig(vision_config=GEOMETRIES[geometry])
     sam = SamModel(config)
-    with torch.no_grad():
-        for name, parameter in sam.named_parameters():
-            if parameter.ndim >= 2 and "encoder" in name:
-                nn.init.trunc_normal_(parameter, std=0.02)
-    return sam
+    randomize_weights(sam)
+    return SamForSemanticSegmentation.from_sam(sam, num_labels=NUM_LABELS, image_size=image_size)
 
 
 def write_sam(args: argparse.Namespace) -> None:
-    """The base for K + 1 classes at the size of the run: WORK/sam for Transformers, WORK/sam.pth for Meta's code."""
+    """Write the base for K + 1 classes at the run's size: WORK/sam for Transformers, WORK/sam.pth for Meta's code."""
     if args.base:
         model = load_sam(args.base, class_names=SYNAPSE_CLASSES, image_size=args.image_size)
     else:
-        sizes = {"num_labels": NUM_LABELS, "image_size": args.image_size}
-        model = SamForSemanticSegmentation.from_sam(random_sam(args.geometry), **sizes)
+        model = random_model(args.geometry, args.image_size)
     model.save_pretrained(args.work / "sam")
     weights = SamModel.from_pretrained(args.work / "sam").state_dict()
     geometry = meta_geometry(model.config)
@@ -64,7 +58,7 @@ def write_sam(args: argparse.Namespace) -> None:
 
 
 def meta_geometry(config: SamConfig) -> dict[str, Any]:
-    """Sizes of a SAM under the names of Meta's constructors."""
+    """List a SAM's sizes under the names of Meta's constructors."""
     vision, decoder = config.vision_config, config.mask_decoder_config
     grid = vision.image_size // vision.patch_size
     return {
@@ -92,9 +86,8 @@ def meta_geometry(config: SamConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_data(args: argparse.Namespace) -> None:
-    """Phantom slices to train on, a batch of them, and a scan as NIfTI and as SAMed's .npy.h5 (already scaled)."""
-    scan = args.work / "scan.nii.gz"
+def write_data(args: argparse.Namespace) -> int:
+    """Write phantom training slices, a batch of them, and a scan as NIfTI and as SAMed's .npy.h5 (already scaled)."""
     size = (16, 224, 224) if args.image_size > 64 else (8, 48, 48)
     phantom = write_phantom(args.work / "phantom", cases=(5, 6), seed=0, shape_dhw=size)
     rows = load_synapse(phantom, "train", cache_dir=args.work / "rows", num_proc=1)
@@ -104,23 +97,23 @@ def write_data(args: argparse.Namespace) -> None:
     batch = [slices[0, middle + i] for i in range(args.batch_size)]
     np.savez(args.work / "batch.npz", pixels=np.stack([b["pixel_values"][0] for b in batch]),
              labels=np.stack([b["labels"] for b in batch]))  # fmt: skip
-    if args.scan:
-        volume = read_volume(args.scan)
-    else:
-        folder = write_phantom(
-            args.work / "scans", cases=(1,), seed=0, shape_dhw=tuple(args.scan_shape), spacing_zyx_mm=(5.0, 0.75, 0.75)
-        )
-        volume = read_volume(folder / "Training" / "img" / "img0001.nii.gz")
-    write_volume(Volume(volume.array, volume.affine), scan)
+    scan = args.scan
+    if scan is None:
+        shape = {"shape_dhw": tuple(args.scan_shape), "spacing_zyx_mm": (5.0, 0.75, 0.75)}
+        folder = write_phantom(args.work / "scans", cases=(1,), seed=0, **shape)
+        scan = folder / "Training" / "img" / "img0001.nii.gz"
+    volume = read_volume(scan)
+    write_volume(Volume(volume.array, volume.affine), args.work / "scan.nii.gz")
     scaled = normalized_array(volume, CT_WINDOW_HU)
     with h5py.File(args.work / "scan.npy.h5", "w") as file:
         file["image"], file["label"] = scaled, np.zeros(scaled.shape, np.uint8)
     first = max(0, (len(scaled) - args.slices) // 2)
     np.save(args.work / "slices.npy", scaled[first : first + args.slices])
+    return len(scaled)
 
 
 def step_gflop(args: argparse.Namespace) -> float:
-    """GFLOP of a training step for one image, as the plain model computes it, whatever a subject makes of it.
+    """GFLOP of a training step for one image as the plain model computes it, however a subject does.
 
     Counted on Transformers' `SamModel` with its eager attention and PEFT's LoRA, with the padding of its windows and
     without recomputed layers: products and convolutions of the forward pass, of the gradients that flow through frozen
@@ -135,14 +128,8 @@ def step_gflop(args: argparse.Namespace) -> float:
 
 
 def write_inputs(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that subjects read from WORK, and the FLOP of an image."""
+    """Write everything that subjects read from WORK; returns an image's FLOP and the number of the scan's slices."""
     torch.manual_seed(0)
     write_sam(args)
-    write_data(args)
-    return {"step_gflop_per_image": round(step_gflop(args), 3), "scan_slices": scan_shape(args.work)[0]}
-
-
-def scan_shape(work: Path) -> list[int]:
-    """(D, H, W) of the scan that is segmented."""
-    with h5py.File(work / "scan.npy.h5") as file:
-        return list(file["image"].shape)
+    number = write_data(args)
+    return {"step_gflop_per_image": round(step_gflop(args), 3), "scan_slices": number}

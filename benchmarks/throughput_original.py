@@ -1,21 +1,21 @@
-"""The original SAMed as a subject of throughput.py, in a process that holds nothing of this package."""
+"""The original SAMed as a subject of throughput.py, in a process that imports nothing of this package."""
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any
 
+import h5py
 import numpy as np
 import torch
-from measure import DEVICE, Action
+from measure import DEVICE
 from torch import nn
 
 
 def meta_sam(modeling: ModuleType, geometry: dict[str, dict[str, Any]]) -> nn.Module:
-    """Meta's `Sam` of any geometry; SAMed's own builders know ViT-B, -L and -H only."""
+    """Build Meta's `Sam` of any geometry; SAMed's own builders only know ViT-B, -L and -H."""
     norm = partial(nn.LayerNorm, eps=1e-6)
     return modeling.Sam(
         image_encoder=modeling.ImageEncoderViT(**geometry["encoder"], norm_layer=norm),
@@ -29,7 +29,7 @@ def meta_sam(modeling: ModuleType, geometry: dict[str, dict[str, Any]]) -> nn.Mo
 
 
 class Original:
-    """SAMed's net, trained as its trainer.py does and tested with its `test_single_volume`."""
+    """SAMed's net, trained as by its trainer.py and tested with its `test_single_volume`."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         sys.path.insert(0, str(args.samed_dir))
@@ -51,7 +51,7 @@ class Original:
             self.images = torch.from_numpy(batch["pixels"])[:, None].repeat(1, 3, 1, 1)
             self.labels = torch.from_numpy(batch["labels"])
         self.losses = nn.CrossEntropyLoss(), utils.DiceLoss(self.classes + 1)
-        # Scoring is no part of prediction, and neither are copies of scan and reference beside the mask.
+        # Left out: scoring, and the copies of scan and reference that it writes beside the mask.
         utils.calculate_metric_percase = lambda *_: (0, 0)
         write = utils.sitk.WriteImage
         utils.sitk = argparse.Namespace(
@@ -60,7 +60,7 @@ class Original:
         )
 
     def train_step(self) -> float:
-        """The body of trainer.py's loop."""
+        """Run the body of trainer.py's loop."""
         images, labels = self.images.cuda(), self.labels.cuda()
         outputs = self.net(images, True, self.args.image_size)
         loss, *_ = self.trainer.calc_loss(outputs, labels, *self.losses)
@@ -70,7 +70,7 @@ class Original:
         return loss.item()
 
     def start_prediction(self) -> None:
-        """Nothing to prepare."""
+        """Do nothing: it needs no preparation."""
 
     def _predict(self, image: np.ndarray, label: np.ndarray, **where: str) -> None:
         sizes = {"patch_size": [self.args.image_size] * 2, "input_size": [self.args.input_size] * 2}
@@ -78,25 +78,12 @@ class Original:
         self.utils.test_single_volume(*volumes, self.net, self.classes, True, **sizes, **where)
 
     def predict_slices(self) -> None:
-        """The slices in memory."""
+        """Predict the slices in memory."""
         slices = np.load(self.args.work / "slices.npy")
         self._predict(slices, np.zeros(slices.shape, np.uint8))
 
     def predict_file(self) -> None:
-        """Its own .npy.h5, with intensities scaled beforehand, to NIfTI."""
-        import h5py
-
+        """Predict from its own .npy.h5, with intensities scaled beforehand, to NIfTI."""
         with h5py.File(self.args.work / "scan.npy.h5") as data:
             image, label = data["image"][:], data["label"][:]
         self._predict(image, label, test_save_path=str(self.args.work), case="samed")
-
-
-def make(args: argparse.Namespace) -> Mapping[str, Action]:
-    """Actions of the process."""
-    subject = Original(args)
-    return {
-        "train_step": subject.train_step,
-        "start_prediction": subject.start_prediction,
-        "predict_slices": subject.predict_slices,
-        "predict_file": subject.predict_file,
-    }

@@ -1,18 +1,20 @@
-"""Subjects of throughput.py that are built on Transformers: this package, and plain `SamModel` with stock PEFT."""
+"""Subjects of throughput.py built on Transformers: this package, and plain `SamModel` with stock PEFT."""
 
 import argparse
+import itertools
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import nibabel
 import numpy as np
 import torch
 from accelerate import Accelerator
-from measure import DEVICE, Action
+from measure import DEVICE
 from peft import LoraConfig, get_peft_model
 from scipy.ndimage import zoom
+from throughput_profile import profiled
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SamModel
@@ -27,14 +29,9 @@ from samed_peft.prediction.inference import load_segmenter
 from samed_peft.training import build_optimizer, train_step
 from samed_peft.training.batches import TrainingSlices, batch_loader, epoch_batches
 
-METHODS = {"lora": add_lora}
-"""How this package adapts; another method is another line here and in `PEFT_CONFIGS`."""
-
-PEFT_CONFIGS = {"lora": lambda rank, **kwargs: LoraConfig(r=rank, lora_alpha=rank, **kwargs)}
-
 
 def read_batch(args: argparse.Namespace) -> dict[str, Tensor]:
-    """The batch of all subjects: `pixel_values` (B, 3, S, S) and `labels` (B, h, h)."""
+    """Read the batch of all subjects: `pixel_values` (B, 3, S, S) and `labels` (B, h, h)."""
     with np.load(args.work / "batch.npz") as batch:
         pixels = torch.from_numpy(batch["pixels"])[:, None].expand(-1, 3, -1, -1)
         return {"pixel_values": pixels, "labels": torch.from_numpy(batch["labels"])}
@@ -47,13 +44,13 @@ class SamedPeft:
         self.args, base = args, args.work / "sam"
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=DEVICE.type == "cpu")
         sam = load_sam(base, class_names=SYNAPSE_CLASSES, image_size=args.image_size)
-        # `load_sam` starts mask tokens and hypernetworks anew; all subjects start from the same.
+        # `load_sam` initialises mask tokens and hypernetworks anew; all subjects must start from the same.
         sam.mask_decoder.load_state_dict(SamForSemanticSegmentation.from_pretrained(base).mask_decoder.state_dict())
         if args.gradient_checkpointing:
             sam.activation_checkpointing_enable()
         sizes = {"image_size": args.image_size, "input_size": args.input_size, "rank": args.rank}
         config = SamedConfig(str(base), SYNAPSE_CLASSES, **sizes)
-        model = METHODS[args.method](sam, config)
+        model = add_lora(sam, config)
         self.adapter = args.work / f"adapter-{args.mixed_precision}"
         save_adapter(model, self.adapter, config=config)
         cast_frozen_weights(model, product_dtype(self.accelerator))
@@ -66,22 +63,19 @@ class SamedPeft:
         return train_step(self.model, [batch], self.optimizer, **options)[0]
 
     def train_step(self) -> float:
-        """One optimizer step; returns the loss."""
+        """Take one optimizer step; returns the loss."""
         return self._step(self.batch)
 
     def _endless_batches(self) -> Iterator[dict[str, Tensor]]:
         rows = load_synapse(self.args.work / "phantom", "train", cache_dir=self.args.work / "rows", num_proc=1)
         slices = TrainingSlices(rows, image_size=self.args.image_size, label_size=self.label_size, seed=0)
-        # One long epoch's worth of keys: workers that start anew would be waited for.
-        keys = [
-            k
-            for e in range(100)
-            for k in epoch_batches(len(rows), batch_size=len(self.batch["labels"]), seed=0, epoch=e)
-        ]
-        return iter(batch_loader(slices, keys, num_workers=self.args.num_workers))
+        # The keys of 100 epochs at once, as restarted workers would have to be waited for.
+        size = len(self.batch["labels"])
+        epochs = (epoch_batches(len(rows), batch_size=size, seed=0, epoch=epoch) for epoch in range(100))
+        return iter(batch_loader(slices, [*itertools.chain(*epochs)], num_workers=self.args.num_workers))
 
     def fed_step(self) -> float:
-        """One step on slices that workers load and augment; returns the seconds waited for them."""
+        """Take one step on slices that workers load and augment; returns the seconds spent waiting for them."""
         self.batches = self.batches or self._endless_batches()
         started = time.perf_counter()
         batch = next(self.batches)
@@ -90,59 +84,54 @@ class SamedPeft:
         return waited
 
     def start_prediction(self) -> None:
-        """Put the trained model away and load the adapter as `samed predict` does."""
+        """Free the trained model and load the adapter as `samed predict` does."""
         self.model = self.optimizer = self.batches = None
         self.accelerator.free_memory()
         self.model = load_segmenter(self.adapter, accelerator=self.accelerator)
 
     def predict_slices(self) -> None:
-        """The slices in memory."""
+        """Predict the slices in memory."""
         with self.accelerator.autocast():
             predict_volume(self.model, Volume(np.load(self.args.work / "slices.npy"), normalized=True))
 
     def predict_file(self) -> None:
-        """NIfTI to NIfTI."""
+        """Predict from NIfTI to NIfTI."""
         scan = Scan("ours", self.args.work / "scan.nii.gz", self.args.work / f"ours-{self.args.mixed_precision}.nii.gz")
-        outcome = predict_files(
-            self.model, [scan], options=PredictionOptions(overwrite=True), accelerator=self.accelerator
-        )
+        options = PredictionOptions(overwrite=True)
+        outcome = predict_files(self.model, [scan], options=options, accelerator=self.accelerator)
         assert not outcome.failed, outcome.failed
 
     def profile_step(self) -> Any:
-        """Where a step's time goes."""
-        from throughput_profile import profiled
-
-        return profiled(
-            self.train_step, loss_shape=(*self.batch["labels"].shape[:1], len(SYNAPSE_CLASSES) + 1, self.label_size)
-        )
+        """Profile a training step."""
+        loss_shape = (len(self.batch["labels"]), len(SYNAPSE_CLASSES) + 1, self.label_size)
+        return profiled(self.train_step, loss_shape=loss_shape)
 
     def profile_prediction(self) -> Any:
-        """Where the time of a prediction goes."""
-        from throughput_profile import profiled
-
+        """Profile a prediction."""
         return profiled(self.predict_slices)
 
 
 class PlainSam(nn.Module):
-    """Transformers' `SamModel` with stock PEFT as one would write it: LoRA on the fused `qkv`, all K + 1 maps."""
+    """Transformers' `SamModel` with stock PEFT as users write it: LoRA on the fused `qkv`, all K + 1 maps."""
 
     def __init__(self, sam: SamModel, args: argparse.Namespace) -> None:
         super().__init__()
         sam.requires_grad_(False)
         if args.gradient_checkpointing:
             sam.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        config = PEFT_CONFIGS[args.method](
-            args.rank,
+        config = LoraConfig(
+            r=args.rank,
+            lora_alpha=args.rank,
             target_modules=r"vision_encoder\.layers\.\d+\.attn\.qkv",
             modules_to_save=["mask_decoder", "no_mask_embed"],
         )
         with warnings.catch_warnings():
-            # PEFT 0.21 asks Transformers 5.23 by a name that is on its way out.
+            # PEFT 0.21 uses a name that Transformers 5.23 deprecates.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             self.peft = get_peft_model(sam, config)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, K + 1, h, w) logits; the decoder's own forward returns the first map or all others, but not both."""
+        """Return (B, K + 1, h, w) logits; the decoder's own forward returns the first map or the others, not both."""
         sam = self.peft.base_model.model
         decoder = sam.mask_decoder
         embeddings = sam.vision_encoder(pixel_values).last_hidden_state
@@ -162,7 +151,7 @@ class PlainSam(nn.Module):
 
 
 class PlainPeft:
-    """`PlainSam` in a training loop and a prediction as short as one would write them."""
+    """`PlainSam` in a training loop and a prediction as short as users write them."""
 
     def __init__(self, args: argparse.Namespace, attention: str) -> None:
         self.args = args
@@ -174,7 +163,7 @@ class PlainPeft:
         self.batch, self.mask = read_batch(args), args.work / f"peft-{attention}-{args.mixed_precision}.nii.gz"
 
     def train_step(self) -> float:
-        """One optimizer step; returns the loss."""
+        """Take one optimizer step; returns the loss."""
         self.model.train()
         pixels, labels = (self.batch[name].to(DEVICE) for name in ("pixel_values", "labels"))
         loss = dice_ce_loss(self.model(pixels), labels)
@@ -184,7 +173,7 @@ class PlainPeft:
         return loss.item()
 
     def start_prediction(self) -> None:
-        """Evaluation mode."""
+        """Switch to evaluation."""
         self.model.eval()
         self.optimizer = None
 
@@ -200,11 +189,11 @@ class PlainPeft:
         return np.stack(masks)
 
     def predict_slices(self) -> None:
-        """The slices in memory."""
+        """Predict the slices in memory."""
         self._predict(np.load(self.args.work / "slices.npy"))
 
     def predict_file(self) -> None:
-        """NIfTI to NIfTI."""
+        """Predict from NIfTI to NIfTI."""
         low, high = CT_WINDOW_HU
         image = nibabel.load(self.args.work / "scan.nii.gz")
         scaled = (np.clip(image.get_fdata(dtype=np.float32), low, high) - low) / (high - low)
@@ -213,32 +202,7 @@ class PlainPeft:
 
 
 def resized(image: np.ndarray, height: int, width: int, *, order: int = 3) -> np.ndarray:
-    """SAMed's resizing."""
+    """Resize as SAMed does."""
     if image.shape == (height, width):
         return image
     return zoom(image, (height / image.shape[0], width / image.shape[1]), order=order)
-
-
-def make_ours(args: argparse.Namespace) -> Mapping[str, Action]:
-    """Actions of this package's process."""
-    subject = SamedPeft(args)
-    return {
-        "train_step": subject.train_step,
-        "fed_step": subject.fed_step,
-        "profile_step": subject.profile_step,
-        "start_prediction": subject.start_prediction,
-        "predict_slices": subject.predict_slices,
-        "predict_file": subject.predict_file,
-        "profile_prediction": subject.profile_prediction,
-    }
-
-
-def make_plain(args: argparse.Namespace, attention: str) -> Mapping[str, Action]:
-    """Actions of a process of `SamModel` and PEFT."""
-    subject = PlainPeft(args, attention)
-    return {
-        "train_step": subject.train_step,
-        "start_prediction": subject.start_prediction,
-        "predict_slices": subject.predict_slices,
-        "predict_file": subject.predict_file,
-    }

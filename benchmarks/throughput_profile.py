@@ -1,4 +1,4 @@
-"""Where the time of a call goes, by operator and in groups; part of throughput.py's --profile."""
+"""Profile a call by operator and by groups of operators, for throughput.py's --profile."""
 
 import time
 from collections import Counter
@@ -22,36 +22,32 @@ GROUPS = {
                     "cos", "max", "eq", "ne", "where", "isfinite", "threshold", "upsample", "abs", "clamp",
                     "elementwise", "reduce"),
 }  # fmt: skip
-"""Groups of operators by parts of their names; the first that fits counts."""
+"""Groups of operators by parts of their names; the first match counts."""
 
 OUTSIDE = "outside of PyTorch"
-"""Python and NumPy, resizing for example."""
+"""Python and NumPy, for example resizing."""
 
 
 def profiled(action: Callable[[], Any], *, loss_shape: tuple[int, int, int] | None = None) -> dict[str, Any]:
-    """Self time of operators in one call, as a table and as shares of groups.
+    """Measure the self time of operators in one call, as a table and as shares of groups.
 
     Args:
-        action: is called twice, the first time to warm up.
-        loss_shape: (B, K + 1, h) of a training step's logits. The loss is profiled alone at this size, and its
-            operators are taken out of the groups they would fall into.
+        action: called twice, first to warm up.
+        loss_shape: (B, K + 1, h) of a training step's logits. The loss is profiled alone at this size and its
+            operators are subtracted from their groups.
     """
     action()
     microseconds, table = _self_times(action)
     shares: Counter[str] = Counter()
     if loss_shape is not None:
-        for name, own in _self_times(_loss_step(*loss_shape))[0].items():
-            taken = min(own, microseconds[name])
-            microseconds[name] -= taken
-            shares["loss"] += taken
+        loss = _self_times(_loss_step(*loss_shape))[0] & microseconds  # the smaller of both
+        microseconds -= loss
+        shares["loss"] = loss.total()
     for name, own in microseconds.items():
         shares[_group(name)] += own
     whole = sum(shares.values())
-    return {
-        "table": table,
-        "seconds": whole / 1e6,
-        "groups": {n: round(own / whole, 4) for n, own in shares.most_common()},
-    }
+    groups = {name: round(own / whole, 4) for name, own in shares.most_common()}
+    return {"table": table, "seconds": whole / 1e6, "groups": groups}
 
 
 def _loss_step(batch: int, num_labels: int, side: int) -> Callable[[], None]:
@@ -66,7 +62,7 @@ def _loss_step(batch: int, num_labels: int, side: int) -> Callable[[], None]:
 
 
 def _self_times(action: Callable[[], Any]) -> tuple[Counter[str], str]:
-    """Microseconds of each operator, on the GPU where there is one, and the profiler's own table."""
+    """Microseconds of each operator, on the GPU if there is one, and the profiler's own table."""
     on_gpu = DEVICE.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
         started = time.perf_counter()

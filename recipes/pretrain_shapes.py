@@ -1,7 +1,7 @@
 """Synthetic images with labels for pretraining: warped organs in contrasts drawn anew for each image.
 
-Nothing in them is constant but the shapes and how they lie to each other, so a model cannot learn grey values. Every
-shape differs from what surrounds it, so there is always a boundary to find.
+Only the shapes and their places relative to each other are constant, so a model cannot learn grey values. Every shape
+differs from its surroundings, so there is always a boundary to find.
 """
 
 import math
@@ -29,18 +29,18 @@ NUM_LABELS = CUSHION + 1
 
 
 def smooth_noise(shape: tuple[int, int], cells: int, rng: torch.Generator) -> Tensor:
-    """Smooth random fields (B, C, SIZE, SIZE) with about `cells` bumps a side."""
+    """Draw smooth random fields (B, C, SIZE, SIZE) with about `cells` bumps a side."""
     coarse = torch.randn(*shape, cells, cells, generator=rng)
     return F.interpolate(coarse, size=(SIZE, SIZE), mode="bicubic", align_corners=True)
 
 
 def uniform(shape: tuple[int, ...], low: float, high: float, rng: torch.Generator) -> Tensor:
-    """Uniform numbers in [low, high)."""
+    """Draw uniform numbers in [low, high)."""
     return low + (high - low) * torch.rand(shape, generator=rng)
 
 
 def warped_grid(batch: int, rng: torch.Generator) -> Tensor:
-    """Coordinates (B, 2, SIZE, SIZE) as x and y in about [-1, 1], turned, scaled, shifted and bent."""
+    """Draw coordinates (B, 2, SIZE, SIZE), x and y in about [-1, 1]: rotated, scaled, shifted and warped."""
     axis = torch.linspace(-1, 1, SIZE)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy")).expand(batch, -1, -1, -1)
     turn = uniform((batch,), -0.4, 0.4, rng)
@@ -50,7 +50,7 @@ def warped_grid(batch: int, rng: torch.Generator) -> Tensor:
 
 
 def ellipse_distances(grid: Tensor, layout: Tensor, rng: torch.Generator) -> Tensor:
-    """Distances (B, N, SIZE, SIZE), squared, below 1 within the N jittered ellipses of `layout`."""
+    """Squared distances (B, N, SIZE, SIZE), below 1 inside the N jittered ellipses of `layout`."""
     batch = len(grid)
     jitter = torch.randn(batch, len(layout), 5, generator=rng) * torch.tensor([0.05, 0.05, 0.0, 0.0, 15.0])
     x, y, along, across, angle = (layout + jitter).unbind(-1)
@@ -63,7 +63,7 @@ def ellipse_distances(grid: Tensor, layout: Tensor, rng: torch.Generator) -> Ten
 
 
 def draw_abdomens(batch: int, rng: torch.Generator) -> Tensor:
-    """Label maps (B, SIZE, SIZE): 0 is background, k the k-th ellipse of ABDOMEN; some organs are absent."""
+    """Draw label maps (B, SIZE, SIZE): 0 background, k the k-th ellipse of ABDOMEN; some organs are absent."""
     distance = ellipse_distances(warped_grid(batch, rng), ABDOMEN, rng)
     absent = torch.rand(batch, len(ABDOMEN), 1, 1, generator=rng) < 0.15
     nearest, label = distance.masked_fill(absent, math.inf).min(dim=1)
@@ -71,7 +71,7 @@ def draw_abdomens(batch: int, rng: torch.Generator) -> Tensor:
 
 
 def draw_long_organs(batch: int, rng: torch.Generator) -> Tensor:
-    """Label maps (B, SIZE, SIZE) of a bent organ with a head and a body, in a sheath, on a rounded neighbour."""
+    """Draw label maps (B, SIZE, SIZE): a bent organ with head and body, in a sheath, on a rounded neighbour."""
     grid = warped_grid(batch, rng)
     t = torch.linspace(0, 1, 24)
     bezier = torch.stack([(1 - t) ** 2, 2 * t * (1 - t), t**2])
@@ -88,12 +88,12 @@ def draw_long_organs(batch: int, rng: torch.Generator) -> Tensor:
 
 
 def paint(labels: Tensor, rng: torch.Generator) -> Tensor:
-    """Images (B, 3, SIZE, SIZE) in [0, 1]: random contrast per label on soft and folded tissue, with blur and noise."""
+    """Paint images (B, 3, SIZE, SIZE) in [0, 1]: random contrast per label, soft and folded tissue, blur and noise."""
     batch = len(labels)
     surround = uniform((batch, 1), 0, 1, rng)
     means = (surround + uniform((batch, NUM_LABELS), 0.2, 0.8, rng)) % 1
     means[:, :1] = surround
-    means[:, HEAD] = means[:, BODY] + uniform((batch,), -0.05, 0.05, rng)  # where one ends, only the shape tells
+    means[:, HEAD] = means[:, BODY] + uniform((batch,), -0.05, 0.05, rng)  # only the shape shows the border
     spread = uniform((batch, NUM_LABELS), 0.0, 0.08, rng)
     image = means.gather(1, labels.flatten(1)) + spread.gather(1, labels.flatten(1)) * torch.randn(
         batch, SIZE * SIZE, generator=rng
@@ -112,6 +112,6 @@ def paint(labels: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def synthetic_batch(batch: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Half abdomens, half long organs: images (B, 3, SIZE, SIZE) and labels (B, SIZE, SIZE)."""
+    """Draw half abdomens, half long organs: images (B, 3, SIZE, SIZE) and labels (B, SIZE, SIZE)."""
     labels = torch.cat([draw_abdomens(batch // 2, rng), draw_long_organs(batch - batch // 2, rng)])
     return paint(labels, rng), labels

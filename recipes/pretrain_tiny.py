@@ -2,14 +2,14 @@
 
     python recipes/pretrain_tiny.py --output_dir samed_peft/models/tiny_sam
 
-A quarter of an hour on two cores; `pretraining.json` beside the weights records command, seed and time. No scan of any
-person is used: every image is a warped abdomen of ellipses, or a long organ with head and body, in contrasts drawn anew
-for each image, so that the encoder must learn shapes and boundaries instead of grey values. Expect a validation Dice of
+A quarter of an hour on two cores; `pretraining.json` beside the weights records command, seed and time. No real scan
+is used: every image is a warped abdomen of ellipses, or a long organ with head and body, in contrasts drawn anew for
+each image, so that the encoder must learn shapes and boundaries instead of grey values. Expect a validation Dice of
 about 0.71 over 13 shapes.
 
-With --steps 0 it saves the random weights it would start from, for comparison; with --stock_weights those that
-Transformers draws, which are near zero in the encoder.
-The result is a SAM by architecture and file format only. It is there for the demo, the tests and quick comparisons.
+With --steps 0 it saves the random weights that training would start from, for comparison; with --stock_weights those of
+Transformers, which are near zero in the encoder.
+The result is a SAM by architecture and file format only, for the demo, the tests and quick comparisons.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import SamConfig, SamModel
 
 from samed_peft.io import FolderKind, atomic_dir, require_replaceable, write_json
+from samed_peft.models.bases import randomize_weights
 from samed_peft.models.losses import dice_ce_loss
 from samed_peft.models.modeling import SamForSemanticSegmentation
 from samed_peft.prediction.inference import upsampled_argmax
@@ -41,25 +42,12 @@ CONFIG = SamConfig(
 )  # fmt: skip
 
 
-@torch.no_grad()
-def initialise(model: nn.Module) -> None:
-    """Random weights at a scale that trains: Transformers leaves SAM's encoder near 1e-10.
-
-    Fourier features of positions get SAM's frequencies, of deviation 1; Transformers' are so high that they alias.
-    """
-    for name, parameter in model.named_parameters():
-        if "positional_embedding" in name:
-            nn.init.normal_(parameter)
-        elif parameter.ndim >= 2:
-            nn.init.trunc_normal_(parameter, std=0.02 if "encoder" in name else parameter[0].numel() ** -0.5)
-
-
 def random_tiny_sam(seed: int, *, stock: bool = False) -> SamModel:
-    """The tiny geometry with random weights, at a scale that trains or as Transformers draws them."""
+    """Build the tiny geometry with random weights, at a scale that trains or as Transformers draws them."""
     torch.manual_seed(seed)
     sam = SamModel(CONFIG)
     if not stock:
-        initialise(sam)
+        randomize_weights(sam)
     return sam
 
 
@@ -75,12 +63,13 @@ def validation_dice(model: nn.Module, seed: int) -> float:
 def main() -> None:
     """Pretrain, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stock_weights", action="store_true", help="start from the weights that Transformers draws")
+    add = parser.add_argument
+    add("--output_dir", type=Path, required=True)
+    add("--steps", type=int, default=5000)
+    add("--batch_size", type=int, default=32)
+    add("--learning_rate", type=float, default=1e-3)
+    add("--seed", type=int, default=0)
+    add("--stock_weights", action="store_true", help="start from Transformers' own initial weights")
     args = parser.parse_args()
     start = random_tiny_sam(args.seed, stock=args.stock_weights)
     model = SamForSemanticSegmentation.from_sam(start, num_labels=NUM_LABELS).train()

@@ -60,18 +60,16 @@ class SamSplitAttention(nn.Module):
         grid = hidden_states.shape[1:3]
         tokens = hidden_states.flatten(1, 2)  # PEFT's OFT treats four axes as a convolution's input
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (self._heads(project(tokens)).unflatten(1, grid) for project in projections)
+        heads = (self.num_heads, self.head_dim)
+        query, key, value = (project(tokens).unflatten(-1, heads).unflatten(1, grid) for project in projections)
         pad_key = pad_value = None
         if any(size % self.window for size in grid):
             zero = hidden_states.new_zeros(1, hidden_states.shape[-1])
-            pad_key, pad_value = self._heads(self.k_proj(zero))[0], self._heads(self.v_proj(zero))[0]
+            pad_key, pad_value = (project(zero)[0].unflatten(-1, heads) for project in projections[1:])
         table = self._table(query.dtype) if self.use_rel_pos else None
         attend = TiledAttention.apply if _is_tiled(query) else fused_attention
         output = attend(self.window, query, key, value, pad_key, pad_value, table)
         return self.proj(output.flatten(3).flatten(1, 2)).unflatten(1, grid)
-
-    def _heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.num_heads, self.head_dim))
 
     def _table(self, dtype: torch.dtype) -> Tensor:
         """Relative positions (2 (2 window - 1), d) by the distance key - query, times sqrt(d): SAM scales q·k alone."""

@@ -86,15 +86,11 @@ def infer_config(state: Mapping[str, Tensor]) -> SamConfig:
         IndexError: it has too few dimensions.
         ValueError: it has no elements, layers are not numbered 0, 1, 2 ..., or there are more than 256 mask tokens.
     """
-    vision = _vision_config(state)
+    vision, decoder = _vision_config(state), _decoder_config(state)
     shared = {"hidden_size": vision["output_channels"]}
     prompt = {name: vision[name] for name in ("image_size", "patch_size")}
     prompt["mask_input_channels"] = state["prompt_encoder.mask_embed.conv2.weight"].shape[0]
-    return SamConfig(
-        vision_config=vision,
-        prompt_encoder_config=shared | prompt,
-        mask_decoder_config=shared | _decoder_config(state),
-    )
+    return SamConfig(vision_config=vision, prompt_encoder_config=shared | prompt, mask_decoder_config=shared | decoder)
 
 
 def _vision_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -163,11 +159,11 @@ def load_meta_checkpoint(path: Path) -> SamModel:
             "a checkpoint of SAMed needs its SAM: give --base"
         ) from error
     expected = model.state_dict()
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    misshapen = [k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape]
-    for problem, keys in (("lacks", missing), ("has unknown", unexpected), ("has misshapen", sorted(misshapen))):
+    misshapen = {key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape}
+    lacking, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
+    for problem, keys in (("lacks", lacking), ("has unknown", unknown), ("has misshapen", misshapen)):
         if keys:
-            raise InputError(f"{path} {problem} weights: {', '.join(keys[:5])} ({len(keys)} in all)")
+            raise InputError(f"{path} {problem} weights: {', '.join(sorted(keys)[:5])} ({len(keys)} in all)")
     model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     model.tie_weights()
     return model.eval()

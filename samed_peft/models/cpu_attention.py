@@ -1,5 +1,6 @@
 """SAM's attention on a CPU, block by block, so that its intermediate results stay in the processor's cache."""
 
+import itertools
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -208,15 +209,13 @@ def _blocks(query: Tensor, window: int) -> Iterator[_Block]:
     images, height, width, num_heads, _ = query.shape
     threads = torch.get_num_threads()
     memory = threads * CACHE_BYTES
-    for top, bottom, tall in _cut(height, window):
-        for left, right, wide in _cut(width, window):
-            weights_of_row = (bottom - top) // tall * (right - left) * window**2 * query.element_size()
-            heads = min(num_heads, max(threads, memory // (weights_of_row * tall)))
-            chunk = max(1, min(tall, memory // (weights_of_row * heads)))
-            together = max(1, memory // (weights_of_row * tall * num_heads))  # images whose heads all fit
-            for some_images in _pieces(images, together):
-                for some_heads in _pieces(num_heads, heads):
-                    yield _Block(some_images, top, bottom, left, right, (tall, wide), window, some_heads, chunk)
+    for (top, bottom, tall), (left, right, wide) in itertools.product(_cut(height, window), _cut(width, window)):
+        weights_of_row = (bottom - top) // tall * (right - left) * window**2 * query.element_size()
+        heads = min(num_heads, max(threads, memory // (weights_of_row * tall)))
+        chunk = max(1, min(tall, memory // (weights_of_row * heads)))
+        together = max(1, memory // (weights_of_row * tall * num_heads))  # images whose heads all fit
+        for some_images, some_heads in itertools.product(_pieces(images, together), _pieces(num_heads, heads)):
+            yield _Block(some_images, top, bottom, left, right, (tall, wide), window, some_heads, chunk)
 
 
 def _pieces(number: int, size: int) -> list[range]:
@@ -257,8 +256,8 @@ class TiledAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     @torch.autocast("cpu", enabled=False)
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Recompute the weights block by block, and from them the gradients of all tensors."""
         query, key, value, pad_key, pad_value, table = ctx.saved_tensors

@@ -99,9 +99,8 @@ class SamForSemanticSegmentation(PreTrainedModel):
         self.vision_encoder = SamVisionEncoder(vision)
         self.vision_encoder.layers = nn.ModuleList(SamEncoderLayer(vision, i) for i in range(vision.num_hidden_layers))
         self.prompt_encoder = SamPromptEncoder(config)
-        decoder_config = config.mask_decoder_config
-        decoder_config._attn_implementation = config._attn_implementation
-        self.mask_decoder = SemanticMaskDecoder(decoder_config)
+        config.mask_decoder_config._attn_implementation = config._attn_implementation
+        self.mask_decoder = SemanticMaskDecoder(config.mask_decoder_config)
         self.samed_config: SamedConfig | None = None
         self.base_sha256: str | None = None
         self.base_revision: str | None = None
@@ -156,7 +155,8 @@ class SamForSemanticSegmentation(PreTrainedModel):
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SemanticSegmenterOutput:
         """Segment (B, 3, S, S) pixels in [0, 1]; `labels` (B, h, w) int64 add SAMed's loss."""
         embeddings = self.vision_encoder(pixel_values).last_hidden_state
-        logits = self.mask_decoder(embeddings, self._positions(embeddings), self._no_mask)
+        no_mask = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        logits = self.mask_decoder(embeddings, self._positions(embeddings), no_mask)
         loss = None if labels is None else dice_ce_loss(logits, labels)
         return SemanticSegmenterOutput(loss=loss, logits=logits)
 
@@ -173,7 +173,3 @@ class SamForSemanticSegmentation(PreTrainedModel):
         grid = torch.stack(torch.meshgrid(centre_x, centre_y, indexing="xy"), dim=-1)
         encoding = self.shared_image_embedding(grid).permute(2, 0, 1)
         return encoding.to(embeddings.dtype).expand(batch, -1, -1, -1)
-
-    @property
-    def _no_mask(self) -> Tensor:
-        return self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)

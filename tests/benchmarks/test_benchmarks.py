@@ -56,6 +56,25 @@ def test_scaling(tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
+@pytest.mark.slow
+def test_attention(tmp_path):
+    printed, result = run("attention.py", "--quick", folder=tmp_path)
+    assert "| pixels, type, pass, layers |" in printed
+    assert "times as fast as fused" in printed
+    assert [(one["image_size"], one["dtype"]) for one in result["results"]] == [(128, "float32"), (128, "bfloat16")]
+    for one, allowed in zip(result["results"], (1e-5, 0.05), strict=True):
+        for layers in one["layers"].values():
+            # The same inputs give the same numbers: a subject that computed something else would not be one.
+            assert all(apart < allowed for found in layers.values() for apart in found["largest_difference"].values())
+        for step in one["steps"].values():
+            assert list(step) == ["windowed", "global", "encoder"]
+            windowed, whole, encoder = (part["seconds"]["fused"]["median"] for part in step.values())
+            assert encoder == pytest.approx(8 * windowed + 4 * whole, rel=1e-2)
+            assert list(step["encoder"]["times_as_fast"]) == ["fused", "transformers"]
+    assert result["overall"].keys() == {"fused", "transformers"}
+    assert result["machine"]["load_before"] >= 0
+
+
 def test_ratios_are_taken_within_a_round():
     def rounds(*seconds):
         return [{"seconds": [value]} for value in seconds]

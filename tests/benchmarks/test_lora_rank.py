@@ -1,4 +1,4 @@
-"""The comparison of ranks and methods: its plan, its runs, what is left after a stop, and its statistics."""
+"""The comparison of ranks and methods: its plan, its runs, resuming after a stop, and its statistics."""
 
 import itertools
 import json
@@ -138,7 +138,7 @@ def test_placements(text, options):
 
 
 @pytest.mark.parametrize("text", ["qv", "q,v@5", "q,v-decoder", "", "q,,v"])
-def test_what_is_no_placement(text):
+def test_other_texts_than_placements_are_refused(text):
     with pytest.raises(InputError, match="a placement is some of q, k, v, out, mlp"):
         lora_rank.placement_options(text)
 

@@ -1,4 +1,4 @@
-"""How a base is recorded, and what is said of one that cannot be fetched."""
+"""Recording a base, and the message for one that cannot be fetched."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Frozen weights held in half precision change no result of autocast."""
+"""Frozen weights cast to half precision change no result of autocast."""
 
 import sys
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_the_type_follows_the_accelerator(precision, expected):
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_the_file_of_the_base_is_let_go(golden_config, tmp_path):
+def test_the_file_of_the_base_is_unmapped(golden_config, tmp_path):
     load_sam(golden_config.base, class_names=golden_config.class_names, image_size=128).save_pretrained(tmp_path)
     model = load_sam(tmp_path, class_names=golden_config.class_names, image_size=128)
     cast_frozen_weights(add_lora(model, golden_config), torch.bfloat16)
