@@ -131,7 +131,7 @@ def choose_window(folder: LabelledFolder) -> tuple[float, float] | None:
     if folder.modality is not None and folder.modality.lower() in ("ct", "computed tomography"):
         return CT_WINDOW_HU
     first = next(iter(folder.images.values()))
-    if read_affine(first) is None and first.suffix.lower() in (".png", ".tif", ".tiff", ".jpg", ".jpeg"):
+    if is_picture(first):
         # Decided by all of them: one 16-bit picture among 8-bit ones would be cut off.
         largest = max(float(read_volume(path).array.max()) for path in folder.images.values())
         return COLOUR_RANGE if 1 < largest <= 255 else None

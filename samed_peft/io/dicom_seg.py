@@ -11,10 +11,9 @@ import numpy as np
 from samed_peft.errors import InputError
 from samed_peft.io.atomic import atomic_file
 from samed_peft.io.dicom import dicom_files
+from samed_peft.io.files import damaged
 from samed_peft.io.label_names import checked_names, label_colour
-from samed_peft.io.readers import LPS_TO_RAS, damaged
-from samed_peft.io.volumes import Volume
-from samed_peft.io.writers import checked_mask
+from samed_peft.io.volumes import LPS_TO_RAS, Volume, checked_mask
 
 DICOM_SEG_SUFFIX = ".dcm"
 _LONG_STRING = 64
