@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from samed_peft.errors import InputError
-from samed_peft.io.files import damaged
+from samed_peft.io.files import damaged, naming_damaged
 
 
 def _in_3d(array: np.ndarray) -> tuple[np.ndarray, None]:
@@ -15,37 +15,22 @@ def _in_3d(array: np.ndarray) -> tuple[np.ndarray, None]:
 
 
 def read_hdf5(path: Path, key: str) -> tuple[np.ndarray, None]:
-    """Array (D, H, W) of the dataset `key` of an HDF5 file.
-
-    Raises:
-        InputError: the file is damaged or lacks the dataset.
-    """
+    """Array (D, H, W) of the dataset `key` of an HDF5 file."""
     import h5py
 
-    try:
-        with h5py.File(path, "r") as file:
-            if not isinstance(file.get(key), h5py.Dataset):
-                raise InputError(f"expected a dataset {key!r} in {path}, found {', '.join(file) or 'nothing'}")
-            return _in_3d(np.asarray(file[key][()]))
-    except (OSError, RuntimeError) as error:
-        raise damaged(path, error) from error
+    with naming_damaged(path, OSError, RuntimeError), h5py.File(path, "r") as file:
+        if not isinstance(file.get(key), h5py.Dataset):
+            raise InputError(f"expected a dataset {key!r} in {path}, found {', '.join(file) or 'nothing'}")
+        return _in_3d(np.asarray(file[key][()]))
 
 
 def read_npz(path: Path, key: str) -> tuple[np.ndarray, None]:
-    """Array (D, H, W) under `key` in an `.npz`; pickled objects are refused.
-
-    Raises:
-        InputError: the file is damaged, lacks the array or holds Python objects.
-    """
-    try:
-        # Through a handle of our own, which we can close when numpy gives up half-way.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise damaged(path, "not an .npz archive")
-            if key not in file:
-                raise InputError(f"expected an array {key!r} in {path}, found {', '.join(file) or 'nothing'}")
-            return _in_3d(np.asarray(file[key]))
-    except InputError:
-        raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise damaged(path, error) from error
+    """Array (D, H, W) under `key` in an `.npz`; pickled objects are refused."""
+    errors = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+    # Through a handle of our own, which we can close when numpy gives up half-way.
+    with naming_damaged(path, *errors), path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise damaged(path, "not an .npz archive")
+        if key not in file:
+            raise InputError(f"expected an array {key!r} in {path}, found {', '.join(file) or 'nothing'}")
+        return _in_3d(np.asarray(file[key]))

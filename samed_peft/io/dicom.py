@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from samed_peft.errors import InputError
-from samed_peft.io.itk import array_and_affine, damaged_itk
+from samed_peft.io.files import naming_damaged
+from samed_peft.io.itk import array_and_affine
 from samed_peft.io.volumes import LPS_TO_RAS
 
 
@@ -75,10 +76,8 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     reader = sitk.ImageSeriesReader()
     reader.MetaDataDictionaryArrayUpdateOn()
     reader.SetFileNames(names)
-    try:
+    with naming_damaged(path, RuntimeError):
         image = reader.Execute()
-    except RuntimeError as error:
-        raise damaged_itk(path, error) from error
     array, affine = array_and_affine(image, path)
     positions = _slice_positions(reader, len(names))
     if positions is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from samed_peft.errors import InputError
 from samed_peft.io.atomic import atomic_file
 from samed_peft.io.dicom import dicom_files
-from samed_peft.io.files import damaged
+from samed_peft.io.files import naming_damaged
 from samed_peft.io.label_names import checked_names, label_colour
 from samed_peft.io.volumes import LPS_TO_RAS, Volume, checked_mask
 
@@ -89,10 +89,8 @@ def _source_slices(like: Volume) -> list[Any]:
             f"expected one file a slice, found {len(files)} files for {len(like.array)} slices in {like.path}; "
             "a DICOM SEG of a multi-frame series is not supported, write .nii.gz"
         )
-    try:
+    with naming_damaged(like.path, OSError, pydicom.errors.InvalidDicomError):
         slices = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
-    except (OSError, pydicom.errors.InvalidDicomError) as error:
-        raise damaged(like.path, error) from error
     _require_same_positions(slices, like)
     for header in slices:
         if header.get("SliceThickness") is None:  # a CT may leave it out, a SEG may not

@@ -26,6 +26,17 @@ def damaged(path: Path, reason: object) -> InputError:
     return InputError(f"{path} cannot be read: {reason}; it is damaged, cut off or of another format, fetch it again")
 
 
+@contextlib.contextmanager
+def naming_damaged(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turn what a library raises on a damaged file into one error that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except errors as error:
+        raise damaged(path, str(error).strip().rpartition("\n")[2]) from error  # ITK's reason is on its last line
+
+
 def require_file(path: str | Path) -> Path:
     """Return `path` as a Path.
 

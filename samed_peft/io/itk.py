@@ -9,22 +9,13 @@ import numpy as np
 
 from samed_peft.errors import InputError
 from samed_peft.io.atomic import atomic_file
-from samed_peft.io.files import damaged
+from samed_peft.io.files import naming_damaged
 from samed_peft.io.label_names import TEXT_KEY, label_colour, parsed_names, text_of_names
 from samed_peft.io.volumes import LPS_TO_RAS, Volume
 
 
-def damaged_itk(path: Path, error: RuntimeError) -> InputError:
-    """The error for a file that ITK cannot read, with the last line of ITK's report."""
-    return damaged(path, str(error).strip().splitlines()[-1])
-
-
 def array_and_affine(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Array (D, H, W) and RAS affine of a SimpleITK image.
-
-    Raises:
-        InputError: the image is not 3-D or not greyscale.
-    """
+    """Array (D, H, W) and RAS affine of a SimpleITK image."""
     import SimpleITK as sitk  # noqa: N813
 
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
@@ -48,44 +39,27 @@ def _header(path: Path) -> Any:
 
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
-    try:
+    with naming_damaged(path, RuntimeError):
         reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise damaged_itk(path, error) from error
     return reader
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Array (D, H, W) in stored type, and affine.
-
-    Raises:
-        InputError: the file is damaged or not a greyscale volume.
-    """
+    """Array (D, H, W) in stored type, and affine."""
     import SimpleITK as sitk  # noqa: N813
 
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise damaged_itk(path, error) from error
-    return array_and_affine(image, path)
+    with naming_damaged(path, RuntimeError):
+        return array_and_affine(sitk.ReadImage(str(path)), path)
 
 
 def read_affine(path: Path) -> np.ndarray | None:
-    """The affine from the header alone; None if the image is not 3-D.
-
-    Raises:
-        InputError: the header is damaged.
-    """
+    """The affine from the header alone; None if the image is not 3-D."""
     header = _header(path)
     return _affine(header) if header.GetDimension() == 3 else None
 
 
 def read_names(path: Path) -> dict[int, str] | None:
-    """Label -> name from JSON under `labels` or from segments of 3D Slicer; None without either.
-
-    Raises:
-        InputError: the header is damaged.
-    """
+    """Label -> name from JSON under `labels` or from segments of 3D Slicer; None without either."""
     header = _header(path)
     fields = {key: header.GetMetaData(key) for key in header.GetMetaDataKeys()}
     if TEXT_KEY in fields:

@@ -5,7 +5,7 @@ import gzip
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,7 +14,7 @@ import numpy as np
 
 from samed_peft.errors import InputError
 from samed_peft.io.atomic import write_bytes
-from samed_peft.io.files import damaged
+from samed_peft.io.files import damaged, naming_damaged
 from samed_peft.io.label_names import label_colour
 from samed_peft.io.volumes import Volume
 
@@ -29,28 +29,17 @@ _GEOMETRY_FIELDS = (
 )
 
 
-@contextlib.contextmanager
-def _naming_damaged(path: Path) -> Iterator[None]:
-    """Turn everything nibabel raises on a damaged file into one error that names the file."""
+def _naming_damaged(path: Path) -> contextlib.AbstractContextManager[None]:
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
     from nibabel.wrapstruct import WrapStructError
 
     theirs = (ImageFileError, HeaderDataError, WrapStructError)
-    try:
-        yield
-    except InputError:
-        raise
-    except (*theirs, OSError, EOFError, OverflowError, ValueError, zlib.error) as error:
-        raise damaged(path, error) from error
+    return naming_damaged(path, *theirs, OSError, EOFError, OverflowError, ValueError, zlib.error)
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Array (D, H, W), or (C, D, H, W) of a 4-D file, in stored type (float64 if the header scales), and affine.
-
-    Raises:
-        InputError: the file is damaged or holds more than one number a voxel.
-    """
+    """Array (D, H, W), or (C, D, H, W) of a 4-D file, in stored type (float64 if the header scales), and affine."""
     import nibabel
 
     with _naming_damaged(path):
@@ -72,11 +61,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_affine(path: Path) -> np.ndarray:
-    """The affine from the header alone.
-
-    Raises:
-        InputError: the header is damaged.
-    """
+    """The affine from the header alone."""
     import nibabel
 
     with _naming_damaged(path):
@@ -85,11 +70,7 @@ def read_affine(path: Path) -> np.ndarray:
 
 
 def read_names(path: Path) -> dict[int, str] | None:
-    """Label -> name from a label table of Connectome Workbench; None without one.
-
-    Raises:
-        InputError: the header is damaged.
-    """
+    """Label -> name from a label table of Connectome Workbench; None without one."""
     import nibabel
 
     with _naming_damaged(path):

@@ -1,5 +1,6 @@
 """PNG, TIFF and JPEG pictures, through Pillow: scans, masks and names of labels."""
 
+import contextlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,26 +10,18 @@ import numpy as np
 
 from samed_peft.errors import InputError
 from samed_peft.io.atomic import write_bytes
-from samed_peft.io.files import damaged
+from samed_peft.io.files import naming_damaged
 from samed_peft.io.label_names import TEXT_KEY, parsed_names, text_of_names
 from samed_peft.io.volumes import Volume
 
 
 def read(path: Path) -> tuple[np.ndarray, None]:
-    """Array (1, H, W) or, in colour, (1, H, W, 3).
-
-    Raises:
-        InputError: the file is damaged, has several pages or transparency, or is of an unusual colour model.
-    """
+    """Array (1, H, W) or, in colour, (1, H, W, 3)."""
     return _read(path, indexed=False), None
 
 
 def read_labels(path: Path) -> tuple[np.ndarray, None]:
-    """Label map (1, H, W): of a palette the indices count, and if the only values are 0 and 255, 255 is label 1.
-
-    Raises:
-        InputError: as `read`, or the picture is in colour.
-    """
+    """Label map (1, H, W): of a palette the indices count, and if the only values are 0 and 255, 255 is label 1."""
     array = _read(path, indexed=True)
     if array.ndim == 4:
         if (array != array[..., :1]).any():
@@ -39,34 +32,19 @@ def read_labels(path: Path) -> tuple[np.ndarray, None]:
 
 
 def refuse_labels(path: Path) -> NoReturn:
-    """Refuse a JPEG as a label map: its compression blurs edges.
-
-    Raises:
-        InputError: always.
-    """
+    """Refuse a JPEG as a label map: its compression blurs edges."""
     raise InputError(f"expected a mask without loss, found JPEG in {path}, whose edges are not labels; use PNG")
 
 
 def _read(path: Path, *, indexed: bool) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        with Image.open(path) as picture:
-            if _has_second_page(picture):
-                raise InputError(f"expected one picture, found several pages in {path}; split it")
-            return _pixels(picture, path, indexed=indexed)[None]
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise damaged(path, error) from error
-
-
-def _has_second_page(picture: Any) -> bool:
-    try:
-        picture.seek(1)
-    except EOFError:
-        return False
-    finally:
+    with naming_damaged(path, OSError, SyntaxError, Image.DecompressionBombError), Image.open(path) as picture:
+        with contextlib.suppress(EOFError):
+            picture.seek(1)
+            raise InputError(f"expected one picture, found several pages in {path}; split it")
         picture.seek(0)
-    return True
+        return _pixels(picture, path, indexed=indexed)[None]
 
 
 def _pixels(picture: Any, path: Path, *, indexed: bool) -> np.ndarray:
@@ -85,26 +63,15 @@ def _pixels(picture: Any, path: Path, *, indexed: bool) -> np.ndarray:
 
 
 def read_names(path: Path) -> dict[int, str] | None:
-    """Label -> name from JSON under `labels`; None without it.
+    """Label -> name from JSON under `labels`; None without it."""
+    from PIL import Image
 
-    Raises:
-        InputError: the file is damaged.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            return parsed_names(picture.info.get(TEXT_KEY, ""))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise damaged(path, error) from error
+    with naming_damaged(path, OSError, SyntaxError), Image.open(path) as picture:
+        return parsed_names(picture.info.get(TEXT_KEY, ""))
 
 
 def write_mask(mask: np.ndarray, like: Volume, path: Path, names: Mapping[int, str]) -> None:
-    """Write a uint8 mask (1, H, W) of a picture as PNG, with the names of its labels as JSON under `labels`.
-
-    Raises:
-        InputError: `like` is not a picture.
-    """
+    """Write a uint8 mask (1, H, W) of a picture as PNG, with the names of its labels as JSON under `labels`."""
     from PIL import Image, PngImagePlugin
 
     if len(mask) != 1 or like.affine is not None:
