@@ -31,22 +31,20 @@ def _require_even_slices(positions: np.ndarray, path: Path) -> None:
 
 
 def dicom_series(path: Path) -> tuple[str, ...]:
-    """Identifiers of the DICOM series in a folder, which may be empty."""
-    import SimpleITK as sitk  # noqa: N813
-
-    return tuple(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path)))
-
-
-def holds_dicom(path: Path) -> bool:
-    """Whether a DICOM series lies directly in a folder; without the warning that GDCM prints otherwise."""
+    """Identifiers of the DICOM series directly in a folder, which may hold none."""
     import SimpleITK as sitk  # noqa: N813
 
     shown = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # GDCM warns of every folder without a series
     try:
-        return bool(dicom_series(path))
+        return tuple(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path)))
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+
+
+def holds_dicom(path: Path) -> bool:
+    """Whether a DICOM series lies directly in a folder."""
+    return bool(dicom_series(path))
 
 
 def dicom_files(path: Path) -> list[Path]:
