@@ -14,7 +14,7 @@ def _in_3d(array: np.ndarray) -> tuple[np.ndarray, None]:
     return array[None] if array.ndim == 2 else array, None
 
 
-def read_hdf5(path: Path, key: str) -> tuple[np.ndarray, None]:
+def read_hdf5(path: Path, key: str = "image") -> tuple[np.ndarray, None]:
     """Array (D, H, W) of the dataset `key` of an HDF5 file."""
     import h5py
 
@@ -24,7 +24,7 @@ def read_hdf5(path: Path, key: str) -> tuple[np.ndarray, None]:
         return _in_3d(np.asarray(file[key][()]))
 
 
-def read_npz(path: Path, key: str) -> tuple[np.ndarray, None]:
+def read_npz(path: Path, key: str = "image") -> tuple[np.ndarray, None]:
     """Array (D, H, W) under `key` in an `.npz`; pickled objects are refused."""
     errors = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
     # Through a handle of our own, which we can close when numpy gives up half-way.

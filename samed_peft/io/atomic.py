@@ -214,17 +214,16 @@ def _sync_tree(directory: Path) -> None:
 def _swap_in(new: Path, path: Path) -> None:
     """Rename `new` over `path`, whose old folder is kept as a backup until the new one is in place."""
     backup = _backup_of(path)
-    had_old = path.exists()
-    if had_old:
+    if path.exists():
         os.rename(path, backup)
     try:
         os.rename(new, path)
     except OSError:
-        if had_old:
+        if backup.exists():
             os.rename(backup, path)
         raise
     _sync(path.parent)
-    if had_old:
+    if backup.exists():
         shutil.rmtree(backup)
 
 

@@ -20,7 +20,7 @@ def _slice_positions(reader: Any, count: int) -> np.ndarray | None:
 
 
 def _require_even_slices(positions: np.ndarray, path: Path) -> None:
-    """A missing slice shows as a gap between positions; ITK would only squeeze the rest together."""
+    """Refuse gaps between slices, as a missing file leaves them; ITK would space the others evenly."""
     gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
     typical = float(np.median(gaps))
     if typical < 1e-3 or np.abs(gaps - typical).max() > 0.1 * typical + 1e-3:
@@ -31,7 +31,7 @@ def _require_even_slices(positions: np.ndarray, path: Path) -> None:
 
 
 def dicom_series(path: Path) -> tuple[str, ...]:
-    """Identifiers of the DICOM series directly in a folder, which may hold none."""
+    """List the identifiers of the DICOM series directly in a folder, which may be empty."""
     import SimpleITK as sitk  # noqa: N813
 
     shown = sitk.ProcessObject.GetGlobalWarningDisplay()
@@ -48,7 +48,7 @@ def holds_dicom(path: Path) -> bool:
 
 
 def dicom_files(path: Path) -> list[Path]:
-    """Files of the one series in a DICOM folder, in the order of their slices.
+    """List the files of the only series in a DICOM folder, in the order of their slices.
 
     Raises:
         InputError: the folder holds no series, or more than one.
@@ -63,7 +63,7 @@ def dicom_files(path: Path) -> list[Path]:
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Array (D, H, W) in the scanner's units and RAS affine of the one series in a DICOM folder.
+    """Array (D, H, W) in the scanner's units, and RAS affine, of the only series in a DICOM folder.
 
     Raises:
         InputError: the folder holds no series, more than one, or one that is damaged or lacks slices.

@@ -98,11 +98,8 @@ def read_json(path: str | Path) -> Any:
 
 
 def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; check that it exists and may be read") from error
+    with naming_unreadable(path), path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def content_fingerprint(paths: Iterable[str | Path]) -> str:

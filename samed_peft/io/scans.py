@@ -31,9 +31,10 @@ def _load(path: str | Path, *, labels: bool, channel: int | None = None) -> Volu
         raise InputError(f"expected {', '.join(SUFFIXES)} or a DICOM folder, found {path}; convert it to one of these")
     read = (labels and file_format.read_labels) or file_format.read
     array, affine = read(path)
-    if not (file_format.is_picture and array.ndim == 4):
+    is_colour = file_format.is_picture and array.ndim == 4
+    if not is_colour:
         array = _one_channel(array, channel if file_format.has_channels else None, path)
-    _check(array, affine, path, ndim=4 if file_format.is_picture and array.ndim == 4 else 3)
+    _check(array, affine, path, ndim=3 + is_colour)
     return Volume(array, affine, path, file_format.is_normalized)
 
 
@@ -78,19 +79,19 @@ def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
 
     Args:
         path: file or folder.
-        channel: which volume of a 4-D NIfTI file, counted from 0; a file with a single one and other files are
-            taken whole.
+        channel: which volume of a 4-D NIfTI file, counted from 0; ignored for files with a single one and for other
+            formats.
 
     Returns:
         Volume with a float32 array (D, H, W); a 2-D `.npz` or picture has D = 1, a colour picture (1, H, W, 3).
 
     Raises:
-        InputError: the file is missing, damaged, of an unknown kind, not 3-D, or holds NaN or infinity; its
-            affine cannot be inverted; a DICOM folder holds several series or lacks slices; an `.npy.h5` or
-            `.npz` is not in [0, 1].
+        InputError: the file is missing, damaged, of an unknown format, not 3-D, or holds NaN or infinity; its affine
+            cannot be inverted; a DICOM folder holds several series or lacks slices; an `.npy.h5` or `.npz` is not in
+            [0, 1].
     """
     volume = _load(path, labels=False, channel=channel)
-    with np.errstate(over="ignore"):  # what float32 cannot hold is reported below, with its file
+    with np.errstate(over="ignore"):  # values too large for float32 are reported below, with their file
         array = np.ascontiguousarray(volume.array, dtype=np.float32)
     if array.dtype != volume.array.dtype and not np.isfinite(array).all():
         raise InputError(f"expected intensities that float32 can hold, found larger ones in {path}; rescale them")
@@ -109,7 +110,7 @@ def read_labels(path: str | Path) -> Volume:
     In a picture whose only values are 0 and 255, 255 is label 1; in one with a palette, its indices are the labels.
 
     Returns:
-        Volume with an array (D, H, W) of uint8, or of int16 where a label is negative or above 255.
+        Volume with an array (D, H, W) of uint8, or of int16 if a label is negative or above 255.
 
     Raises:
         InputError: as `read_volume`, or a label is not a whole number, but for rounding, or does not fit int16.
@@ -137,7 +138,7 @@ def _whole_numbers(array: np.ndarray, path: str | Path) -> np.ndarray:
 
 
 def read_affine(path: str | Path) -> np.ndarray | None:
-    """The affine of a file from its header alone, voxels unread; None for formats without one.
+    """Read the affine of a file from its header alone; None for formats without one.
 
     Raises:
         InputError: the file is missing, its header is damaged, or the affine has no inverse.
@@ -189,7 +190,7 @@ def write_mask(
 
 
 def numbered_names(label_maps: Iterable[Volume], *, folder: Path) -> tuple[str, ...]:
-    """Names "class 1", "class 2" and so on, up to the largest label, for label maps that come without names.
+    """Make names "class 1", "class 2" and so on, up to the largest label, for label maps without names.
 
     Args:
         label_maps: taken one at a time.

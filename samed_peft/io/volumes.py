@@ -1,4 +1,4 @@
-"""`Volume`, the array and grid of a scan or label map, and checks of grids."""
+"""Hold a scan or label map with its grid, and compare and check grids."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ _GRID_TOLERANCE = 0.1
 
 
 def grids_apart_mm(one: Volume, other: Volume) -> float:
-    """How far two grids of one shape lie apart, at the corner where they differ most.
+    """Measure how far two grids of one shape lie apart, at the corner where they differ most.
 
     Returns:
         Millimetres; 0 if it is less than a tenth of a voxel, or if a volume has no affine to compare.
