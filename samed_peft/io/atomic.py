@@ -60,7 +60,7 @@ def _remove_leftovers(path: Path) -> None:
 
 @dataclass(frozen=True)
 class FolderKind:
-    """What an output folder of one kind may already hold.
+    """The files that an output folder of one kind may already hold.
 
     Attributes:
         markers: files that show a folder to be of this kind; none: a folder may hold anything.

@@ -28,7 +28,7 @@ def damaged(path: Path, reason: object) -> InputError:
 
 @contextlib.contextmanager
 def naming_damaged(path: Path, *errors: type[Exception]) -> Iterator[None]:
-    """Turn what a library raises on a damaged file into one error that names the file."""
+    """Turn a library's error on a damaged file into one that names the file."""
     try:
         yield
     except InputError:
