@@ -79,7 +79,7 @@ def test_objects_in_npz_are_never_unpickled(tmp_path):
 
 
 def _headers(tmp_path):
-    """Damaged NIfTI files, by what is wrong with them."""
+    """Damaged NIfTI files, one for each kind of damage."""
     nibabel.save(nibabel.Nifti1Image(np.zeros((6, 5, 4), np.int16), np.eye(4)), tmp_path / "whole.nii")
     data = (tmp_path / "whole.nii").read_bytes()
     packed = bytearray(gzip.compress(np.random.default_rng(0).bytes(4000)))

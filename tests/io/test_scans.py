@@ -205,7 +205,7 @@ def test_write_volume_round_trip(tmp_path):
 
 
 def test_importing_io_is_light():
-    code = "import sys, samed_peft.io; print({'torch', 'SimpleITK', 'h5py'} & set(sys.modules))"
+    code = "import sys; from samed_peft.io import *; print({'torch', 'SimpleITK', 'h5py', 'nibabel'} & {*sys.modules})"
     output = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert output.strip() == "set()"
 
