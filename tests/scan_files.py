@@ -1,8 +1,10 @@
-"""Write small scans of every format for tests."""
+"""Write small scans of every format, and pickles that must not run, for tests."""
 
 import locale
 import math
+from pathlib import Path
 
+import h5py
 import nibabel
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
@@ -30,6 +32,16 @@ def write_itk(path, array=None):
     return path
 
 
+WRITERS = {
+    ".nii": write_nifti,
+    ".nii.gz": write_nifti,
+    ".nrrd": write_itk,
+    ".mha": write_itk,
+    ".npz": lambda path: np.savez(path, image=np.random.default_rng(0).random((6, 50, 50))) or path,
+    ".npy.h5": lambda path: [h5py.File(path, "w")][0].create_dataset("image", data=np.ones((3, 9, 9))).file.close(),
+}
+
+
 def write_dicom(folder, *, positions=(-368.0, -365.0, -362.0, -359.0, -356.0), series="1.2.3.4", first=0):
     folder.mkdir(exist_ok=True)
     writer = sitk.ImageFileWriter()
@@ -47,3 +59,13 @@ def write_dicom(folder, *, positions=(-368.0, -365.0, -362.0, -359.0, -356.0), s
     # GDCM leaves the process in the C locale when it has written a file, and every later text file in ASCII.
     locale.setlocale(locale.LC_ALL, "")
     return folder
+
+
+class Payload:
+    """Makes a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from samed_peft.prediction import Outcome
 
 _DESCRIPTION = """\
-Segments a scan, or every scan in a folder: .nii .nii.gz .nrrd .mha .npy.h5 .npz .png .tif .jpg, and folders with a
-DICOM series. Masks lie on the scans' own grids and hold the names of the classes. In a folder whose names all end in
-_0000, _0001 ... as nnU-Net's do, one channel is taken. Scans that are finished are skipped."""
+Segments a scan, or every scan in a folder: .nii.gz .nii .nrrd .mha .npy.h5 .npz .png .tif .tiff .jpg .jpeg, and
+folders with a DICOM series. Masks lie on the scans' own grids and hold the names of the classes. In a folder whose
+names all end in _0000, _0001 ... as nnU-Net's do, one channel is taken. Scans that are finished are skipped."""
 
 _EPILOG = """\
 samed predict --adapter runs/synapse/adapter --input scan.nii.gz --output mask.nii.gz

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and targets that cannot be written refused before work is done."""
+"""Write files and folders whole or not at all; refuse output names that cannot be written before work is done."""
 
 import contextlib
 import hashlib
@@ -17,7 +17,7 @@ from samed_peft.errors import InputError
 from samed_peft.io.files import naming_unreadable
 
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-"""Stands in temporary names: process numbers of another machine on the same disk say nothing here."""
+"""Part of temporary names, because process numbers of another machine on the same disk mean nothing here."""
 
 
 def _sync(path: Path) -> None:
@@ -33,7 +33,7 @@ def _sync(path: Path) -> None:
 
 
 def _temporary_sibling(path: Path) -> Path:
-    """A hidden, unused name beside `path` with its suffix, which some writers choose the format by."""
+    """A hidden, unused name beside `path`, with the suffix by which some writers choose the format."""
     return path.with_name(f".tmp-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
@@ -47,39 +47,20 @@ def _let_others_read(file: Path) -> None:
         file.chmod(usual)
 
 
-def _process_is_alive(pid: int) -> bool:
-    if os.name == "nt":
-        return True  # os.kill(pid, 0) would end the process there
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _remove_leftovers(path: Path) -> None:
     """Delete temporary siblings of `path` whose process, of this machine, was killed before it could."""
-    if not path.parent.is_dir():
-        return
-    mine = re.compile(rf"\.tmp-{_HOST}-(\d+)-[0-9a-f]{{8}}-{re.escape(path.name)}")
-    for sibling in path.parent.iterdir():
+    import psutil
+
+    mine = re.compile(rf"\.tmp-{_HOST}-(\d{{1,9}})-[0-9a-f]{{8}}-{re.escape(path.name)}")
+    for sibling in path.parent.iterdir() if path.parent.is_dir() else ():
         match = mine.fullmatch(sibling.name)
-        if match and not _process_is_alive(int(match[1])):
-            _remove(sibling)
+        if match and not psutil.pid_exists(int(match[1])):
+            shutil.rmtree(sibling) if sibling.is_dir() else sibling.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class FolderKind:
-    """What an output folder of one kind may already hold.
+    """The files that an output folder of one kind may already hold.
 
     Attributes:
         markers: files that show a folder to be of this kind; none: a folder may hold anything.
@@ -163,7 +144,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     Missing parent folders are made.
 
     Raises:
-        InputError: `path` is a folder, below a file, or where nothing may be written.
+        InputError: `path` is a folder, below a file or may not be written.
     """
     path = Path(path)
     require_writable_file(path)
@@ -195,7 +176,7 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write `value` to `path` atomically as indented JSON.
 
     Raises:
-        ValueError: `value` holds NaN or infinity, which JSON does not have; write None for them.
+        ValueError: `value` holds NaN or infinity, which JSON cannot express; write None for them.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
@@ -207,10 +188,9 @@ def _backup_of(path: Path) -> Path:
 def recover_dir(path: str | Path) -> None:
     """Repair what a process killed inside `atomic_dir(path)` left behind; does nothing otherwise.
 
-    If `path` is missing and its backup exists, the kill fell between the two renames: the old folder comes
-    back. If both exist, the new folder was complete and the backup goes. Temporary folders of dead processes
-    go too.
-    Call it from one process at a time, and not while another one is writing `path`.
+    If `path` is missing and its backup exists, the process died between the two renames, and the old folder is
+    restored. If both exist, the new folder is complete and the backup is deleted, as are temporary folders of dead
+    processes. Call it from one process at a time, and not while another one is writing `path`.
     """
     path = Path(path).resolve()
     backup = _backup_of(path)
@@ -232,19 +212,18 @@ def _sync_tree(directory: Path) -> None:
 
 
 def _swap_in(new: Path, path: Path) -> None:
-    """Rename `new` over `path`; the folder that was there is kept as backup until the new one is in place."""
+    """Rename `new` over `path`, whose old folder is kept as a backup until the new one is in place."""
     backup = _backup_of(path)
-    had_old = path.exists()
-    if had_old:
+    if path.exists():
         os.rename(path, backup)
     try:
         os.rename(new, path)
     except OSError:
-        if had_old:
+        if backup.exists():
             os.rename(backup, path)
         raise
     _sync(path.parent)
-    if had_old:
+    if backup.exists():
         shutil.rmtree(backup)
 
 
@@ -257,7 +236,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     `atomic_dir` or `recover_dir` on the same path restores the last complete folder.
 
     Raises:
-        InputError: `path` is a file, below one, or where nothing may be written.
+        InputError: `path` is a file, below a file or may not be written.
     """
     path = Path(path).resolve()  # a link is followed: its target is replaced, not the link
     require_replaceable(path, FolderKind())

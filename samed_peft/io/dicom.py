@@ -1,4 +1,4 @@
-"""Folders of DICOM slices as scans."""
+"""Read scans from folders of DICOM slices."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 
 from samed_peft.errors import InputError
-from samed_peft.io.readers import LPS_TO_RAS, damaged, from_itk
+from samed_peft.io.files import naming_damaged
+from samed_peft.io.itk import array_and_affine
+from samed_peft.io.volumes import LPS_TO_RAS
 
 
 def _slice_positions(reader: Any, count: int) -> np.ndarray | None:
-    """(D, 3) LPS positions of the slices; None where there is a single file or one says nothing."""
+    """(D, 3) LPS positions of the slices; None for a single file, or if a file lacks its position."""
     tag = "0020|0032"
     if count < 2 or not all(reader.HasMetaDataKey(k, tag) for k in range(count)):
         return None
@@ -18,7 +20,7 @@ def _slice_positions(reader: Any, count: int) -> np.ndarray | None:
 
 
 def _require_even_slices(positions: np.ndarray, path: Path) -> None:
-    """A missing slice shows as a gap between positions; ITK would only squeeze the rest together."""
+    """Refuse gaps between slices, as a missing file leaves them; ITK would space the others evenly."""
     gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
     typical = float(np.median(gaps))
     if typical < 1e-3 or np.abs(gaps - typical).max() > 0.1 * typical + 1e-3:
@@ -29,29 +31,27 @@ def _require_even_slices(positions: np.ndarray, path: Path) -> None:
 
 
 def dicom_series(path: Path) -> tuple[str, ...]:
-    """Identifiers of the DICOM series in a folder; empty if there is none."""
-    import SimpleITK as sitk  # noqa: N813
-
-    return tuple(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path)))
-
-
-def holds_dicom(path: Path) -> bool:
-    """Whether a DICOM series lies directly in a folder; without the warning that GDCM prints where none does."""
+    """List the identifiers of the DICOM series directly in a folder, which may be empty."""
     import SimpleITK as sitk  # noqa: N813
 
     shown = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # GDCM warns of every folder without a series
     try:
-        return bool(dicom_series(path))
+        return tuple(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path)))
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
+def holds_dicom(path: Path) -> bool:
+    """Whether a DICOM series lies directly in a folder."""
+    return bool(dicom_series(path))
+
+
 def dicom_files(path: Path) -> list[Path]:
-    """Files of the one series in a DICOM folder, in the order of their slices.
+    """List the files of the only series in a DICOM folder, in the order of their slices.
 
     Raises:
-        InputError: there is no series, or more than one.
+        InputError: the folder holds no series, or more than one.
     """
     import SimpleITK as sitk  # noqa: N813
 
@@ -62,11 +62,11 @@ def dicom_files(path: Path) -> list[Path]:
     return [Path(name) for name in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0])]
 
 
-def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Array (D, H, W) in the scanner's units and RAS affine of the one series in a DICOM folder.
+def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Array (D, H, W) in the scanner's units, and RAS affine, of the only series in a DICOM folder.
 
     Raises:
-        InputError: there is no series, more than one, or one that is damaged or lacks slices.
+        InputError: the folder holds no series, more than one, or one that is damaged or lacks slices.
     """
     import SimpleITK as sitk  # noqa: N813
 
@@ -74,11 +74,9 @@ def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
     reader = sitk.ImageSeriesReader()
     reader.MetaDataDictionaryArrayUpdateOn()
     reader.SetFileNames(names)
-    try:
+    with naming_damaged(path, RuntimeError):
         image = reader.Execute()
-    except RuntimeError as error:
-        raise damaged(path, str(error).strip().splitlines()[-1]) from error
-    array, affine = from_itk(image, path)
+    array, affine = array_and_affine(image, path)
     positions = _slice_positions(reader, len(names))
     if positions is not None:
         _require_even_slices(positions, path)

@@ -1,28 +1,27 @@
-"""Label masks as DICOM SEG, through highdicom."""
+"""Write label masks as DICOM SEG, through highdicom."""
 
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from samed_peft import __version__
 from samed_peft.errors import InputError
 from samed_peft.io.atomic import atomic_file
 from samed_peft.io.dicom import dicom_files
+from samed_peft.io.files import naming_damaged
 from samed_peft.io.label_names import checked_names, label_colour
-from samed_peft.io.readers import LPS_TO_RAS, damaged
-from samed_peft.io.volumes import Volume
-from samed_peft.io.writers import checked_mask
+from samed_peft.io.volumes import LPS_TO_RAS, Volume, checked_mask
 
 DICOM_SEG_SUFFIX = ".dcm"
 _LONG_STRING = 64
-"""Characters of DICOM's value representation LO, which names of segments have."""
+"""Most characters of a segment's name, by DICOM's value representation LO."""
 
 
 def require_highdicom() -> Any:
-    """The module highdicom.
+    """Import highdicom.
 
     Raises:
         InputError: it is not installed.
@@ -50,8 +49,8 @@ def write_dicom_seg(
         label_names: label -> name, background left out; others up to the largest label are called by their numbers.
 
     Raises:
-        InputError: highdicom is missing, the scan is no DICOM series with one file a slice or lacks what a SEG must
-            repeat, the mask is not the scan's, or the suffix is another one.
+        InputError: highdicom is missing, the scan is not a DICOM series with one file a slice or lacks headers that a
+            SEG must repeat, the mask is not the scan's, or the suffix is another one.
     """
     highdicom = require_highdicom()
     path = Path(path)
@@ -64,15 +63,15 @@ def write_dicom_seg(
     last = max(int(mask.max()), 1, *names)
     described = [_segment(highdicom, label, names.get(label, f"label {label}")) for label in range(1, last + 1)]
     with warnings.catch_warnings():
-        # What scanners write into names and numbers is often not to the letter of the standard, and not ours to mend.
-        # Filters are shared by all threads, and other warnings of other threads are to be seen.
+        # Scanners often break the letter of the standard in names and numbers, and that is not ours to mend.
+        # All threads share the filters, and other warnings of other threads must be shown.
         warnings.filterwarnings("ignore", module=r"(pydicom|highdicom)\b")
         try:
             seg = _segmentation(highdicom, slices, mask, described)
         except (AttributeError, KeyError, ValueError) as error:
             raise InputError(
                 f"expected a series that a DICOM SEG can refer to, found one that highdicom refuses in {like.path}: "
-                f"{error}; write .nii.gz"
+                f"{error}; write NIfTI"
             ) from error
         with atomic_file(path) as temporary:
             seg.save_as(temporary)
@@ -83,17 +82,15 @@ def _source_slices(like: Volume) -> list[Any]:
     import pydicom
 
     if like.path is None or not like.path.is_dir() or like.affine is None:
-        raise InputError(f"expected a DICOM series for a DICOM SEG, found {like.path}; write .nii.gz for other scans")
+        raise InputError(f"expected a DICOM series for a DICOM SEG, found {like.path}; write NIfTI for other scans")
     files = dicom_files(like.path)
     if len(files) != len(like.array):
         raise InputError(
             f"expected one file a slice, found {len(files)} files for {len(like.array)} slices in {like.path}; "
-            "a DICOM SEG of a multi-frame series is not supported, write .nii.gz"
+            "a DICOM SEG of a multi-frame series is not supported, write NIfTI"
         )
-    try:
+    with naming_damaged(like.path, OSError, pydicom.errors.InvalidDicomError):
         slices = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
-    except (OSError, pydicom.errors.InvalidDicomError) as error:
-        raise damaged(like.path, error) from error
     _require_same_positions(slices, like)
     for header in slices:
         if header.get("SliceThickness") is None:  # a CT may leave it out, a SEG may not
@@ -102,7 +99,7 @@ def _source_slices(like: Volume) -> list[Any]:
 
 
 def _require_same_positions(slices: Sequence[Any], like: Volume) -> None:
-    """The mask's slices must go to the files that lie where they lie."""
+    """Refuse a mask whose slices lie elsewhere than the files they would refer to."""
     assert like.affine is not None
     to_lps = LPS_TO_RAS @ like.affine
     for index, header in enumerate(slices):
@@ -112,28 +109,21 @@ def _require_same_positions(slices: Sequence[Any], like: Volume) -> None:
         if apart_mm > 0.1 * min(like.spacing_zyx_mm):
             raise InputError(
                 f"expected slice {index} at the position in its file, found it {apart_mm:.2f} mm away in "
-                f"{header.filename}; was the volume changed after reading? Write .nii.gz"
+                f"{header.filename}; was the volume changed after reading? Write NIfTI"
             )
-
-
-def _version() -> str:
-    try:
-        return version("samed_peft")
-    except PackageNotFoundError:
-        return "not installed"  # run from its source folder
 
 
 def _segment(highdicom: Any, label: int, name: str) -> Any:
     from pydicom.sr.codedict import codes
 
     method = highdicom.AlgorithmIdentificationSequence(
-        name="samed_peft", version=_version(), family=codes.DCM.ArtificialIntelligence
+        name="samed_peft", version=__version__, family=codes.DCM.ArtificialIntelligence
     )
     bytes_rgb = [round(255 * value) for value in label_colour(label)]
     return highdicom.seg.SegmentDescription(
         segment_number=label,
         segment_label=name.replace("\\", "/")[:_LONG_STRING],
-        # What a segment shows is known by its name alone; 3D Slicer gives these two where it knows no more.
+        # Only its name says what a segment shows; 3D Slicer uses these two codes for unknown tissue.
         segmented_property_category=codes.SCT.Tissue,
         segmented_property_type=codes.SCT.Tissue,
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
@@ -154,7 +144,7 @@ def _segmentation(highdicom: Any, slices: Sequence[Any], mask: np.ndarray, descr
         instance_number=1,
         manufacturer="samed_peft",
         manufacturer_model_name="samed_peft",
-        software_versions=_version(),
+        software_versions=__version__,
         device_serial_number="0",
         series_description="samed_peft segmentation",
         omit_empty_frames=bool(mask.any()),

@@ -14,15 +14,31 @@ from samed_peft.errors import InputError
 
 @contextlib.contextmanager
 def naming_unreadable(path: Path) -> Iterator[None]:
-    """Any refusal of the system to read `path`, or to say what it is, as the error for it."""
+    """Turn a refusal of the system to read or examine `path` into an error that names it."""
     try:
         yield
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; check its name and permissions") from error
 
 
+def damaged(path: Path, reason: object) -> InputError:
+    """The error for a file whose content is not of the format that its name says."""
+    return InputError(f"{path} cannot be read: {reason}; it is damaged, cut off or of another format, fetch it again")
+
+
+@contextlib.contextmanager
+def naming_damaged(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turn a library's error on a damaged file into one that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except errors as error:
+        raise damaged(path, str(error).strip().rpartition("\n")[2]) from error  # ITK's reason is on its last line
+
+
 def require_file(path: str | Path) -> Path:
-    """`path` as a Path.
+    """Return `path` as a Path.
 
     Raises:
         InputError: it does not exist, is not a file, may not be read, or is empty.
@@ -40,7 +56,7 @@ def require_file(path: str | Path) -> Path:
 
 
 def list_folder(path: Path) -> list[Path]:
-    """What lies directly in a folder, sorted.
+    """List files and folders directly in a folder, sorted.
 
     Raises:
         InputError: it is missing, is a file, or may not be read.
@@ -52,7 +68,7 @@ def list_folder(path: Path) -> list[Path]:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, without the byte order mark that some Windows programs put in front.
+    """Read a UTF-8 text file, without the byte order mark that some Windows programs put in front.
 
     Raises:
         InputError: the file is missing, empty or not UTF-8.
@@ -69,7 +85,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file.
+    """Read the value of a JSON file.
 
     Raises:
         InputError: the file is missing, empty or not JSON.
@@ -82,11 +98,8 @@ def read_json(path: str | Path) -> Any:
 
 
 def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; check that it exists and may be read") from error
+    with naming_unreadable(path), path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def content_fingerprint(paths: Iterable[str | Path]) -> str:

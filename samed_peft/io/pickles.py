@@ -1,4 +1,8 @@
-"""What a PyTorch file would build, read off its pickle before PyTorch builds any of it."""
+"""Read from a PyTorch file's pickle which objects it would build, and refuse all but tensors before PyTorch loads it.
+
+`torch.load(weights_only=True)` alone is not enough: it allocates bytearrays of any size, maps compressed entries into
+memory as if they were not compressed, and chooses one of several pickles.
+"""
 
 import io
 import pickletools
@@ -7,10 +11,10 @@ from pathlib import Path
 
 from samed_peft.errors import InputError
 
-_ZIP_START = b"PK\x03\x04"  # what torch.load itself goes by
+_ZIP_START = b"PK\x03\x04"  # torch.load looks for the same bytes
 
 _MOST_PICKLE_BYTES = 4 << 20
-"""A thousand times what a SAM needs; the pickle names tensors, it does not hold them."""
+"""A thousand times the size for a SAM: the pickle names tensors, whose numbers lie outside of it."""
 
 _LEGACY_PICKLES = 5
 """Magic number, version, machine, state dict and storage keys; raw numbers follow."""
@@ -26,17 +30,16 @@ _PLAIN_GLOBALS = {
 
 
 def is_zip(path: Path) -> bool:
-    """Whether PyTorch takes the file for its zip format, used since 1.6, which can be mapped into memory."""
+    """Whether PyTorch sees its zip format (the default since 1.6), which can be mapped into memory."""
     with path.open("rb") as stream:
         return stream.read(len(_ZIP_START)) == _ZIP_START
 
 
 def check_torch_file(path: Path) -> None:
-    """Refuse a file of `torch.save` that is more than tensors in dicts, before anything in it is built.
+    """Refuse a file of `torch.save` with more than tensors in dicts, before anything in it is built.
 
     Raises:
-        InputError: an entry is compressed, which PyTorch maps into memory as if it were not; the pickle is large,
-            damaged, or names anything that tensors do not need, `bytearray` of any size for one.
+        InputError: an entry is compressed; the pickle is too large, damaged, or names more than tensors need.
     """
     if is_zip(path):
         stream, pickles = io.BytesIO(_pickle_of_zip(path)), 1
@@ -45,13 +48,14 @@ def check_torch_file(path: Path) -> None:
             stream, pickles = io.BytesIO(file.read(_MOST_PICKLE_BYTES)), _LEGACY_PICKLES
     try:
         found = next((name for _ in range(pickles) for name in _foreign_names(stream)), None)
-    except (ValueError, OverflowError) as error:  # what pickletools raises for bytes that are no pickle
-        raise _unsafe(path, f"it is no checkpoint, or damaged ({str(error) or type(error).__name__})") from error
+    except (ValueError, OverflowError) as error:  # from pickletools, for other bytes than a pickle
+        raise unsafe(path, f"it is not a checkpoint, or damaged ({str(error) or type(error).__name__})") from error
     if found is not None:
-        raise _unsafe(path, f"it is no checkpoint, or holds Python objects ({found})")
+        raise unsafe(path, f"it is not a checkpoint, or holds Python objects ({found})")
 
 
-def _unsafe(path: Path, reason: str) -> InputError:
+def unsafe(path: Path, reason: str) -> InputError:
+    """The error for a file that must not be given to PyTorch, or that PyTorch refuses."""
     return InputError(
         f"expected PyTorch weights without Python objects, but {path} cannot be loaded safely: {reason}; "
         "fetch it again from a source you trust, or save only its state dict"
@@ -71,16 +75,16 @@ def _pickle_of_zip(path: Path) -> bytes:
                     )
             pickles = [entry for entry, name in zip(entries, names, strict=True) if name.endswith("data.pkl")]
             if len(pickles) != 1 or len(set(names)) != len(names):
-                raise _unsafe(path, "it is no checkpoint, or its entries are not unique")
+                raise unsafe(path, "it is not a checkpoint, or its entries are not unique")
             if pickles[0].file_size > _MOST_PICKLE_BYTES:
-                raise _unsafe(path, f"its {pickles[0].filename} has {pickles[0].file_size} bytes, too many for names")
+                raise unsafe(path, f"its {pickles[0].filename} has {pickles[0].file_size} bytes, too many for names")
             return archive.read(pickles[0])
     except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, RuntimeError) as error:
-        raise _unsafe(path, f"its zip archive is damaged ({error})") from error
+        raise unsafe(path, f"its zip archive is damaged ({error})") from error
 
 
 def _foreign_names(stream: io.BytesIO) -> list[str]:
-    """What one pickle of the stream builds besides tensors and their containers."""
+    """Names of objects other than tensors and their containers that one pickle of the stream builds."""
     names = []
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name in _OPCODES_THAT_BUILD:

@@ -1,20 +1,20 @@
-"""Weights on disk: safetensors for our own, `torch.load(weights_only=True)` for other people's."""
+"""Save and load weights: safetensors for our own, `.pth` files of others through `torch.load(weights_only=True)`."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samed_peft.errors import InputError
 from samed_peft.io.atomic import atomic_file
 from samed_peft.io.files import require_file
-from samed_peft.io.pickles import check_torch_file, is_zip
+from samed_peft.io.pickles import check_torch_file, is_zip, unsafe
 
 if TYPE_CHECKING:  # torch takes seconds to import; reading scans does not need it
     from torch import Tensor
 
-
 _MOST_BYTES_A_BYTE = 2
-"""Tied weights are written once and counted twice; anything beyond is a bomb."""
+"""Tied weights are written once and counted twice; a file that claims more is a bomb."""
 
 
 def save_tensors(
@@ -32,7 +32,7 @@ def save_tensors(
 
 
 def save_torch_weights(tensors: "Mapping[str, Tensor]", path: str | Path) -> None:
-    """Write tensors as a `.pth` file, for programs that read nothing else; atomically, the order kept."""
+    """Write tensors as a `.pth` file, in their order, for programs that read nothing else; atomically."""
     import torch
 
     with atomic_file(path) as temporary:
@@ -49,37 +49,40 @@ def _require_finite(tensors: "Mapping[str, Tensor]", path: Path) -> None:
 
 
 def load_tensors(path: str | Path) -> "dict[str, Tensor]":
-    """Tensors of a safetensors file, on the CPU.
+    """Load the tensors of a safetensors file, on the CPU.
 
     Raises:
         InputError: the file is missing or damaged, or a tensor holds NaN or infinity.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = require_file(path)
-    try:
+    with _naming_damaged(path):
         tensors: dict[str, Tensor] = load_file(path, device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"expected a safetensors file, but {path} cannot be read: {error}; it is damaged or cut off, fetch it again"
-        ) from error
     _require_finite(tensors, path)
     return tensors
 
 
 def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a safetensors file's tensors, from its header alone.
+    """Read the shapes of a safetensors file's tensors, from its header alone.
 
     Raises:
         InputError: the file is missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     path = require_file(path)
+    # Without PyTorch, which takes seconds to import.
+    with _naming_damaged(path), safe_open(path, framework="np") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _naming_damaged(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
-        with safe_open(path, framework="np") as file:  # without PyTorch, which takes seconds to import
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        yield
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
             f"expected a safetensors file, but {path} cannot be read: {error}; it is damaged or cut off, fetch it again"
@@ -87,10 +90,10 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
-    """The state dict of a `.pth` file, on the CPU and memory-mapped where its format allows it.
+    """Load the state dict of a `.pth` file, on the CPU and memory-mapped if its format allows it.
 
-    The pickle inside is never executed: anything but tensors in plain containers is refused, by its names, before
-    PyTorch reads it.
+    The pickle inside is never executed: anything but tensors in plain containers is refused by its name before PyTorch
+    reads the file.
 
     Raises:
         InputError: the file is missing, damaged or compressed, holds Python objects or no state dict of dense
@@ -108,7 +111,7 @@ def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
             f"expected weights that fit their file, but {path} of {stored} bytes claims {claimed} bytes of tensors; "
             "do not trust its source"
         )
-    # Files of PyTorch before 1.6 are no zip archives and cannot be mapped.
+    # Files of PyTorch before 1.6 are not zip archives and cannot be mapped.
     state = _load_state(path, mmap=is_zip(path))
     _require_dense(state, path)
     _require_finite(state, path)
@@ -123,11 +126,8 @@ def _load_state(path: Path, *, mmap: bool) -> "dict[str, Tensor]":
     except Exception as error:  # a damaged or hostile pickle can raise anything, and each means the same
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if "weights_only" in reason:  # PyTorch's own advice is to load it unsafely
-            reason = "it is no checkpoint, or holds Python objects"
-        raise InputError(
-            f"expected PyTorch weights without Python objects, but {path} cannot be loaded safely: {reason}; "
-            "fetch it again from a source you trust, or save only its state dict"
-        ) from error
+            reason = "it is not a checkpoint, or holds Python objects"
+        raise unsafe(path, reason) from error
     _require_state_dict(state, path)
     return dict(state)
 

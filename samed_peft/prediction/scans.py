@@ -1,4 +1,4 @@
-"""Which scans there are, and where their masks go."""
+"""List the scans to segment and plan the files of their masks."""
 
 import re
 from collections.abc import Sequence
@@ -8,8 +8,11 @@ from pathlib import Path
 from samed_peft.errors import InputError
 from samed_peft.io import (
     DICOM_SEG_SUFFIX,
+    DICOM_SERIES,
     MASK_SUFFIXES,
     SUFFIXES,
+    FileFormat,
+    format_of,
     holds_dicom,
     list_folder,
     naming_unreadable,
@@ -17,9 +20,6 @@ from samed_peft.io import (
 )
 
 _NNUNET_NAME = re.compile(r"(.+)_(\d{4})")
-_SUFFIX_OF_MASKS = dict.fromkeys((".nii", ".nii.gz", ".npy.h5", ".npz"), ".nii.gz")
-_SUFFIX_OF_MASKS |= {suffix: suffix for suffix in (".nrrd", ".mha")}
-"""Kinds of masks for kinds of scans; those of pictures are `.png`."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Scan:
     Attributes:
         case: its name.
         source: file or DICOM folder.
-        mask: file its mask goes to.
+        mask: file to write its mask to.
         channel: which volume of a 4-D file, counted from 0.
     """
 
@@ -40,25 +40,23 @@ class Scan:
 
     @property
     def overlay(self) -> Path:
-        """Where a picture of the mask over the scan goes."""
+        """File to write a picture of the mask over the scan to."""
         return self.mask.parent / "overlays" / f"{self.case}.png"
 
 
 def list_scans(source: Path) -> list[Path]:
-    """Scans at a place: a file, a DICOM folder, or all scan files and DICOM folders directly in a folder.
+    """List the scans at a place: a file, a DICOM folder, or all scan files and DICOM folders directly in a folder.
 
     Raises:
-        InputError: there is nothing, or no scan.
+        InputError: the place does not exist or holds no scan.
     """
     with naming_unreadable(source):
         if not source.exists():
             raise InputError(f"expected a scan or a folder of scans at {source}, found nothing; check the path")
         is_file = source.is_file()
     if is_file:
-        if suffix_of(source) is None:
-            raise InputError(f"expected {', '.join(SUFFIXES)} or a folder, found {source}; convert it to one of these")
-        return [source]
-    if holds_dicom(source):
+        _known_format(source)
+    if is_file or holds_dicom(source):
         return [source]
     items = [item for item in list_folder(source) if not item.name.startswith(".")]
     scans = [item for item in items if (holds_dicom(item) if item.is_dir() else suffix_of(item) is not None)]
@@ -70,12 +68,19 @@ def list_scans(source: Path) -> list[Path]:
     return scans
 
 
+def _known_format(path: Path) -> FileFormat:
+    file_format = DICOM_SERIES if path.is_dir() else format_of(path)
+    if file_format is None:
+        raise InputError(f"expected {', '.join(SUFFIXES)} or a folder, found {path}; convert it to one of these")
+    return file_format
+
+
 def plan_masks(
     sources: Sequence[Path], output: Path, *, channel: int | None = None, dicom_seg: bool = False
 ) -> list[Scan]:
     """Name cases and their mask files.
 
-    If all names end in _0000, _0001 and so on before the suffix, as nnU-Net's do, those of one channel are taken, and
+    If all names end in _0000, _0001 and so on before the suffix, as nnU-Net's do, one channel's scans are taken, and
     the ending is left out of the case's name.
 
     Args:
@@ -85,7 +90,8 @@ def plan_masks(
         dicom_seg: masks of DICOM series become DICOM SEG and not NIfTI.
 
     Raises:
-        InputError: two scans have one name, a mask would replace a scan or lie among scans, or an option does not fit.
+        InputError: two scans have one name, a mask would replace a scan or lie among scans, an option does not fit, or
+            a file is of unknown format.
     """
     if channel is not None and channel < 0:
         raise InputError(f"channel must not be negative; found {channel}")
@@ -96,8 +102,10 @@ def plan_masks(
         named, channel = chosen, None
     _require_different(named)
     file = _single_mask(named, output, dicom_seg)
+    suffixes = [DICOM_SEG_SUFFIX if dicom_seg else _known_format(path).mask_suffix for _, path in named]
     scans = [
-        Scan(case, path, file or output / f"{case}{_mask_suffix(path, dicom_seg)}", channel) for case, path in named
+        Scan(case, path, file or output / f"{case}{suffix}", channel)
+        for (case, path), suffix in zip(named, suffixes, strict=True)
     ]
     for scan in scans:
         _require_elsewhere(scan, len(sources) > 1, dicom_seg)
@@ -114,12 +122,12 @@ def _case_of(path: Path) -> str:
 def _nnunet_channel(named: Sequence[tuple[str, Path]], channel: int) -> list[tuple[str, Path]]:
     """Cases and files of one channel; empty if the names are not nnU-Net's.
 
-    A case that lacks its file keeps the name the file should have, and fails alone when it is read.
+    For a case that lacks the channel's file, its expected name is returned, and that case fails alone when it is read.
     """
-    parts = [(_NNUNET_NAME.fullmatch(case), path) for case, path in named]
-    if len(named) == 1 or any(match is None for match, _ in parts):
+    parts = [(match, path) for case, path in named if (match := _NNUNET_NAME.fullmatch(case))]
+    if len(named) == 1 or len(parts) < len(named):
         return []
-    found = sorted({int(match[2]) for match, _ in parts if match})
+    found = sorted({int(match[2]) for match, _ in parts})
     if found[0] != 0:  # nnU-Net counts from 0; these are numbers of cases
         return []
     if channel not in found:
@@ -127,12 +135,11 @@ def _nnunet_channel(named: Sequence[tuple[str, Path]], channel: int) -> list[tup
             f"expected files ending in _{channel:04d} for channel {channel} in {named[0][1].parent}, found channels "
             f"{found[0]} to {found[-1]}; choose one of these"
         )
-    wanted: dict[str, Path] = {}
+    wanted: dict[tuple[str, str], Path] = {}
     for match, path in parts:
-        assert match is not None
         case, suffix = match[1], path.name[len(match[0]) :]
-        wanted.setdefault(f"{case}\0{suffix}", path.with_name(f"{case}_{channel:04d}{suffix}"))
-    return [(key.split("\0")[0], path) for key, path in wanted.items()]
+        wanted.setdefault((case, suffix), path.with_name(f"{case}_{channel:04d}{suffix}"))
+    return [(case, path) for (case, _), path in wanted.items()]
 
 
 def _require_different(named: Sequence[tuple[str, Path]]) -> None:
@@ -147,7 +154,7 @@ def _require_different(named: Sequence[tuple[str, Path]]) -> None:
 
 
 def _single_mask(named: Sequence[tuple[str, Path]], output: Path, dicom_seg: bool) -> Path | None:
-    """`output` if it is the name of a mask, None if it is a folder."""
+    """Return `output` if it is the name of a mask, None if it is a folder."""
     allowed = (DICOM_SEG_SUFFIX,) if dicom_seg else MASK_SUFFIXES
     suffix = suffix_of(output) or (DICOM_SEG_SUFFIX if output.suffix.lower() == DICOM_SEG_SUFFIX else None)
     if output.is_dir() or (suffix is None and not output.exists()):
@@ -161,20 +168,12 @@ def _single_mask(named: Sequence[tuple[str, Path]], output: Path, dicom_seg: boo
     return output
 
 
-def _mask_suffix(path: Path, dicom_seg: bool) -> str:
-    if dicom_seg:
-        return DICOM_SEG_SUFFIX
-    return ".nii.gz" if path.is_dir() else _SUFFIX_OF_MASKS.get(suffix_of(path) or "", ".png")
-
-
 def _require_elsewhere(scan: Scan, is_one_of_many: bool, dicom_seg: bool) -> None:
-    """Masks must neither replace scans nor be taken for scans the next time."""
-    if scan.mask.resolve() == scan.source.resolve():
-        raise InputError(f"the mask of {scan.source} would replace the scan; choose another output")
-    if scan.overlay.resolve() == scan.source.resolve():
-        raise InputError(f"the overlay of {scan.source} would replace the scan; choose another output")
-    folder = scan.mask.parent.resolve()
-    scans = scan.source.parent.resolve()
+    """Refuse masks that would replace scans, or be taken for scans the next time."""
+    for kind, file in (("mask", scan.mask), ("overlay", scan.overlay)):
+        if file.resolve() == scan.source.resolve():
+            raise InputError(f"the {kind} of {scan.source} would replace the scan; choose another output")
+    folder, scans = scan.mask.parent.resolve(), scan.source.parent.resolve()
     if is_one_of_many and (folder == scans or (dicom_seg and folder.parent == scans)):
         raise InputError(
             f"expected an output folder outside of that of the scans, found {folder} in {scans}; choose another one"

@@ -54,7 +54,7 @@ def test_masks_come_back_on_their_slices(series, tmp_path):
     headers = [pydicom.dcmread(file) for file in series.iterdir()]
     seen = 0
     for header in headers:
-        # Where the file lies and what it shows, by itself and not by our order of slices.
+        # From the file's own position, not from our order of slices.
         z = round((float(header.ImagePositionPatient[2]) + 368) / 3)
         np.testing.assert_array_equal(header.pixel_array, scan.array[z])
         if labels()[z].any():

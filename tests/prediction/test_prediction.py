@@ -370,6 +370,23 @@ def test_wrong_places_and_options(predict, tmp_path, capsys):
         PredictionOptions(dtype="int8")
 
 
+@pytest.mark.parametrize("name", ["scan.txt", "scan", "scan.dcm", "scan.nii.zip"])
+def test_no_mask_is_planned_for_a_file_of_unknown_format(tmp_path, name):
+    with pytest.raises(InputError, match=rf"expected \.nii\.gz, .* or a folder, found .*{name}; convert it"):
+        plan_masks([tmp_path / "a.nii.gz", tmp_path / name], tmp_path / "masks")
+    with pytest.raises(InputError, match=rf"expected \.nii\.gz, .* or a folder, found .*{name}; convert it"):
+        plan_masks([tmp_path / name], tmp_path / "mask.nii.gz")
+
+
+@pytest.mark.parametrize("suffix", io.SUFFIXES)
+def test_every_format_has_a_mask_that_can_be_written(tmp_path, suffix):
+    (scan,) = plan_masks([tmp_path / f"a{suffix.upper()}"], tmp_path / "masks")
+    assert scan.mask.name.removeprefix("a") in io.MASK_SUFFIXES
+    expected = {".nii": ".nii.gz", ".npz": ".nii.gz", ".npy.h5": ".nii.gz", ".tif": ".png", ".jpg": ".png"}
+    expected |= {suffix: suffix for suffix in io.MASK_SUFFIXES if suffix != ".nii"}
+    assert scan.mask.name == f"a{expected.get(suffix, scan.mask.name[1:])}"
+
+
 def test_overlays_may_not_replace_scans(tmp_path):
     (tmp_path / "overlays").mkdir()
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "overlays" / "a.png")

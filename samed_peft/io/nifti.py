@@ -1,0 +1,191 @@
+"""NIfTI files: scans, masks, affines and names of labels."""
+
+import contextlib
+import gzip
+import math
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from samed_peft.errors import InputError
+from samed_peft.io.atomic import write_bytes
+from samed_peft.io.files import damaged, naming_damaged
+from samed_peft.io.label_names import label_colour
+from samed_peft.io.volumes import Volume
+
+SUFFIXES = (".nii.gz", ".nii")
+
+_WORKBENCH_ECODE = 30
+"""NIfTI's registered code for the XML of Caret and Connectome Workbench."""
+
+_GEOMETRY_FIELDS = (
+    *("pixdim", "qform_code", "sform_code", "xyzt_units", "srow_x", "srow_y", "srow_z"),
+    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+)
+
+
+def _naming_damaged(path: Path) -> contextlib.AbstractContextManager[None]:
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
+
+    theirs = (ImageFileError, HeaderDataError, WrapStructError)
+    return naming_damaged(path, *theirs, OSError, EOFError, OverflowError, ValueError, zlib.error)
+
+
+def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Array (D, H, W), or (C, D, H, W) of a 4-D file, in stored type (float64 if the header scales), and affine."""
+    import nibabel
+
+    with _naming_damaged(path):
+        data = path.read_bytes()
+        if path.name.lower().endswith(".gz"):
+            data = gzip.decompress(data)  # to the end, where the checksum is
+        is_nifti2 = data[:4] in (struct.pack("<i", 540), struct.pack(">i", 540))
+        image: Any = (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image).from_bytes(data)
+        proxy = image.dataobj
+        if proxy.dtype.kind not in "iuf":
+            raise InputError(f"expected one number a voxel, found {proxy.dtype} in {path}; export it as greyscale")
+        # Before memory is allocated, of which a damaged header may claim any amount.
+        claimed = int(proxy.offset) + math.prod(map(int, proxy.shape)) * proxy.dtype.itemsize
+        if claimed > len(data):
+            raise damaged(path, f"its header claims {claimed} bytes and the file has {len(data)}")
+        # Unscaled values need no detour through float64, which would double the memory.
+        array = proxy.get_unscaled() if (proxy.slope, proxy.inter) == (1, 0) else image.get_fdata(caching="unchanged")
+        return np.asarray(array).T, np.asarray(image.affine, dtype=np.float64)
+
+
+def read_affine(path: Path) -> np.ndarray:
+    """The affine from the header alone."""
+    import nibabel
+
+    with _naming_damaged(path):
+        image: Any = nibabel.load(path)
+        return np.asarray(image.affine, dtype=np.float64)
+
+
+def read_names(path: Path) -> dict[int, str] | None:
+    """Label -> name from a label table of Connectome Workbench; None without one."""
+    import nibabel
+
+    with _naming_damaged(path):
+        header: Any = nibabel.load(path).header
+    # TotalSegmentator leaves the code at 0.
+    tables = [_parsed_table(e.content) for e in header.extensions if e.get_code() in (0, _WORKBENCH_ECODE)]
+    return next((names for names in tables if names), None)
+
+
+def _parsed_table(content: bytes) -> dict[int, str]:
+    """Label -> name in the XML of an extension; empty for another program's XML."""
+    # No label table needs a DTD, whose entities may grow without bound.
+    if b"<!DOCTYPE" in content:
+        return {}
+    try:
+        labels = ElementTree.fromstring(content.rstrip(b"\x00 \n")).iter("Label")
+        names = {int(entry.attrib["Key"]): (entry.text or "").strip() for entry in labels}
+    except (ElementTree.ParseError, LookupError, ValueError):
+        return {}
+    return {label: name for label, name in names.items() if label > 0}
+
+
+def write_mask(mask: np.ndarray, like: Volume, path: Path, names: Mapping[int, str]) -> None:
+    """Write a uint8 mask; that of a NIfTI scan keeps its qform and sform with their codes and its units."""
+    import nibabel
+
+    image = _mask_image(mask, like)
+    if names:
+        image.header.extensions.append(nibabel.nifti1.Nifti1Extension(_WORKBENCH_ECODE, _label_table(names)))
+    _write(image, path)
+
+
+def _mask_image(mask: np.ndarray, like: Volume) -> Any:
+    import nibabel
+
+    scan_header = _scan_header(like)
+    if scan_header is None:
+        return _new_image(mask, like.affine)
+    # NIfTI-2 stores the affine in float64, which float32 would move.
+    kind = nibabel.Nifti2Image if isinstance(scan_header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+    header = kind.header_class()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(mask.shape[::-1])
+    for field in _GEOMETRY_FIELDS:
+        header[field] = scan_header[field]
+    header["pixdim"][4:] = 0  # a scan may keep its repetition time there
+    # Without an affine argument the header's codes stay as they are.
+    return kind(mask.T, None, header)
+
+
+def _scan_header(like: Volume) -> Any:
+    """The header of the NIfTI file that `like` was read from; None for other scans and for a file changed since."""
+    import nibabel
+
+    path = like.path
+    if like.affine is None or path is None or not path.name.lower().endswith(SUFFIXES) or not path.is_file():
+        return None
+    scan: Any = nibabel.load(path)
+    # A fourth axis holds channels, one of which `like` is.
+    same_grid = scan.shape[:3] == like.array.shape[::-1] and np.allclose(scan.affine, like.affine, atol=1e-4)
+    return scan.header if same_grid else None
+
+
+def _new_image(array: np.ndarray, affine: np.ndarray | None) -> Any:
+    import nibabel
+
+    image: Any = nibabel.Nifti1Image(array.T, np.eye(4) if affine is None else affine)
+    image.header.set_xyzt_units("mm")
+    if affine is not None:
+        image.set_sform(affine, code=1)
+        # Some viewers read the qform only. It cannot express a shear, so a sheared grid goes without one.
+        image.set_qform(affine, code=0 if _is_sheared(affine) else 1)
+    return image
+
+
+def _is_sheared(affine: np.ndarray) -> bool:
+    """Whether the voxels' axes are not at right angles, by more than the rounding of stored cosines."""
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(np.abs(axes.T @ axes - np.eye(3)).max() > 1e-5)
+
+
+def _label_table(names: Mapping[int, str]) -> bytes:
+    """XML of a Caret volume with a label table, as Workbench and TotalSegmentator write it."""
+    root = ElementTree.Element("CaretExtension")
+    volume = ElementTree.SubElement(root, "VolumeInformation", Index="0")
+    table = ElementTree.SubElement(volume, "LabelTable")
+    for label, name in sorted({0: "background", **names}.items()):
+        colour = (0.0, 0.0, 0.0) if label == 0 else label_colour(label)
+        entry = ElementTree.SubElement(table, "Label", Key=str(label))
+        for key, value in zip(("Red", "Green", "Blue", "Alpha"), (*colour, float(label > 0)), strict=True):
+            entry.set(key, f"{value:.6g}")
+        entry.text = name
+    ElementTree.SubElement(volume, "VolumeType").text = "Label"
+    return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+
+
+def _write(image: Any, path: Path) -> None:
+    data: bytes = image.to_bytes()
+    # A fixed time stamp, so that equal images give equal files.
+    write_bytes(path, gzip.compress(data, compresslevel=6, mtime=0) if path.name.lower().endswith(".gz") else data)
+
+
+def write_volume(volume: Volume, path: str | Path) -> None:
+    """Write a scan as NIfTI in its own number type, atomically; equal scans give equal bytes.
+
+    Args:
+        volume: array (D, H, W) of uint8, int16, int32, float32 or float64; without affine: the identity.
+        path: `.nii.gz` or `.nii`; missing parent folders are made.
+
+    Raises:
+        InputError: the array is not 3-D or of another type, or the suffix is another one.
+    """
+    path, array = Path(path), volume.array
+    if array.ndim != 3 or array.dtype not in (np.uint8, np.int16, np.int32, np.float32, np.float64):
+        raise InputError(f"expected a 3-D scan of numbers, found {array.dtype} {array.shape} for {path}")
+    if not path.name.lower().endswith(SUFFIXES):
+        raise InputError(f"expected a scan name ending in {' or '.join(SUFFIXES)}, found {path}; choose one of these")
+    _write(_new_image(array, volume.affine), path)
