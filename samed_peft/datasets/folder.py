@@ -1,6 +1,6 @@
 """A folder of labelled scans, whatever its layout: which files make up each case, and what the labels mean."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class LabelledFolder:
         if not slices or (name in self.images and not as_slices):
             image, labels = self.images[name], self.labels[name]
             for path, partner in ((image, labels), (labels, image)):
-                if not is_file(partner):
+                if not partner.is_file():
                     raise InputError(
                         f"{path} has no partner: expected {partner}; add it, or leave the case out with cases=[...]"
                     )
@@ -98,39 +98,15 @@ class LabelledFolder:
         return f"{prefix}-{content_fingerprint(files)[:16]}"
 
 
-def is_file(path: Path) -> bool:
-    """Whether a file exists; False for names that no file can have and for folders that may not be searched."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def is_folder(path: Path) -> bool:
-    """Whether a folder exists; False below folders that may not be searched."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
-
-
 def case_name(path: Path) -> str:
-    """The file's name without suffix.
-
-    Raises:
-        InputError: it is not UTF-8, which reports and prepared slices need.
-    """
+    """The file's name without suffix; it must be UTF-8, as in reports and prepared slices."""
     if (readable := path.name.encode("utf-8", errors="replace").decode()) != path.name:
         raise InputError(f"expected file names in UTF-8, found {readable} in {path.parent}; rename it")
     return path.name[: -len(suffix_of(path) or "")]
 
 
 def files_by_case(folder: Path) -> dict[str, Path]:
-    """Case -> its one scan, label map or picture in a folder.
-
-    Raises:
-        InputError: a case has several files, a name is not UTF-8, or the folder has no scans.
-    """
+    """Case -> its one scan, label map or picture in a folder; other files are left out."""
     found: dict[str, Path] = {}
     for path in list_folder(folder):
         if suffix_of(path) is not None and not path.name.startswith("."):
@@ -141,22 +117,14 @@ def files_by_case(folder: Path) -> dict[str, Path]:
 
 
 def add_file(found: dict[str, Path], case: str, path: Path) -> None:
-    """Note the file of a case.
-
-    Raises:
-        InputError: the case has another file already.
-    """
+    """Note the file of a case, which must not have another one."""
     if (other := found.setdefault(case, path)) != path:
         raise InputError(f"expected one file a case, found {other} and {path}; remove one of them")
 
 
 def require_pairs(images: Mapping[str, Path], labels: Mapping[str, Path], root: Path) -> dict[str, Path]:
-    """Label maps in the order of the scans.
-
-    Raises:
-        InputError: a case lacks its scan or its label map.
-    """
-    alone: Sequence[str] = sorted(images.keys() ^ labels.keys())
+    """Label maps in the order of the scans; each scan must have one, and the reverse."""
+    alone = sorted(images.keys() ^ labels.keys())
     if alone:
         kind = "label map" if alone[0] in images else "scan"
         raise InputError(
