@@ -14,15 +14,7 @@ from datasets import Dataset
 from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.preprocessing import normalized_array
 from samed_peft.errors import InputError
-from samed_peft.io import (
-    PICTURE_ADVICE,
-    Volume,
-    grids_apart_mm,
-    is_picture,
-    read_affine,
-    read_labels,
-    read_volume,
-)
+from samed_peft.io import PICTURE_ADVICE, Volume, grids_apart_mm, is_picture, read_affine, read_labels, read_volume
 
 _NAMING_ADVICE = "name all of them in dataset.json or with class_names, or is it the scan itself?"
 
@@ -34,28 +26,12 @@ Table = tuple[int, ...] | None
 
 
 def read_scan(case: Case, *, channel: int | None = None) -> Volume:
-    """The scan of a case; files of single slices are stacked.
-
-    Args:
-        case: from `LabelledFolder.case`.
-        channel: of a 4-D scan. nnU-Net stores one channel per file, so it only applies to 4-D files.
-
-    Raises:
-        InputError: a file is damaged, or slices have different sizes.
-    """
+    """The scan of a case. nnU-Net stores one channel per file, so `channel` only applies to 4-D files."""
     return _stacked([read_volume(path, channel=channel) for path in case.scans], case)
 
 
 def read_reference(case: Case, *, table: Table = None) -> Volume:
-    """The label map of a case; files of single slices are stacked.
-
-    Args:
-        case: from `LabelledFolder.case`.
-        table: label used for each stored label, or None.
-
-    Raises:
-        InputError: a file is damaged, a label is not in the table, or slices have different sizes.
-    """
+    """The label map of a case, stored labels replaced by those of the table."""
     labels = _stacked([read_labels(path) for path in case.labels], case)
     if table is None:
         return labels
@@ -69,13 +45,13 @@ def read_pair(
     """Scan and labels 0..K of a case.
 
     Args:
-        case: see `read_scan`.
-        channel: see `read_scan`.
-        table: see `read_reference`.
+        case: from `LabelledFolder.case`; files of single slices are stacked.
+        channel: of a 4-D scan.
+        table: label used for each stored label, or None for labels as stored.
         num_classes: K.
 
     Raises:
-        InputError: a file is damaged, the grids differ, or a label has no name.
+        InputError: a file is damaged, slices have different sizes, the grids differ, or a label has no name.
     """
     scan, labels = read_scan(case, channel=channel), read_reference(case, table=table)
     require_one_grid(scan, labels)
@@ -97,11 +73,7 @@ def _stacked(parts: Sequence[Volume], case: Case) -> Volume:
 
 
 def require_one_grid(scan: Volume, labels: Volume) -> None:
-    """Refuse a label map of another shape or place than its scan.
-
-    Raises:
-        InputError: naming both files.
-    """
+    """Refuse a label map of another shape or place than its scan."""
     shape = scan.array.shape[:3]
     if shape != labels.array.shape:
         raise InputError(
@@ -116,16 +88,7 @@ def require_one_grid(scan: Volume, labels: Volume) -> None:
 
 
 def require_labels(labels: Volume, highest: int, *, advice: str) -> None:
-    """Refuse labels outside 0..highest.
-
-    Args:
-        labels: a label map.
-        highest: largest label allowed.
-        advice: ends the message.
-
-    Raises:
-        InputError: naming up to eight of them.
-    """
+    """Refuse labels outside 0..highest, with up to eight of them and what to do."""
     if labels.array.min() < 0 or labels.array.max() > highest:
         found = sorted({int(value) for value in np.unique(labels.array)} - set(range(highest + 1)))
         raise InputError(
@@ -182,25 +145,19 @@ class CaseVolumes(Mapping[str, Volume]):
         return cls(scans), cls(references)
 
     @classmethod
-    def of_rows(cls, rows: Dataset, column: str) -> Self:
-        """The "image" (in [0, 1]) or "label" of each row of a split of whole volumes."""
-        needed = rows.with_format(None).select_columns([column, "affine", "path"])  # the other array is not decoded
+    def pairs(cls, rows: Dataset) -> tuple[Self, Self]:
+        """Scans, in [0, 1], and references of a split of whole volumes, from `load_synapse`."""
+        plain = rows.with_format(None)
 
-        def read(index: int) -> Volume:
-            row = needed[index]
+        def read(index: int, column: str) -> Volume:
+            row = plain.select_columns([column, "affine", "path"])[index]  # the other array is not decoded
             return Volume(row[column], row["affine"], Path(row["path"]), normalized=column == "image")
 
-        return cls({case: partial(read, index) for index, case in enumerate(rows.with_format(None)["case"])})
-
-    @classmethod
-    def pairs(cls, rows: Dataset) -> tuple[Self, Self]:
-        """Scans and references of a split of whole volumes."""
-        return cls.of_rows(rows, "image"), cls.of_rows(rows, "label")
-
-    @classmethod
-    def of_scans(cls, files: Mapping[str, Path], *, channel: int | None = None) -> Self:
-        """Scans from files, as they are; `channel` of those that are 4-D."""
-        return cls({case: partial(read_volume, path, channel=channel) for case, path in files.items()})
+        images, labels = (
+            cls({case: partial(read, index, column) for index, case in enumerate(plain["case"])})
+            for column in ("image", "label")
+        )
+        return images, labels
 
     @classmethod
     def of_masks(cls, files: Mapping[str, Path]) -> Self:

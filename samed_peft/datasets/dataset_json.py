@@ -59,9 +59,8 @@ def _one_file_a_channel(content: Mapping[str, Any], root: Path) -> bool:
         return False
     listed = root / str(first["image"])
     suffix = suffix_of(listed) or ""
-    return not os.path.isfile(listed) and os.path.isfile(
-        listed.with_name(f"{listed.name.removesuffix(suffix)}_0000{suffix}")
-    )
+    first_channel = listed.with_name(f"{listed.name.removesuffix(suffix)}_0000{suffix}")
+    return not os.path.isfile(listed) and os.path.isfile(first_channel)
 
 
 def _content(path: Path) -> dict[str, Any]:
