@@ -42,7 +42,7 @@ class ArrayFeature:
         if value is None:
             return None
         # Copied, since an array over the bytes themselves could not be written to.
-        return np.frombuffer(value["bytes"], dtype=self.dtype).reshape(value["shape"]).copy()
+        return np.ndarray(value["shape"], self.dtype, value["bytes"]).copy()
 
     def cast_storage(self, storage: pa.Array) -> pa.StructArray:
         """The stored column, also from arrays returned to `Dataset.map`, which come here as nested lists."""
