@@ -123,10 +123,12 @@ def _cache_errors(cache_dir: str | Path | None = None) -> Iterator[None]:
 
 
 def prepared_rows(
-    name: str,
-    cases: Sequence[Case],
+    folder: LabelledFolder,
+    cases: Sequence[str],
     *,
+    name: str,
     split: str,
+    window: tuple[float, float] | None,
     cache_dir: str | Path | None = None,
     num_proc: int | None = None,
     **options: Any,
@@ -134,25 +136,30 @@ def prepared_rows(
     """The rows of a split, prepared unless they are in the cache.
 
     Args:
-        name: from `LabelledFolder.data_name`; becomes the `config_name` of the rows.
-        cases: files of the cases, which are dealt out to processes.
+        folder: from `open_folder`.
+        cases: which of its cases; they are dealt out to processes.
+        name: `config_name` of the rows, from `LabelledFolder.data_name`.
         split: "train" or "test".
+        window: intensities scaled to [0, 1], or None.
         cache_dir: folder of the cache; by default that of Datasets.
         num_proc: processes; by default one a case, up to the number of cores.
         **options: further fields of `RowsConfig`.
 
     Raises:
-        InputError: a case cannot be used, the cache cannot be written, or there are no rows.
+        InputError: a case cannot be used, the cache cannot be written, or no row is left.
     """
     processes = min(num_proc or os.cpu_count() or 1, len(cases))
     with _cache_errors(cache_dir):
         builder = RowsBuilder(
             config_name=name,
             cache_dir=None if cache_dir is None else str(cache_dir),
-            split=split,
-            cases=tuple(cases),
             # Rows kept in memory before they are written; a volume is a few hundred megabytes.
             writer_batch_size=16 if split == "train" else 1,
+            split=split,
+            cases=tuple(folder.case(case, as_slices=split == "train") for case in cases),
+            channel=folder.channel,
+            label_table=folder.label_table,
+            window=None if window is None else (float(window[0]), float(window[1])),
             **options,
         )
         builder.download_and_prepare(num_proc=processes if processes > 1 else None)
@@ -190,13 +197,12 @@ def load_slices(
     if not 0 <= empty_share <= 1:
         raise InputError(f"expected a share of empty slices from 0 to 1, found {empty_share}")
     return prepared_rows(
-        f"{folder.data_name('slices', cases, as_slices=True)}-empty-{float(empty_share)}",
-        [folder.case(case, as_slices=True) for case in cases],
+        folder,
+        cases,
+        name=f"{folder.data_name('slices', cases, as_slices=True)}-empty-{float(empty_share)}",
         split="train",
-        channel=folder.channel,
-        label_table=folder.label_table,
+        window=window,
         num_classes=num_classes,
         orientation=orientation,
-        window=None if window is None else (float(window[0]), float(window[1])),
         empty_share=float(empty_share),
     )

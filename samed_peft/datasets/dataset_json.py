@@ -84,7 +84,7 @@ def class_names_of(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     """Names of labels 1..K in the content of a `dataset.json`, background left out.
 
     Raises:
-        InputError: there are no labels, they have gaps, or they are regions of several labels.
+        InputError: labels are missing, have gaps, or are regions of several labels.
     """
     labels = content.get("labels")
     if not isinstance(labels, dict) or not labels:

@@ -1,4 +1,4 @@
-"""Folders of one's own: both dialects of dataset.json, nnU-Net's channels, pictures, and what is refused."""
+"""Users' own folders: both dialects of dataset.json, nnU-Net's channels, pictures, Synapse, and refusals."""
 
 import json
 import os

@@ -97,7 +97,7 @@ def test_rows_can_be_written_to_and_columns_picked(load):
     assert load(BTCV / "raw", "test").select_columns(["affine"])[0]["affine"].shape == (4, 4)
 
 
-def test_cases_of_ones_own(load):
+def test_cases_can_be_chosen(load):
     assert list_cases(BTCV / "raw") == ["case0001", "case0005", "case0007", "case0038"]
     assert list_cases(BTCV / "processed") == list_cases(BTCV / "raw")
     for cases in ([7], ["7"], ["0007"], ["case0007"]):
