@@ -16,6 +16,7 @@ from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.preprocessing import normalized_array, reorientation, reoriented
 from samed_peft.datasets.rows import SLICE_FEATURES, VOLUME_FEATURES
 from samed_peft.errors import InputError
+from samed_peft.io import Volume
 
 
 @dataclass
@@ -76,7 +77,7 @@ class RowsBuilder(datasets.GeneratorBasedBuilder):
             raise
 
 
-def _pair(case: Case, config: RowsConfig) -> tuple[Any, Any]:
+def _pair(case: Case, config: RowsConfig) -> tuple[Volume, Volume]:
     return read_pair(case, channel=config.channel, table=config.label_table, num_classes=config.num_classes)
 
 
@@ -85,6 +86,8 @@ def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str,
     files = zip(case.scans, case.labels, strict=True)
     slices: list[tuple[np.ndarray, np.ndarray, str | None]] = []
     for scan, labels in (_pair(Case(case.name, (image,), (label,)), config) for image, label in files):
+        if case.numbers and len(labels.array) != 1:
+            raise InputError(f"expected one slice, found {len(labels.array)} in {scan.path}; preprocess the case again")
         there, _ = reorientation(scan, config.orientation)
         images = reoriented(normalized_array(scan, config.window), there)
         label = reoriented(labels.array.astype(np.uint8, copy=False), there)

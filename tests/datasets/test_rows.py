@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, Features, concatenate_datasets, load_from_disk
 
 from samed_peft.datasets import ArrayFeature
 from samed_peft.datasets.rows import SLICE_FEATURES, VOLUME_FEATURES
@@ -77,6 +77,10 @@ def test_map_never_cuts_numbers_to_fit(equal):
     np.testing.assert_array_equal(halves[0]["label"], rows[0]["label"] + 0.5)
     with pytest.raises(Exception, match=r"truncated|expected an array"):
         rows.map(lambda row: {"label": row["label"] + 0.5}, features=SLICE_FEATURES)
+    with pytest.raises(Exception, match="300 not in range"):
+        Dataset.from_list([{"label": [[300]]}], features=Features({"label": ArrayFeature("uint8")}))
+    listed = Dataset.from_list([{"label": [[3]]}], features=Features({"label": ArrayFeature("uint8")}))
+    assert listed[0]["label"].dtype == np.uint8
     with pytest.raises(Exception, match="expected an array, found lists"):
         rows.map(lambda row: {"label": [[1, 2], [3]]}, features=SLICE_FEATURES)
 

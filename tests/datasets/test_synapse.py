@@ -320,6 +320,13 @@ def test_files_that_are_damaged(tmp_path, load):
         load(folder)
 
 
+def test_files_of_one_slice_hold_no_more(tmp_path, load):
+    folder = write_processed(tmp_path / "data", train=[5])
+    np.savez(folder / "train_npz" / "case0005_slice001.npz", image=np.zeros((2, 8, 10)), label=np.zeros((2, 8, 10)))
+    with pytest.raises(InputError, match=r"expected one slice, found 2 in .*case0005_slice001\.npz"):
+        load(folder)
+
+
 def test_preprocessed_files_that_are_wrong(tmp_path, load):
     folder = write_processed(tmp_path / "data", train=[5], test=[1], highest=9)
     for split, name in (("train", "case0005_slice000.npz"), ("test", "case0001.npy.h5")):
