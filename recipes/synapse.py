@@ -101,12 +101,6 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Datas
         return rows, folder, Splits(train, test, validation)
 
 
-def held_out_volumes(folder: LabelledFolder, cases: list[str]) -> tuple[CaseVolumes, CaseVolumes]:
-    """Scans, scaled as the training slices are, and references."""
-    scans, references = CaseVolumes.of_folder(folder, cases)
-    return scans.scaled(CT_WINDOW_HU), references
-
-
 @exit_on_error
 def main() -> None:
     """Train, test, report."""
@@ -120,7 +114,7 @@ def main() -> None:
     config = SamedConfig(recorded_base(args.base), SYNAPSE_CLASSES, orientation=common_orientation(rows), **shape)
     # Fingerprints of all files, so that a run cannot be resumed with others.
     held_out = [folder.data_name(f"{folder.layout}-test", names) for names in (cases.test, cases.validation) if names]
-    validation = held_out_volumes(folder, cases.validation) if cases.validation else None
+    validation = CaseVolumes.of_folder(folder, cases.validation, window=CT_WINDOW_HU) if cases.validation else None
     run = Run(config, training, rows, out, (rows.config_name, *held_out), validation)
     adapter, settings = fit(run, accelerator=accelerator, resume=args.resume)
 
@@ -128,7 +122,7 @@ def main() -> None:
         settings |= {"dataset": "synthetic CT of samed_peft" if args.demo else SYNAPSE_NAME}
     # What is tested is what was saved, read back from disk.
     tested = load_segmenter(adapter, accelerator=accelerator)
-    scans, references = held_out_volumes(folder, cases.test)
+    scans, references = CaseVolumes.of_folder(folder, cases.test, window=CT_WINDOW_HU)
     report = score_held_out(tested, scans, references, out, accelerator=accelerator, settings=settings)
     if report is not None:
         write_card(adapter, report=report.to_dict(), training=training)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.preprocessing import normalized_array, reorientation, reoriented
 from samed_peft.datasets.rows import SLICE_FEATURES, VOLUME_FEATURES
 from samed_peft.errors import InputError
-from samed_peft.io import Volume
 
 
 @dataclass
@@ -27,8 +26,6 @@ class RowsConfig(datasets.BuilderConfig):
         name: holds a fingerprint of the files, so that an edited one is prepared again.
         split: "train" for rows of slices, "test" for rows of whole volumes.
         cases: their files.
-        channel: of 4-D scans, or None.
-        label_table: see `LabelledFolder`.
         num_classes: K.
         orientation: axis codes that slices are brought to, or None for slices as stored.
         window: (low, high) scaled to [0, 1], or None for percentiles of each scan.
@@ -37,8 +34,6 @@ class RowsConfig(datasets.BuilderConfig):
 
     split: str = "train"
     cases: tuple[Case, ...] = ()
-    channel: int | None = None
-    label_table: tuple[int, ...] | None = None
     num_classes: int = 1
     orientation: str | None = None
     window: tuple[float, float] | None = None
@@ -77,22 +72,19 @@ class RowsBuilder(datasets.GeneratorBasedBuilder):
             raise
 
 
-def _pair(case: Case, config: RowsConfig) -> tuple[Volume, Volume]:
-    return read_pair(case, channel=config.channel, table=config.label_table, num_classes=config.num_classes)
-
-
 def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     """Slice numbers and rows of a case; of the slices without foreground, the share to keep, evenly spread."""
-    files = zip(case.scans, case.labels, strict=True)
     slices: list[tuple[np.ndarray, np.ndarray, str | None]] = []
-    for scan, labels in (_pair(Case(case.name, (image,), (label,)), config) for image, label in files):
+    for files in zip(case.scans, case.labels, strict=True):
+        part = replace(case, scans=files[:1], labels=files[1:])
+        scan, labels = read_pair(part, num_classes=config.num_classes)
         if case.numbers and len(labels.array) != 1:
             raise InputError(f"expected one slice, found {len(labels.array)} in {scan.path}; preprocess the case again")
         there, _ = reorientation(scan, config.orientation)
         images = reoriented(normalized_array(scan, config.window), there)
         label = reoriented(labels.array.astype(np.uint8, copy=False), there)
         codes = config.orientation or scan.orientation
-        slices += [(image, part, codes) for image, part in zip(images, label, strict=True)]
+        slices += [(*arrays, codes) for arrays in zip(images, label, strict=True)]
     empty = np.array([place for place, (_, label, _) in enumerate(slices) if not label.any()], int)
     kept = np.linspace(0, len(empty) - 1, round(config.empty_share * len(empty))).round().astype(int)
     dropped = set(np.delete(empty, kept).tolist())
@@ -103,7 +95,7 @@ def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str,
 
 
 def _volume_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str, Any]]]:
-    scan, labels = _pair(case, config)
+    scan, labels = read_pair(case, num_classes=config.num_classes)
     image, label = normalized_array(scan, config.window), labels.array
     yield 0, {"image": image, "label": label, "case": case.name, "affine": scan.affine, "path": str(scan.path)}
 
@@ -160,8 +152,6 @@ def prepared_rows(
             writer_batch_size=16 if split == "train" else 1,
             split=split,
             cases=tuple(folder.case(case, as_slices=split == "train") for case in cases),
-            channel=folder.channel,
-            label_table=folder.label_table,
             window=None if window is None else (float(window[0]), float(window[1])),
             **options,
         )

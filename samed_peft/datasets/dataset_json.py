@@ -73,19 +73,15 @@ def _content(path: Path) -> dict[str, Any]:
 def _listed_names(content: Mapping[str, Any], path: Path, given: Sequence[str] | None) -> tuple[str, ...]:
     """The listed names, or those given if the listed ones are of a kind that cannot be used, such as regions."""
     try:
-        return class_names_of(content, path)
+        return _class_names(content, path)
     except InputError:
         if given is None:
             raise
         return tuple(given)
 
 
-def class_names_of(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """Names of labels 1..K in the content of a `dataset.json`, background left out.
-
-    Raises:
-        InputError: labels are missing, have gaps, or are regions of several labels.
-    """
+def _class_names(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """Names of labels 1..K in the content of a `dataset.json`, background left out."""
     labels = content.get("labels")
     if not isinstance(labels, dict) or not labels:
         raise InputError(f'expected "labels" with numbers and names in {path}, found {labels!r}; {_ADVICE}')
@@ -120,7 +116,7 @@ def names_of_dataset(path: Path) -> tuple[str, ...]:
     """
     if path.is_dir() or path.suffix.lower() != ".json":
         raise InputError(f"expected the dataset.json of the Decathlon or of nnU-Net, found {path}; give that file")
-    return class_names_of(_content(path), path)
+    return _class_names(_content(path), path)
 
 
 def _channels(content: Mapping[str, Any], path: Path) -> list[str]:

@@ -10,18 +10,22 @@ from samed_peft.io import content_fingerprint, list_folder, suffix_of
 
 @dataclass(frozen=True)
 class Case:
-    """Files of one case.
+    """Files of one case, and how to read them.
 
     Attributes:
         name: of the case.
         scans: its scan; of a case stored slice by slice, a file for each slice, in order.
         labels: its label map, or one for each slice; the same files if these hold both.
+        channel: see `LabelledFolder`.
+        label_table: see `LabelledFolder`.
         numbers: number of each slice; empty for a whole scan.
     """
 
     name: str
     scans: tuple[Path, ...]
     labels: tuple[Path, ...]
+    channel: int | None = None
+    label_table: tuple[int, ...] | None = None
     numbers: tuple[int, ...] = ()
 
 
@@ -80,7 +84,7 @@ class LabelledFolder:
                     raise InputError(
                         f"{path} has no partner: expected {partner}; add it, or leave the case out with cases=[...]"
                     )
-            return Case(name, (image,), (labels,))
+            return Case(name, (image,), (labels,), self.channel, self.label_table)
         numbers = tuple(sorted(slices))
         files = tuple(slices[number] for number in numbers)
         if not as_slices and len(numbers) != numbers[-1] - numbers[0] + 1:
@@ -89,7 +93,7 @@ class LabelledFolder:
                 f"expected every slice of {name} in {files[0].parent}, but {gaps} are missing; "
                 "preprocess the case again"
             )
-        return Case(name, files, files, numbers)
+        return Case(name, files, files, self.channel, self.label_table, numbers)
 
     def data_name(self, prefix: str, cases: Iterable[str], *, as_slices: bool = False) -> str:
         """A name for the data of some cases, for runs to record: `prefix` and a fingerprint of the files' content."""

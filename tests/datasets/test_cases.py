@@ -23,16 +23,17 @@ def cache(tmp_path, monkeypatch):
 def test_volumes_from_files_equal_those_of_rows(layout):
     cases = ["case0001", "case0005", "case0038"]  # preprocessed, one of them has slices alone
     in_rows = CaseVolumes.pairs(load_synapse(BTCV / layout, "test", cases=cases, num_proc=1))
-    scans, references = CaseVolumes.of_folder(open_folder(BTCV / layout), cases)
-    for found, expected in zip((scans.scaled(WINDOW), references), in_rows, strict=True):
+    folder = open_folder(BTCV / layout)
+    from_files = CaseVolumes.of_folder(folder, cases, window=WINDOW)
+    for found, expected in zip(from_files, in_rows, strict=True):
         assert list(found) == cases
         for case in cases:
             one, two = found[case], expected[case]
             np.testing.assert_array_equal(one.array, two.array)
             assert one.array.dtype == two.array.dtype
             assert np.array_equal(one.affine, two.affine) if two.affine is not None else one.affine is None
-    assert scans["case0005"].normalized == (layout == "processed")
-    assert scans.scaled(WINDOW)["case0005"].normalized
+    assert from_files[0]["case0005"].normalized
+    assert CaseVolumes.of_folder(folder, cases)[0]["case0005"].normalized == (layout == "processed")
 
 
 @pytest.mark.parametrize("layout", ["raw", "processed"])
