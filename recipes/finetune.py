@@ -1,13 +1,13 @@
-"""SAMed on scans of one's own: from a Decathlon, nnU-Net or picture folder to an adapter, its scores and pictures.
+"""SAMed on your own scans: from a Decathlon, nnU-Net or picture folder to an adapter, its scores and pictures.
 
     accelerate launch recipes/finetune.py --data_dir Task04_Hippocampus --output_dir runs/hippocampus --plane sagittal
     accelerate launch recipes/finetune.py --data_dir polyps --output_dir runs/polyps --class_names polyp
 
-DATA holds dataset.json, imagesTr and labelsTr, or images and masks. One of five folds of cases is held out and scored;
-slices are those across the coarsest axis, CT is windowed as in SAMed, MR scaled by each scan's percentiles. With
---base tiny-sam --image_size 64 it runs on two CPU cores in minutes, to try things; its scores say nothing about SAM.
-With SAM's ViT-B (the default) use a GPU of 24 GB. A stopped or killed run goes on with --resume. Exit codes: 0 done,
-2 wrong input, 3 loss diverged, 75 stopped by a signal.
+DATA holds dataset.json, imagesTr and labelsTr, or images and masks. One of five folds of cases is left out of training
+and scored; slices are those across the coarsest axis, CT is windowed as in SAMed, MR scaled by each scan's percentiles.
+With --base tiny-sam --image_size 64 it runs on two CPU cores in minutes, to try things; its scores say nothing about
+SAM. With SAM's ViT-B (the default) use a GPU of 24 GB. A stopped or killed run goes on with --resume. Exit codes: 0
+done, 2 wrong input, 3 loss diverged, 75 stopped by a signal.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
     parser.add_argument("--plane", choices=tuple(ORIENTATIONS), help="of the slices; by default across the coarsest")
     parser.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensities to scale to [0, 1]")
     parser.add_argument("--empty_share", type=float, default=1.0, help="share of slices without foreground to keep")
-    parser.add_argument("--folds", type=int, default=5, help="of which --fold is held out")
+    parser.add_argument("--folds", type=int, default=5, help="number of folds; --fold is left out and scored")
     parser.add_argument("--fold", type=int, default=0, help="counted from 0")
     parser.add_argument("--split_file", type=Path, help="in place of folds: nnU-Net's splits_final.json")
     parser.add_argument("--test_cases", nargs="+", help="in place of folds: the cases to hold out")

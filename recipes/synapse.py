@@ -90,12 +90,6 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Datas
         return rows, folder, Splits(train, test, validation)
 
 
-def held_out_volumes(folder: LabelledFolder, cases: list[str]) -> tuple[CaseVolumes, CaseVolumes]:
-    """Scans, scaled as the training slices are, and references."""
-    scans, references = CaseVolumes.of_folder(folder, cases)
-    return scans.scaled(CT_WINDOW_HU), references
-
-
 @exit_on_error
 def main() -> None:
     """Train, test, report."""
@@ -107,14 +101,14 @@ def main() -> None:
     config = SamedConfig(args.base, SYNAPSE_CLASSES, orientation=common_orientation(rows), **shape)
     # Fingerprints of all files, so that a run cannot be resumed with others.
     held_out = [folder.data_name(f"{folder.layout}-test", names) for names in (cases.test, cases.validation) if names]
-    validation = held_out_volumes(folder, cases.validation) if cases.validation else None
+    validation = CaseVolumes.of_folder(folder, cases.validation, window=CT_WINDOW_HU) if cases.validation else None
     run = Run(config, training, rows, out, (rows.config_name, *held_out), validation)
     adapter, settings = fit(run, accelerator=accelerator, resume=args.resume)
 
     if args.demo or not args.test_cases:  # --test_cases may come from elsewhere
         settings |= {"dataset": "synthetic CT of samed_peft" if args.demo else SYNAPSE_NAME}
     model = load_segmenter(adapter, accelerator=accelerator)  # test the adapter as it was saved
-    scans, references = held_out_volumes(folder, cases.test)
+    scans, references = CaseVolumes.of_folder(folder, cases.test, window=CT_WINDOW_HU)
     report = score_held_out(model, scans, references, out, accelerator=accelerator, settings=settings)
     finish_run(run, adapter, report, accelerator=accelerator, repo_id=repo_id)
 

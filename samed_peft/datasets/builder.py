@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ class RowsConfig(datasets.BuilderConfig):
         name: holds a fingerprint of the files, so that an edited one is prepared again.
         split: "train" for rows of slices, "test" for rows of whole volumes.
         cases: their files.
-        channel: of 4-D scans, or None.
-        label_table: see `LabelledFolder`.
         num_classes: K.
         orientation: axis codes that slices are brought to, or None for slices as stored.
         window: (low, high) scaled to [0, 1], or None for percentiles of each scan.
@@ -36,8 +34,6 @@ class RowsConfig(datasets.BuilderConfig):
 
     split: str = "train"
     cases: tuple[Case, ...] = ()
-    channel: int | None = None
-    label_table: tuple[int, ...] | None = None
     num_classes: int = 1
     orientation: str | None = None
     window: tuple[float, float] | None = None
@@ -76,20 +72,19 @@ class RowsBuilder(datasets.GeneratorBasedBuilder):
             raise
 
 
-def _pair(case: Case, config: RowsConfig) -> tuple[Any, Any]:
-    return read_pair(case, channel=config.channel, table=config.label_table, num_classes=config.num_classes)
-
-
 def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     """Slice numbers and rows of a case; of the slices without foreground, the share to keep, evenly spread."""
-    files = zip(case.scans, case.labels, strict=True)
     slices: list[tuple[np.ndarray, np.ndarray, str | None]] = []
-    for scan, labels in (_pair(Case(case.name, (image,), (label,)), config) for image, label in files):
+    for files in zip(case.scans, case.labels, strict=True):
+        part = replace(case, scans=files[:1], labels=files[1:])
+        scan, labels = read_pair(part, num_classes=config.num_classes)
+        if case.numbers and len(labels.array) != 1:
+            raise InputError(f"expected one slice, found {len(labels.array)} in {scan.path}; preprocess the case again")
         there, _ = reorientation(scan, config.orientation)
         images = reoriented(normalized_array(scan, config.window), there)
         label = reoriented(labels.array.astype(np.uint8, copy=False), there)
         codes = config.orientation or scan.orientation
-        slices += [(image, part, codes) for image, part in zip(images, label, strict=True)]
+        slices += [(*arrays, codes) for arrays in zip(images, label, strict=True)]
     empty = np.array([place for place, (_, label, _) in enumerate(slices) if not label.any()], int)
     kept = np.linspace(0, len(empty) - 1, round(config.empty_share * len(empty))).round().astype(int)
     dropped = set(np.delete(empty, kept).tolist())
@@ -100,7 +95,7 @@ def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str,
 
 
 def _volume_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str, Any]]]:
-    scan, labels = _pair(case, config)
+    scan, labels = read_pair(case, num_classes=config.num_classes)
     image, label = normalized_array(scan, config.window), labels.array
     yield 0, {"image": image, "label": label, "case": case.name, "affine": scan.affine, "path": str(scan.path)}
 
@@ -123,10 +118,12 @@ def _cache_errors(cache_dir: str | Path | None = None) -> Iterator[None]:
 
 
 def prepared_rows(
-    name: str,
-    cases: Sequence[Case],
+    folder: LabelledFolder,
+    cases: Sequence[str],
     *,
+    name: str,
     split: str,
+    window: tuple[float, float] | None,
     cache_dir: str | Path | None = None,
     num_proc: int | None = None,
     **options: Any,
@@ -134,25 +131,28 @@ def prepared_rows(
     """The rows of a split, prepared unless they are in the cache.
 
     Args:
-        name: from `LabelledFolder.data_name`; becomes the `config_name` of the rows.
-        cases: files of the cases, which are dealt out to processes.
+        folder: from `open_folder`.
+        cases: which of its cases; they are dealt out to processes.
+        name: `config_name` of the rows, from `LabelledFolder.data_name`.
         split: "train" or "test".
+        window: intensities scaled to [0, 1], or None.
         cache_dir: folder of the cache; by default that of Datasets.
         num_proc: processes; by default one a case, up to the number of cores.
         **options: further fields of `RowsConfig`.
 
     Raises:
-        InputError: a case cannot be used, the cache cannot be written, or there are no rows.
+        InputError: a case cannot be used, the cache cannot be written, or no row is left.
     """
     processes = min(num_proc or os.cpu_count() or 1, len(cases))
     with _cache_errors(cache_dir):
         builder = RowsBuilder(
             config_name=name,
             cache_dir=None if cache_dir is None else str(cache_dir),
-            split=split,
-            cases=tuple(cases),
             # Rows kept in memory before they are written; a volume is a few hundred megabytes.
             writer_batch_size=16 if split == "train" else 1,
+            split=split,
+            cases=tuple(folder.case(case, as_slices=split == "train") for case in cases),
+            window=None if window is None else (float(window[0]), float(window[1])),
             **options,
         )
         builder.download_and_prepare(num_proc=processes if processes > 1 else None)
@@ -190,13 +190,12 @@ def load_slices(
     if not 0 <= empty_share <= 1:
         raise InputError(f"expected a share of empty slices from 0 to 1, found {empty_share}")
     return prepared_rows(
-        f"{folder.data_name('slices', cases, as_slices=True)}-empty-{float(empty_share)}",
-        [folder.case(case, as_slices=True) for case in cases],
+        folder,
+        cases,
+        name=f"{folder.data_name('slices', cases, as_slices=True)}-empty-{float(empty_share)}",
         split="train",
-        channel=folder.channel,
-        label_table=folder.label_table,
+        window=window,
         num_classes=num_classes,
         orientation=orientation,
-        window=None if window is None else (float(window[0]), float(window[1])),
         empty_share=float(empty_share),
     )

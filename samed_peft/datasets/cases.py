@@ -14,70 +14,35 @@ from datasets import Dataset
 from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.preprocessing import normalized_array
 from samed_peft.errors import InputError
-from samed_peft.io import (
-    PICTURE_ADVICE,
-    Volume,
-    grids_apart_mm,
-    is_picture,
-    read_affine,
-    read_labels,
-    read_volume,
-)
+from samed_peft.io import PICTURE_ADVICE, Volume, grids_apart_mm, is_picture, read_affine, read_labels, read_volume
 
 _NAMING_ADVICE = "name all of them in dataset.json or with class_names, or is it the scan itself?"
 
 _CASES_AT_ONCE = 4
 """Scans that are checked at the same time, each a few hundred megabytes."""
 
-Table = tuple[int, ...] | None
-"""See `LabelledFolder.label_table`."""
+
+def read_scan(case: Case) -> Volume:
+    """The scan of a case. nnU-Net stores one channel per file, so `channel` only applies to 4-D files."""
+    return _stacked([read_volume(path, channel=case.channel) for path in case.scans], case)
 
 
-def read_scan(case: Case, *, channel: int | None = None) -> Volume:
-    """The scan of a case; files of single slices are stacked.
-
-    Args:
-        case: from `LabelledFolder.case`.
-        channel: of a 4-D scan. nnU-Net stores one channel per file, so it only applies to 4-D files.
-
-    Raises:
-        InputError: a file is damaged, or slices have different sizes.
-    """
-    return _stacked([read_volume(path, channel=channel) for path in case.scans], case)
-
-
-def read_reference(case: Case, *, table: Table = None) -> Volume:
-    """The label map of a case; files of single slices are stacked.
-
-    Args:
-        case: from `LabelledFolder.case`.
-        table: label used for each stored label, or None.
-
-    Raises:
-        InputError: a file is damaged, a label is not in the table, or slices have different sizes.
-    """
-    labels = _stacked([read_labels(path) for path in case.labels], case)
+def read_reference(case: Case) -> Volume:
+    """The label map of a case, stored labels replaced by those of its table."""
+    labels, table = _stacked([read_labels(path) for path in case.labels], case), case.label_table
     if table is None:
         return labels
     require_labels(labels, len(table) - 1, advice="is it from another dataset, or the scan itself?")
     return replace(labels, array=np.array(table, np.uint8)[labels.array])
 
 
-def read_pair(
-    case: Case, *, channel: int | None = None, table: Table = None, num_classes: int
-) -> tuple[Volume, Volume]:
-    """Scan and labels 0..K of a case.
-
-    Args:
-        case: see `read_scan`.
-        channel: see `read_scan`.
-        table: see `read_reference`.
-        num_classes: K.
+def read_pair(case: Case, *, num_classes: int) -> tuple[Volume, Volume]:
+    """Scan and labels 0..K of a case; files of single slices are stacked.
 
     Raises:
-        InputError: a file is damaged, the grids differ, or a label has no name.
+        InputError: a file is damaged, slices have different sizes, the grids differ, or a label has no name.
     """
-    scan, labels = read_scan(case, channel=channel), read_reference(case, table=table)
+    scan, labels = read_scan(case), read_reference(case)
     require_one_grid(scan, labels)
     require_labels(labels, num_classes, advice=PICTURE_ADVICE if is_picture(case.labels[0]) else _NAMING_ADVICE)
     return scan, labels
@@ -97,11 +62,7 @@ def _stacked(parts: Sequence[Volume], case: Case) -> Volume:
 
 
 def require_one_grid(scan: Volume, labels: Volume) -> None:
-    """Refuse a label map of another shape or place than its scan.
-
-    Raises:
-        InputError: naming both files.
-    """
+    """Refuse a label map of another shape or place than its scan."""
     shape = scan.array.shape[:3]
     if shape != labels.array.shape:
         raise InputError(
@@ -116,16 +77,7 @@ def require_one_grid(scan: Volume, labels: Volume) -> None:
 
 
 def require_labels(labels: Volume, highest: int, *, advice: str) -> None:
-    """Refuse labels outside 0..highest.
-
-    Args:
-        labels: a label map.
-        highest: largest label allowed.
-        advice: ends the message.
-
-    Raises:
-        InputError: naming up to eight of them.
-    """
+    """Refuse labels outside 0..highest, with up to eight of them and what to do."""
     if labels.array.min() < 0 or labels.array.max() > highest:
         found = sorted({int(value) for value in np.unique(labels.array)} - set(range(highest + 1)))
         raise InputError(
@@ -150,8 +102,7 @@ def check_cases(
     """
 
     def check(case: Case) -> None:
-        scan, _ = read_pair(case, channel=folder.channel, table=folder.label_table, num_classes=num_classes)
-        normalized_array(scan, window)
+        normalized_array(read_pair(case, num_classes=num_classes)[0], window)
 
     files = [folder.case(case) for case in cases]
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, _CASES_AT_ONCE)) as pool:
@@ -170,51 +121,47 @@ class CaseVolumes(Mapping[str, Volume]):
         self._readers = readers
 
     @classmethod
-    def of_folder(cls, folder: LabelledFolder, cases: Sequence[str]) -> tuple[Self, Self]:
-        """Scans, as they are in their files, and references of some cases of a folder.
+    def of_folder(
+        cls, folder: LabelledFolder, cases: Sequence[str], *, window: tuple[float, float] | None = None
+    ) -> tuple[Self, Self]:
+        """Scans and references of some cases of a folder.
+
+        Args:
+            folder: from `open_folder`.
+            cases: which of its cases.
+            window: scales scans to [0, 1] as the slices to train on; by default they are as in their files.
 
         Raises:
             InputError: see `LabelledFolder.case`.
         """
-        files = {case: folder.case(case) for case in cases}
-        scans = {case: partial(read_scan, files[case], channel=folder.channel) for case in files}
-        references = {case: partial(_reference_on_scan, files[case], table=folder.label_table) for case in files}
-        return cls(scans), cls(references)
 
-    @classmethod
-    def of_rows(cls, rows: Dataset, column: str) -> Self:
-        """The "image" (in [0, 1]) or "label" of each row of a split of whole volumes."""
-        needed = rows.with_format(None).select_columns([column, "affine", "path"])  # the other array is not decoded
+        def read(case: Case) -> Volume:
+            scan = read_scan(case)
+            return scan if window is None else replace(scan, array=normalized_array(scan, window), normalized=True)
 
-        def read(index: int) -> Volume:
-            row = needed[index]
-            return Volume(row[column], row["affine"], Path(row["path"]), normalized=column == "image")
-
-        return cls({case: partial(read, index) for index, case in enumerate(rows.with_format(None)["case"])})
+        files = [folder.case(case) for case in cases]
+        scans = {case.name: partial(read, case) for case in files}
+        return cls(scans), cls({case.name: partial(_reference_on_scan, case) for case in files})
 
     @classmethod
     def pairs(cls, rows: Dataset) -> tuple[Self, Self]:
-        """Scans and references of a split of whole volumes."""
-        return cls.of_rows(rows, "image"), cls.of_rows(rows, "label")
+        """Scans, in [0, 1], and references of a split of whole volumes, from `load_synapse`."""
+        plain = rows.with_format(None)
 
-    @classmethod
-    def of_scans(cls, files: Mapping[str, Path], *, channel: int | None = None) -> Self:
-        """Scans from files, as they are; `channel` of those that are 4-D."""
-        return cls({case: partial(read_volume, path, channel=channel) for case, path in files.items()})
+        def read(index: int, column: str) -> Volume:
+            row = plain.select_columns([column, "affine", "path"])[index]  # the other array is not decoded
+            return Volume(row[column], row["affine"], Path(row["path"]), normalized=column == "image")
+
+        images, labels = (
+            cls({case: partial(read, index, column) for index, case in enumerate(plain["case"])})
+            for column in ("image", "label")
+        )
+        return images, labels
 
     @classmethod
     def of_masks(cls, files: Mapping[str, Path]) -> Self:
         """Label maps from files."""
         return cls({case: partial(read_labels, path) for case, path in files.items()})
-
-    def scaled(self, window: tuple[float, float] | None) -> Self:
-        """The same scans in [0, 1]; see `normalized_array`."""
-
-        def read(case: str) -> Volume:
-            scan = self[case]
-            return replace(scan, array=normalized_array(scan, window), normalized=True)
-
-        return type(self)({case: partial(read, case) for case in self})
 
     def __getitem__(self, case: str) -> Volume:
         return self._readers[case]()
@@ -226,7 +173,7 @@ class CaseVolumes(Mapping[str, Volume]):
         return len(self._readers)
 
 
-def _reference_on_scan(case: Case, *, table: Table) -> Volume:
+def _reference_on_scan(case: Case) -> Volume:
     """The label map with the scan's affine, as masks are written; its own may differ by rounding."""
-    labels, affine = read_reference(case, table=table), read_affine(case.scans[0])
+    labels, affine = read_reference(case), read_affine(case.scans[0])
     return labels if affine is None else replace(labels, affine=affine)

@@ -7,15 +7,12 @@ import numpy as np
 
 from samed_peft.config import CT_WINDOW_HU
 from samed_peft.datasets.dataset_json import DATASET_FILE
-from samed_peft.datasets.folder import LabelledFolder, is_file
+from samed_peft.datasets.folder import LabelledFolder
 from samed_peft.errors import InputError
 from samed_peft.io import is_picture, numbered_names, read_affine, read_labels, read_volume
 
 ORIENTATIONS = {"axial": "LPS", "coronal": "LIP", "sagittal": "PIL"}
-"""Axis codes of the (x, y, z) axes that slices of each plane are brought to: as they hang on a light box."""
-
-_AXES = {"axial": 2, "coronal": 1, "sagittal": 0}
-"""World axis (right-left, posterior-anterior, inferior-superior) that each plane is perpendicular to."""
+"""Axis codes of the (x, y, z) axes that slices of each plane are brought to, as on a light box; z is across them."""
 
 COLOUR_RANGE = (0.0, 255.0)
 """Window of 8-bit pictures."""
@@ -77,9 +74,9 @@ def choose_orientation(folder: LabelledFolder, *, plane: str | None = None) -> s
         spacings = np.array([_world_spacing_mm(affine) for affine in affines.values() if affine is not None])
         typical = np.median(spacings, axis=0)
         # A tenth more than the others: otherwise the scans count as isotropic.
-        coarsest = int(np.argmax(typical)) if typical.max() > 1.1 * np.median(typical) else _AXES["axial"]
-        plane = next(name for name, axis in _AXES.items() if axis == coarsest)
-    return ORIENTATIONS[plane]
+        if typical.max() > 1.1 * np.median(typical):
+            return next(codes for codes in ORIENTATIONS.values() if codes[-1] == "LPS"[np.argmax(typical)])
+    return ORIENTATIONS[plane or "axial"]
 
 
 def _world_spacing_mm(affine: np.ndarray) -> np.ndarray:
@@ -114,7 +111,7 @@ def class_names_for(folder: LabelledFolder, given: Sequence[str] | None) -> tupl
     """
     number = len(folder.class_names)
     if given is not None and number and len(given) != number:
-        source = DATASET_FILE if is_file(folder.root / DATASET_FILE) else f"layout {folder.layout!r}"
+        source = DATASET_FILE if folder.layout == "described" else f"layout {folder.layout!r}"
         raise InputError(
             f"expected {number} class name{'s' * (number != 1)}, as many as {source} has "
             f"({', '.join(folder.class_names)}), found {len(given)}: {', '.join(given)}; leave class_names out, or "

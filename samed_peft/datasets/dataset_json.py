@@ -1,4 +1,4 @@
-"""Layouts described by a `dataset.json`; nothing is decoded here.
+"""The layout described by a `dataset.json`; nothing is decoded here.
 
 The file comes in two dialects: that of the Medical Segmentation Decathlon (arXiv 2106.05735), which nnU-Net's first
 version shares, and that of nnU-Net's second version (doi 10.1038/s41592-020-01008-z).
@@ -7,11 +7,10 @@ version shares, and that of nnU-Net's second version (doi 10.1038/s41592-020-010
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from samed_peft.datasets.folder import LabelledFolder, case_name, files_by_case, is_file, require_pairs
+from samed_peft.datasets.folder import LabelledFolder, case_name, files_by_case, require_pairs
 from samed_peft.errors import InputError
 from samed_peft.io import read_json, suffix_of
 
@@ -23,42 +22,23 @@ _ADVICE = "give the dataset.json of the Decathlon or of nnU-Net"
 _CHANNEL_NAME = re.compile(r"(.+)_(\d{4})")
 
 
-def is_nnunet(root: Path) -> bool:
-    """Whether a folder has a `dataset.json` and a file for each channel of a scan, named as nnU-Net's."""
-    return is_file(root / DATASET_FILE) and _one_file_a_channel(_content(root / DATASET_FILE), root)
-
-
-def is_decathlon(root: Path) -> bool:
-    """Whether a folder has a `dataset.json` that lists its scans and label maps."""
-    return is_file(root / DATASET_FILE) and not _one_file_a_channel(_content(root / DATASET_FILE), root)
-
-
-def open_nnunet(root: Path, *, channel: str | None, class_names: Sequence[str] | None) -> LabelledFolder:
-    """Scans of one channel in `imagesTr`, label maps in `labelsTr`; see `layouts.open_folder`."""
-    folder, channels, number = _described(root, channel, class_names)
-    images = _channel_files(root, number, channel_names=channels)
-    return replace(folder, images=images, labels=require_pairs(images, files_by_case(root / "labelsTr"), root))
-
-
-def open_decathlon(root: Path, *, channel: str | None, class_names: Sequence[str] | None) -> LabelledFolder:
-    """Scans and label maps listed under `training`; see `layouts.open_folder`."""
-    folder, _, _ = _described(root, channel, class_names)
-    images, labels = _listed_files(_content(root / DATASET_FILE)["training"], root)
-    return replace(folder, images=images, labels=labels)
-
-
-def _described(
-    root: Path, channel: str | None, class_names: Sequence[str] | None
-) -> tuple[LabelledFolder, list[str], int]:
-    """A folder without its files, the names of all channels and the number of the chosen one."""
+def open_described(root: Path, channel: str | None, class_names: Sequence[str] | None) -> LabelledFolder | None:
+    """A folder with a `dataset.json` in either dialect, or None; see `layouts.open_folder`."""
     path = root / DATASET_FILE
+    if not os.path.isfile(path):
+        return None
     content = _content(path)
     names = _listed_names(content, path, class_names)
     channels = _channels(content, path)
     number = _channel_number(channels, channel, path)
+    if _one_file_a_channel(content, root):
+        images = _channel_files(root, number, channel_names=channels)
+        labels = require_pairs(images, files_by_case(root / "labelsTr"), root)
+    else:
+        images, labels = _listed_files(content["training"], root)
     # A single channel is not recorded, so that a 4-D scan given to the adapter later is not taken silently.
     chosen = number if len(channels) > 1 else None
-    return LabelledFolder(root, names, channels[number], {}, {}, chosen, _name(content, root)), channels, number
+    return LabelledFolder(root, names, channels[number], images, labels, chosen, _name(content, root))
 
 
 def _name(content: Mapping[str, Any], root: Path) -> str | None:
@@ -79,7 +59,8 @@ def _one_file_a_channel(content: Mapping[str, Any], root: Path) -> bool:
         return False
     listed = root / str(first["image"])
     suffix = suffix_of(listed) or ""
-    return not is_file(listed) and is_file(listed.with_name(f"{listed.name.removesuffix(suffix)}_0000{suffix}"))
+    first_channel = listed.with_name(f"{listed.name.removesuffix(suffix)}_0000{suffix}")
+    return not os.path.isfile(listed) and os.path.isfile(first_channel)
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -92,19 +73,15 @@ def _content(path: Path) -> dict[str, Any]:
 def _listed_names(content: Mapping[str, Any], path: Path, given: Sequence[str] | None) -> tuple[str, ...]:
     """The listed names, or those given if the listed ones are of a kind that cannot be used, such as regions."""
     try:
-        return class_names_of(content, path)
+        return _class_names(content, path)
     except InputError:
         if given is None:
             raise
         return tuple(given)
 
 
-def class_names_of(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """Names of labels 1..K in the content of a `dataset.json`, background left out.
-
-    Raises:
-        InputError: there are no labels, they have gaps, or they are regions of several labels.
-    """
+def _class_names(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """Names of labels 1..K in the content of a `dataset.json`, background left out."""
     labels = content.get("labels")
     if not isinstance(labels, dict) or not labels:
         raise InputError(f'expected "labels" with numbers and names in {path}, found {labels!r}; {_ADVICE}')
@@ -139,7 +116,7 @@ def names_of_dataset(path: Path) -> tuple[str, ...]:
     """
     if path.is_dir() or path.suffix.lower() != ".json":
         raise InputError(f"expected the dataset.json of the Decathlon or of nnU-Net, found {path}; give that file")
-    return class_names_of(_content(path), path)
+    return _class_names(_content(path), path)
 
 
 def _channels(content: Mapping[str, Any], path: Path) -> list[str]:
@@ -215,6 +192,6 @@ def _listed_file(root: Path, listed: str) -> Path:
     path = Path(os.path.normpath(root / listed))
     if not path.is_relative_to(root):
         raise InputError(f"expected files below {root} in its {DATASET_FILE}, found {path}")
-    if suffix_of(path) is None or not is_file(path):
+    if suffix_of(path) is None or not os.path.isfile(path):
         raise InputError(f"{root / DATASET_FILE} lists {path}, which is missing or no scan; mend the list")
     return path

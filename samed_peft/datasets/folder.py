@@ -1,6 +1,6 @@
 """A folder of labelled scans, whatever its layout: which files make up each case, and what the labels mean."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,18 +10,22 @@ from samed_peft.io import content_fingerprint, list_folder, suffix_of
 
 @dataclass(frozen=True)
 class Case:
-    """Files of one case.
+    """Files of one case, and how to read them.
 
     Attributes:
         name: of the case.
         scans: its scan; of a case stored slice by slice, a file for each slice, in order.
         labels: its label map, or one for each slice; the same files if these hold both.
+        channel: see `LabelledFolder`.
+        label_table: see `LabelledFolder`.
         numbers: number of each slice; empty for a whole scan.
     """
 
     name: str
     scans: tuple[Path, ...]
     labels: tuple[Path, ...]
+    channel: int | None = None
+    label_table: tuple[int, ...] | None = None
     numbers: tuple[int, ...] = ()
 
 
@@ -76,11 +80,11 @@ class LabelledFolder:
         if not slices or (name in self.images and not as_slices):
             image, labels = self.images[name], self.labels[name]
             for path, partner in ((image, labels), (labels, image)):
-                if not is_file(partner):
+                if not partner.is_file():
                     raise InputError(
                         f"{path} has no partner: expected {partner}; add it, or leave the case out with cases=[...]"
                     )
-            return Case(name, (image,), (labels,))
+            return Case(name, (image,), (labels,), self.channel, self.label_table)
         numbers = tuple(sorted(slices))
         files = tuple(slices[number] for number in numbers)
         if not as_slices and len(numbers) != numbers[-1] - numbers[0] + 1:
@@ -89,7 +93,7 @@ class LabelledFolder:
                 f"expected every slice of {name} in {files[0].parent}, but {gaps} are missing; "
                 "preprocess the case again"
             )
-        return Case(name, files, files, numbers)
+        return Case(name, files, files, self.channel, self.label_table, numbers)
 
     def data_name(self, prefix: str, cases: Iterable[str], *, as_slices: bool = False) -> str:
         """A name for the data of some cases, for runs to record: `prefix` and a fingerprint of the files' content."""
@@ -98,39 +102,15 @@ class LabelledFolder:
         return f"{prefix}-{content_fingerprint(files)[:16]}"
 
 
-def is_file(path: Path) -> bool:
-    """Whether a file exists; False for names that no file can have and for folders that may not be searched."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def is_folder(path: Path) -> bool:
-    """Whether a folder exists; False below folders that may not be searched."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
-
-
 def case_name(path: Path) -> str:
-    """The file's name without suffix.
-
-    Raises:
-        InputError: it is not UTF-8, which reports and prepared slices need.
-    """
+    """The file's name without suffix; it must be UTF-8, as in reports and prepared slices."""
     if (readable := path.name.encode("utf-8", errors="replace").decode()) != path.name:
         raise InputError(f"expected file names in UTF-8, found {readable} in {path.parent}; rename it")
     return path.name[: -len(suffix_of(path) or "")]
 
 
 def files_by_case(folder: Path) -> dict[str, Path]:
-    """Case -> its one scan, label map or picture in a folder.
-
-    Raises:
-        InputError: a case has several files, a name is not UTF-8, or the folder has no scans.
-    """
+    """Case -> its one scan, label map or picture in a folder; other files are left out."""
     found: dict[str, Path] = {}
     for path in list_folder(folder):
         if suffix_of(path) is not None and not path.name.startswith("."):
@@ -141,22 +121,14 @@ def files_by_case(folder: Path) -> dict[str, Path]:
 
 
 def add_file(found: dict[str, Path], case: str, path: Path) -> None:
-    """Note the file of a case.
-
-    Raises:
-        InputError: the case has another file already.
-    """
+    """Note the file of a case, which must not have another one."""
     if (other := found.setdefault(case, path)) != path:
         raise InputError(f"expected one file a case, found {other} and {path}; remove one of them")
 
 
 def require_pairs(images: Mapping[str, Path], labels: Mapping[str, Path], root: Path) -> dict[str, Path]:
-    """Label maps in the order of the scans.
-
-    Raises:
-        InputError: a case lacks its scan or its label map.
-    """
-    alone: Sequence[str] = sorted(images.keys() ^ labels.keys())
+    """Label maps in the order of the scans; each scan must have one, and the reverse."""
+    alone = sorted(images.keys() ^ labels.keys())
     if alone:
         kind = "label map" if alone[0] in images else "scan"
         raise InputError(

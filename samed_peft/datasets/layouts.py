@@ -1,12 +1,13 @@
 """Layouts of labelled scans, one record each, and `open_folder`, which finds the one that a folder has."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from samed_peft.datasets.dataset_json import is_decathlon, is_nnunet, open_decathlon, open_nnunet
-from samed_peft.datasets.folder import LabelledFolder, files_by_case, is_folder, require_pairs
-from samed_peft.datasets.synapse_files import holds_preprocessed, holds_raw, open_preprocessed, open_raw
+from samed_peft.datasets.dataset_json import DATASET_FILE, open_described
+from samed_peft.datasets.folder import LabelledFolder, files_by_case, require_pairs
+from samed_peft.datasets.synapse_files import open_preprocessed, open_raw
 from samed_peft.errors import InputError
 from samed_peft.io import list_folder
 
@@ -17,56 +18,39 @@ class Layout:
 
     Attributes:
         name: recorded in `LabelledFolder.layout`.
-        title: what messages call its files.
-        holds: what users have to put into the folder.
-        recognised: whether a folder has this layout.
-        open: folder -> `LabelledFolder`; takes `channel` and `class_names` as well if `described`.
-        described: the folder has a file that describes it, which decides whatever else lies beside it.
+        title: the name of its files in messages.
+        holds: the files and folders that users have to provide.
+        open: folder -> `LabelledFolder`, or None for a folder of another layout; see `described`.
+        described: the folder has a file that describes it, which decides whatever else lies beside it; `open` then
+            takes the channel and class names that users wish as well.
     """
 
     name: str
     title: str
     holds: str
-    recognised: Callable[[Path], bool]
-    open: Callable[..., LabelledFolder]
+    open: Callable[..., LabelledFolder | None]
     described: bool = False
 
 
-def _holds_pictures(root: Path) -> bool:
-    return is_folder(root / "images") and is_folder(root / "masks")
-
-
-def _open_pictures(root: Path) -> LabelledFolder:
-    images, masks = (files_by_case(root / name) for name in ("images", "masks"))
+def _open_pictures(root: Path) -> LabelledFolder | None:
+    folders = (root / "images", root / "masks")
+    if not all(map(os.path.isdir, folders)):
+        return None
+    images, masks = map(files_by_case, folders)
     return LabelledFolder(root, (), None, images, require_pairs(images, masks, root))
 
 
+_DESCRIBED = "dataset.json with imagesTr and labelsTr (Decathlon, nnU-Net)"
+_RAW = "raw BTCV (Training/img/imgNNNN.nii.gz and Training/label/labelNNNN.nii.gz)"
+_PROCESSED = "SAMed's preprocessed folders (train_npz/caseNNNN_sliceNNN.npz, test_vol_h5/caseNNNN.npy.h5)"
+
 LAYOUTS = (
-    Layout("nnunet", "nnU-Net", "dataset.json with imagesTr and labelsTr (nnU-Net)", is_nnunet, open_nnunet, True),
-    Layout(
-        "decathlon",
-        "Decathlon",
-        "dataset.json that lists scans and label maps (Decathlon)",
-        is_decathlon,
-        open_decathlon,
-        True,
-    ),
-    Layout("pictures", "pictures", "images and masks (pictures)", _holds_pictures, _open_pictures),
-    Layout(
-        "raw",
-        "raw BTCV",
-        "raw BTCV (Training/img/imgNNNN.nii.gz and Training/label/labelNNNN.nii.gz)",
-        holds_raw,
-        open_raw,
-    ),
-    Layout(
-        "processed",
-        "preprocessed files",
-        "SAMed's preprocessed folders (train_npz/caseNNNN_sliceNNN.npz, test_vol_h5/caseNNNN.npy.h5)",
-        holds_preprocessed,
-        open_preprocessed,
-    ),
+    Layout("described", DATASET_FILE, _DESCRIBED, open_described, described=True),
+    Layout("pictures", "pictures", "images and masks (pictures)", _open_pictures),
+    Layout("raw", "raw BTCV", _RAW, open_raw),
+    Layout("processed", "preprocessed files", _PROCESSED, open_preprocessed),
 )
+"""A new layout is one function and one line here."""
 
 
 def open_folder(
@@ -91,22 +75,23 @@ def open_folder(
     root = Path(data_dir).expanduser().resolve()
     names = [path.name for path in list_folder(root)]
     considered = [layout for layout in LAYOUTS if layouts is None or layout.name in layouts]
-    fitting = [layout for layout in considered if layout.recognised(root)]
-    fitting = [layout for layout in fitting if layout.described] or fitting
+    fitting: list[tuple[Layout, LabelledFolder]] = []
+    for layout in considered:
+        folder = layout.open(root, channel, class_names) if layout.described else layout.open(root)
+        if folder is not None:
+            fitting.append((layout, folder))
+            if layout.described:
+                break
     if len(fitting) > 1:
-        found = " and ".join(layout.title for layout in fitting)
+        found = " and ".join(layout.title for layout, _ in fitting)
         raise InputError(f"found both {found} in {root}; give each its own folder")
     if not fitting:
         raise InputError(
             f"expected {' or '.join(layout.holds for layout in considered)} in {root}, "
             f"found {', '.join(names[:8]) or 'nothing'}; point at the folder that holds one of them"
         )
-    (layout,) = fitting
-    if layout.described:
-        folder = layout.open(root, channel=channel, class_names=class_names)
-    elif channel is None:
-        folder = layout.open(root)
-    else:
+    ((layout, folder),) = fitting
+    if channel is not None and not layout.described:
         raise InputError(
             f"expected no channel for the {layout.title} in {root}, which have none by name; found {channel}; "
             "leave it out"

@@ -1,8 +1,8 @@
 """Analytic abdominal CT in Hounsfield units, written as a raw BTCV folder.
 
 A stand-in for scans that may not be shipped: eight organs, body, fat, spine, bowel and vein as ellipsoids and
-bent tubes, different in place, size, turn and brightness from case to case. It shows that a pipeline works
-and says nothing about how a model does on people.
+bent tubes, varied in place, size, turn and brightness from case to case. It shows that a pipeline works
+and says nothing about a model's quality on patients.
 """
 
 from collections.abc import Sequence
@@ -20,18 +20,14 @@ from samed_peft.io import FolderKind, Volume, atomic_dir, require_replaceable, w
 RECIPE_FILE = "phantom.json"
 """Marks a folder as a phantom, which a later call may replace."""
 
-_FIELD_OF_VIEW_MM = (
-    384.0,
-    384.0,
-    120.0,
-)  # x, y, z; the anatomy below is laid out in it and scaled to any other
+_FIELD_OF_VIEW_MM = (384.0, 384.0, 120.0)  # x, y, z; the anatomy below is laid out in it and scaled to any other
 
 
 @dataclass(frozen=True)
 class _Tissue:
     label: int  # of raw BTCV; 0 is not labelled
     hounsfield: tuple[float, float]  # range of the mean over cases
-    wander_mm: float = 5.0  # standard deviation of the place is half of it
+    wander_mm: float = 5.0  # standard deviation of the position is half of it
 
 
 @dataclass(frozen=True)
@@ -107,24 +103,18 @@ _SHAPES: tuple[_Ellipsoid | _Tube, ...] = (
     _Ellipsoid("liver", (-76, 4, 16), (62, 78, 60), -8, 2.5),
     _Ellipsoid("liver", (-22, 48, 34), (62, 32, 30), -6),
     _Ellipsoid("spleen", (104, -38, 22), (25, 46, 38), 22),
-    _Tube(
-        "stomach",
-        ((78, 8, 48, 24), (74, 42, 26, 30), (56, 58, -2, 24), (18, 56, -20, 16), (-10, 46, -20, 12)),
-    ),
+    _Tube("stomach", ((78, 8, 48, 24), (74, 42, 26, 30), (56, 58, -2, 24), (18, 56, -20, 16), (-10, 46, -20, 12))),
     _Ellipsoid("right kidney", (-66, -56, -22), (27, 23, 38), -25),
     _Ellipsoid("left kidney", (66, -54, -12), (27, 23, 38), 25),
     _Tube("vein", ((-22, -30, -90, 11), (-21, -28, 0, 12), (-24, -22, 90, 13))),
-    _Tube(
-        "pancreas",
-        ((-34, 4, -30, 15), (-16, 16, -18, 13), (10, 20, -6, 10), (40, 4, 4, 10), (70, -22, 12, 9)),
-    ),
+    _Tube("pancreas", ((-34, 4, -30, 15), (-16, 16, -18, 13), (10, 20, -6, 10), (40, 4, 4, 10), (70, -22, 12, 9))),
     _Ellipsoid("gallbladder", (-58, 44, -26), (18, 22, 22), 15),
     _Tube("aorta", ((9, -32, -90, 11), (9, -29, 0, 12), (7, -31, 90, 13))),
 )
 
 
 def _points(shape_dhw: tuple[int, int, int], *, rng: np.random.Generator) -> np.ndarray:
-    """Places of voxel centres in the layout, moved, scaled and bent: (3, D, H, W) float32 millimetres."""
+    """Positions of voxel centres in the layout, moved, scaled and bent: (3, D, H, W) float32 millimetres."""
     axes = [
         ((np.arange(size) + 0.5) / size - 0.5) * extent
         for size, extent in zip(shape_dhw[::-1], _FIELD_OF_VIEW_MM, strict=True)
@@ -143,7 +133,7 @@ def _points(shape_dhw: tuple[int, int, int], *, rng: np.random.Generator) -> np.
 
 
 def _move(tissue: _Tissue, *, middle: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Matrix (3, 3) and offset (3,) that show points to a moved, scaled and turned tissue."""
+    """Matrix (3, 3) and offset (3,) from points to the layout of a moved, scaled and turned tissue."""
     if tissue.wander_mm == 0:
         return np.eye(3), np.zeros(3)
     shift = np.clip(rng.normal(0, tissue.wander_mm / 2, 3), -tissue.wander_mm, tissue.wander_mm)
@@ -162,7 +152,7 @@ def _seen(points: np.ndarray, move: tuple[np.ndarray, np.ndarray]) -> np.ndarray
 
 
 def _middle(tissue: str) -> np.ndarray:
-    """Mean place of a tissue's shapes, (3,) millimetres: they move and turn together about it."""
+    """Mean position (3,) of a tissue's shapes in millimetres, about which they move and turn together."""
     places = [
         np.mean([knot[:3] for knot in shape.knots], axis=0) if isinstance(shape, _Tube) else shape.centre
         for shape in _SHAPES
@@ -258,11 +248,6 @@ def write_phantom(
             scan = Volume(image, affine)
             write_volume(scan, folder / "Training" / "img" / f"img{case:04d}.nii.gz")
             write_mask(label, scan, folder / "Training" / "label" / f"label{case:04d}.nii.gz")
-        recipe = {
-            "cases": list(cases),
-            "seed": seed,
-            "shape_dhw": shape_dhw,
-            "spacing_zyx_mm": spacing_zyx_mm,
-        }
+        recipe = {"cases": list(cases), "seed": seed, "shape_dhw": shape_dhw, "spacing_zyx_mm": spacing_zyx_mm}
         write_json(folder / RECIPE_FILE, recipe)
     return directory

@@ -1,7 +1,10 @@
-"""From a slice of a scan to the model's pixels; the same splines for training and prediction.
+"""From a slice of a scan to the model's pixels: intensities, orientation, and resizing by SAMed's cubic splines.
 
-Sizes are changed as SciPy's `zoom` changes them, which SAMed uses, to the last bit but in a tenth of its time: what a
-pair of sizes asks for is worked out once, and then applied to one axis after the other.
+Two resizers evaluate the same splines. Training resizes single slices on the CPU with `resize_image`, whose sums run in
+SciPy's order, so that SAMed's training is reproduced to the last bit in a tenth of the time of `scipy.ndimage.zoom`.
+Prediction multiplies whole batches by `spline_matrix` on their device; it differs by rounding in float64, before the
+result is rounded to float32. They stay two: matrix products cannot keep SciPy's order, and ordered sums would slow
+prediction down. For both, the weights of a pair of sizes are computed once.
 """
 
 import warnings
@@ -16,7 +19,7 @@ from samed_peft.errors import InputError
 from samed_peft.io import Volume
 
 PERCENTILES = (0.5, 99.5)
-"""Intensity percentiles that become 0 and 1 where no fixed window applies (MR)."""
+"""Intensity percentiles that become 0 and 1 without a fixed window (MR)."""
 
 
 def apply_window(array: np.ndarray, window: tuple[float, float]) -> np.ndarray:
@@ -29,7 +32,7 @@ def apply_window(array: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 
 
 def normalized_array(volume: Volume, window: tuple[float, float] | None) -> np.ndarray:
-    """A volume's intensities in [0, 1].
+    """Scale a volume's intensities to [0, 1].
 
     Args:
         volume: a scan; one that is `normalized` already is passed through.
@@ -55,7 +58,7 @@ def normalized_array(volume: Volume, window: tuple[float, float] | None) -> np.n
 
 
 def resize_image(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """Resize (H, W) floats by cubic spline, corner to corner, as SAMed does."""
+    """Resize (H, W) floats by cubic spline, corner to corner, bit for bit as SAMed does: the resizer of training."""
     if image.shape == size_hw:
         return image
     coefficients = np.ascontiguousarray(ndimage.spline_filter(image, order=3, output=np.float64).T)
@@ -93,14 +96,14 @@ def resize_label(label: np.ndarray, size_hw: tuple[int, int], *, via: tuple[int,
 
 
 _ROWS_AT_ONCE = 64
-"""What is made of so many rows stays in the processor's cache."""
+"""Intermediate results of so many rows stay in the processor's cache."""
 
 _OUTSIDE = -1
-"""Stands for a place that rounding moved past the last pixel, where SciPy has zero."""
+"""Index of a place that rounding moved past the last pixel; SciPy puts zero there."""
 
 
 def _places(old: int, new: int) -> np.ndarray:
-    """Where each of `new` pixels lies among `old` ones; rounded as in SciPy, so that ties fall alike."""
+    """Position of each of `new` pixels among `old` ones; rounded as in SciPy, so that ties fall alike."""
     step = (old - 1) / (new - 1) if new > 1 else 1.0
     return np.arange(new) * step
 
@@ -145,19 +148,19 @@ def _spline_sums(old: int, new: int) -> sparse.csr_array:
 
 @lru_cache(maxsize=16)
 def spline_matrix(old: int, new: int) -> np.ndarray:
-    """(new, old) float64: resizes one axis as `resize_image` does, up to rounding in float64. Not to be written to."""
+    """Matrix (new, old) float64 that resizes one axis: the resizer of prediction. Shared, so never write to it."""
     taps, weights = _spline_taps(old, new)
     sums = sparse.csr_array((weights.ravel(), taps.ravel(), 4 * np.arange(new + 1)), shape=(new, old))
     return sums @ ndimage.spline_filter1d(np.eye(old), order=3, axis=0)
 
 
 def slice_to_pixels(image: np.ndarray, *, image_size: int, input_size: int | None = None) -> np.ndarray:
-    """A normalised slice at the size of the model.
+    """Resize a normalised slice to the size of the model.
 
     Args:
         image: (H, W) in [0, 1], or (H, W, 3) in colour.
         image_size: S, pixels per side the model sees.
-        input_size: size of SAMed's low-resolution bottleneck that the slice passes first, or None.
+        input_size: size of SAMed's low-resolution bottleneck, which the slice passes first; or None.
 
     Returns:
         (S, S) float32, or (S, S, 3).
@@ -171,11 +174,11 @@ def slice_to_pixels(image: np.ndarray, *, image_size: int, input_size: int | Non
 
 
 def reorientation(volume: Volume, codes: str | None) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Transforms for `reoriented` to the orientation `codes` and back; None where there is nothing to do.
+    """Transforms for `reoriented` to the orientation `codes` and back; None if nothing has to change.
 
     Args:
         volume: a scan.
-        codes: axis codes of the (x, y, z) axes wanted, such as "LPS", or None for as it is.
+        codes: axis codes of the (x, y, z) axes wanted, such as "LPS"; None keeps the scan's own.
     """
     if codes is None or volume.orientation in (None, codes):
         return None, None
@@ -186,31 +189,31 @@ def reorientation(volume: Volume, codes: str | None) -> tuple[np.ndarray | None,
 
 
 def reoriented(array: np.ndarray, transform: np.ndarray | None) -> np.ndarray:
-    """Flip and transpose (D, H, W); nibabel's transforms speak of (x, y, z), which is the reverse."""
+    """Flip and transpose (D, H, W); nibabel's transforms are for (x, y, z), the reverse."""
     if transform is None:
         return array
     return np.asarray(nib.orientations.apply_orientation(array.transpose(2, 1, 0), transform).transpose(2, 1, 0))
 
 
 _LEAST_SPAN, _LEAST_INSIDE, _MOST_ABOVE = 0.05, 0.02, 0.5
-"""A CT may be air for the most part, which lies below any window; half of it above is no patient."""
+"""Most of a CT may be air, which lies below any window; but no patient has half of the voxels above it."""
 
 _SAMPLE = 250_000
 
 
 def warn_of_window(volume: Volume, window: tuple[float, float] | None) -> None:
-    """Warn where a fixed window would leave next to nothing of a scan, with figures.
+    """Warn, with figures, if a fixed window leaves next to nothing of a scan.
 
-    That is where what is left spans less than 5 % of the window, less than 2 % of the voxels lie within it, or more
-    than half lie above. CTs in Hounsfield units pass a window for CT; MR, scans in other units or in [0, 1] do not.
+    The warning comes if the clipped scan spans less than 5 % of the window, if less than 2 % of the voxels lie within
+    it, or if more than half lie above. CTs in Hounsfield units pass; MR and scans in other units or in [0, 1] do not.
 
     Args:
-        volume: a scan; one that is `normalized` should fill [0, 1], the ends of which hold what was cut off.
+        volume: a scan; a `normalized` one should fill [0, 1], with the clipped voxels at 0 and 1.
         window: the adapter's (low, high), or None for percentiles, which fit any scan.
     """
     if window is None:
         return
-    # An odd step, so that no column of an even width is all there is.
+    # An odd step, so that the sample never comes from a few columns of an even width alone.
     voxels = volume.array.reshape(-1)[:: max(1, volume.array.size // _SAMPLE) | 1]
     if voxels.min() == voxels.max():
         return  # an empty slice, of whatever kind

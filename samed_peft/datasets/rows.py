@@ -32,8 +32,10 @@ class ArrayFeature:
         return self.pa_type
 
     def encode_example(self, value: Any) -> dict[str, Any]:
-        """Bytes and shape of an array, or of nested lists."""
-        array = np.asarray(value, dtype=self.dtype)
+        """Bytes and shape of an array, or of nested lists, whose numbers must fit the dtype."""
+        array = np.asarray(value)
+        if array.dtype != self.dtype:
+            array = self._cast(pa.array(array.ravel())).reshape(array.shape)
         return {"bytes": array.tobytes(), "shape": list(array.shape)}
 
     def decode_example(self, value: dict[str, Any] | None, token_per_repo_id: Any = None) -> np.ndarray | None:
@@ -42,7 +44,7 @@ class ArrayFeature:
         if value is None:
             return None
         # Copied, since an array over the bytes themselves could not be written to.
-        return np.frombuffer(value["bytes"], dtype=self.dtype).reshape(value["shape"]).copy()
+        return np.ndarray(value["shape"], self.dtype, value["bytes"]).copy()
 
     def cast_storage(self, storage: pa.Array) -> pa.StructArray:
         """The stored column, also from arrays returned to `Dataset.map`, which come here as nested lists."""
@@ -55,7 +57,7 @@ class ArrayFeature:
         return pa.array(rows, self.pa_type)
 
     def _array(self, values: pa.Array) -> np.ndarray:
-        """The array of one row's nested lists, which must not be ragged and must fit the dtype."""
+        """The array of one row's nested lists, which must not be ragged."""
         shape = [len(values)]
         while pa.types.is_list(values.type):
             lengths = values.value_lengths().unique().to_pylist()
@@ -63,7 +65,11 @@ class ArrayFeature:
                 raise pa.ArrowInvalid(f"expected an array, found lists of {lengths} entries")
             shape += lengths
             values = values.flatten()
-        return np.asarray(values.cast(pa.from_numpy_dtype(self.dtype)).to_numpy(zero_copy_only=False)).reshape(shape)
+        return self._cast(values).reshape(shape)
+
+    def _cast(self, values: pa.Array) -> np.ndarray:
+        """Flat numbers in the dtype; Arrow refuses those that do not fit, which NumPy would cut off."""
+        return np.asarray(values.cast(pa.from_numpy_dtype(self.dtype)).to_numpy(zero_copy_only=False))
 
 
 with warnings.catch_warnings(action="ignore", category=UserWarning):  # "experimental"; there is no other way

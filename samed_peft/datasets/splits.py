@@ -41,7 +41,7 @@ def choose_splits(
         test_cases: see `named_split`.
         validation_cases: taken from those to train on.
         folds: see `fold_split`; used without `split_file` and `test_cases`.
-        fold: which fold, or which split of the file, is held out.
+        fold: number of the fold to hold out, or of the split in the file.
 
     Raises:
         InputError: as these functions.
@@ -94,8 +94,8 @@ def fold_split(patients: Mapping[str, str], *, folds: int, fold: int, seed: int 
     Args:
         patients: case -> patient; all cases of a patient are on one side.
         folds: k, at least 2.
-        fold: which of them is held out, 0 to k - 1.
-        seed: of the order in which patients are dealt out.
+        fold: number of the one to hold out, 0 to k - 1.
+        seed: of the order of patients.
 
     Raises:
         InputError: there are fewer patients than folds, or `fold` is out of range.
@@ -107,7 +107,8 @@ def fold_split(patients: Mapping[str, str], *, folds: int, fold: int, seed: int 
         raise InputError(f"expected fold 0 to {folds - 1} of {folds} folds, found {fold}; they are counted from 0")
     order = np.random.default_rng(seed).permutation(len(distinct))
     held_out = {distinct[index] for index in order[fold::folds]}
-    return _sides(patients, held_out)
+    test = [case for case, patient in patients.items() if patient in held_out]
+    return [case for case, patient in patients.items() if patient not in held_out], test
 
 
 def listed_split(path: str | Path, patients: Mapping[str, str], *, fold: int = 0) -> Split:
@@ -127,7 +128,7 @@ def listed_split(path: str | Path, patients: Mapping[str, str], *, fold: int = 0
     unknown = sorted({*train, *held_out} - patients.keys())
     if unknown:
         raise InputError(f"{path} names cases that are not there: {', '.join(unknown[:5])} ({len(unknown)} in all)")
-    require_apart(train, held_out, patients)
+    _require_apart(train, held_out, patients)
     return list(train), list(held_out)
 
 
@@ -146,21 +147,12 @@ def named_split(patients: Mapping[str, str], held_out: Sequence[str]) -> Split:
     train = [case for case in patients if case not in held_out]
     if not train:
         raise InputError("no case is left to train on when all are held out")
-    require_apart(train, held_out, patients)
+    _require_apart(train, held_out, patients)
     return train, list(held_out)
 
 
-def require_apart(train: Sequence[str], held_out: Sequence[str], patients: Mapping[str, str]) -> None:
-    """Refuse sides that share a patient, whose scores would say nothing.
-
-    Raises:
-        InputError: naming the patients.
-    """
+def _require_apart(train: Sequence[str], held_out: Sequence[str], patients: Mapping[str, str]) -> None:
+    """Refuse sides that share a patient, whose scores would say nothing."""
     shared = sorted({patients[case] for case in train} & {patients[case] for case in held_out})
     if shared:
         raise InputError(f"patients {', '.join(shared[:5])} are both trained on and held out ({len(shared)} in all)")
-
-
-def _sides(patients: Mapping[str, str], held_out: set[str]) -> Split:
-    train = [case for case, patient in patients.items() if patient not in held_out]
-    return train, [case for case, patient in patients.items() if patient in held_out]

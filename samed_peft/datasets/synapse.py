@@ -72,16 +72,15 @@ def load_synapse(
         raise InputError(f"expected num_proc of at least 1, found {num_proc}")
     folder = open_synapse(data_dir)
     names = _select_cases(folder, split, cases)
-    as_slices = split == "train"
     return prepared_rows(
-        folder.data_name(f"{folder.layout}-{split}", names, as_slices=as_slices),
-        [folder.case(name, as_slices=as_slices) for name in names],
+        folder,
+        names,
+        name=folder.data_name(f"{folder.layout}-{split}", names, as_slices=split == "train"),
         split=split,
+        window=window,
         cache_dir=cache_dir,
         num_proc=num_proc,
-        label_table=folder.label_table,
         num_classes=len(folder.class_names),
-        window=None if window is None else (float(window[0]), float(window[1])),
     )
 
 

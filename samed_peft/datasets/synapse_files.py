@@ -1,11 +1,12 @@
 """Layouts of Synapse multi-organ CT (BTCV): raw, and as SAMed and TransUNet preprocess it. Nothing is decoded here."""
 
+import os
 import re
 from collections.abc import Container
 from pathlib import Path
 
 from samed_peft.config import SYNAPSE_CLASSES
-from samed_peft.datasets.folder import LabelledFolder, add_file, is_folder
+from samed_peft.datasets.folder import LabelledFolder, add_file
 from samed_peft.io import list_folder
 
 TEST_CASES = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)
@@ -30,25 +31,15 @@ def name_of(number: int) -> str:
     return f"case{number:04d}"
 
 
-def raw_folder(root: Path) -> Path | None:
-    """The folder with `img` and `label`: `root`, its `Training` or its `RawData/Training`; None without them."""
+def open_raw(root: Path) -> LabelledFolder | None:
+    """Raw BTCV: `img/imgNNNN.nii.gz` and `label/labelNNNN.nii.gz` in the folder, its `Training` or `RawData/Training`.
+
+    A case may lack one of its files until it is used.
+    """
     places = (root / "Training", root, root / "RawData" / "Training")
-    return next((place for place in places if is_folder(place / "img") and is_folder(place / "label")), None)
-
-
-def holds_raw(root: Path) -> bool:
-    """Whether a folder is laid out as raw BTCV."""
-    return raw_folder(root) is not None
-
-
-def holds_preprocessed(root: Path) -> bool:
-    """Whether a folder has SAMed's `train_npz` or `test_vol_h5`."""
-    return is_folder(root / "train_npz") or is_folder(root / "test_vol_h5")
-
-
-def open_raw(root: Path) -> LabelledFolder:
-    """Raw BTCV: `img/imgNNNN.nii.gz` and `label/labelNNNN.nii.gz`, of which one may be missing until a case is used."""
-    folder = raw_folder(root) or root
+    folder = next((place for place in places if all(os.path.isdir(place / kind) for kind in ("img", "label"))), None)
+    if folder is None:
+        return None
     found: dict[str, dict[str, Path]] = {"img": {}, "label": {}}
     for kind, files in found.items():
         for path in list_folder(folder / kind):
@@ -66,14 +57,17 @@ def open_raw(root: Path) -> LabelledFolder:
     )
 
 
-def open_preprocessed(root: Path) -> LabelledFolder:
+def open_preprocessed(root: Path) -> LabelledFolder | None:
     """SAMed's `train_npz/caseNNNN_sliceNNN.npz` and `test_vol_h5/caseNNNN.npy.h5`; a case may be in either or both."""
+    files = {name: list_folder(root / name) for name in ("train_npz", "test_vol_h5") if os.path.isdir(root / name)}
+    if not files:
+        return None
     volumes: dict[str, Path] = {}
     slices: dict[str, dict[int, Path]] = {}
-    for path in list_folder(root / "test_vol_h5") if is_folder(root / "test_vol_h5") else ():
+    for path in files.get("test_vol_h5", []):
         if match := _VOLUME_NAME.fullmatch(path.name):
             volumes[name_of(int(match[1]))] = path
-    for path in list_folder(root / "train_npz") if is_folder(root / "train_npz") else ():
+    for path in files.get("train_npz", []):
         if match := _SLICE_NAME.fullmatch(path.name):
             slices.setdefault(name_of(int(match[1])), {})[int(match[2])] = path
     table = tuple(range(len(SYNAPSE_CLASSES) + 1))

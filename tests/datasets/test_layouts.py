@@ -1,4 +1,4 @@
-"""Folders of one's own: both dialects of dataset.json, nnU-Net's channels, pictures, and what is refused."""
+"""Users' own folders: both dialects of dataset.json, nnU-Net's channels, pictures, Synapse, and refusals."""
 
 import json
 import os
@@ -7,8 +7,11 @@ import sys
 import nibabel
 import numpy as np
 import pytest
+from conftest import GOLDEN
 from PIL import Image
 
+from samed_peft.config import SYNAPSE_CLASSES
+from samed_peft.datasets import LAYOUTS
 from samed_peft.datasets.layouts import open_folder
 from samed_peft.errors import InputError
 
@@ -77,6 +80,39 @@ def test_pictures(tmp_path):
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / kind / "a.png")
     folder = open_folder(tmp_path)
     assert (folder.class_names, folder.modality, list(folder.images)) == ((), None, ["a"])
+
+
+@pytest.mark.parametrize("layout", ["raw", "raw/Training", "processed"])
+def test_synapse_is_a_layout_among_the_others(layout):
+    folder = open_folder(GOLDEN / "btcv" / layout)
+    assert (folder.layout, folder.class_names, folder.modality) == (layout.split("/")[0], SYNAPSE_CLASSES, "CT")
+    assert sorted(folder.cases) == ["case0001", "case0005", "case0007", "case0038"]
+    assert folder.splits == {"train": ("case0005", "case0007"), "test": ("case0001", "case0038")}
+    raw_table = (0, 1, 2, 3, 4, 0, 5, 6, 7, 0, 0, 8, 0, 0)
+    assert folder.label_table == (tuple(range(9)) if layout == "processed" else raw_table)
+    with pytest.raises(InputError, match=r"expected no channel for the .*found CT; leave it out"):
+        open_folder(GOLDEN / "btcv" / layout, channel="CT")
+
+
+def test_a_dataset_json_decides_and_other_layouts_exclude_each_other(tmp_path):
+    root = write(tmp_path / "d", DECATHLON, ("c1", "c2"), ("c1", "c2"))
+    for name in ("images", "masks", "train_npz"):
+        (root / name).mkdir()
+    for name in ("images", "masks"):
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(root / name / "a.png")
+    assert open_folder(root).layout == "described"
+    (root / "dataset.json").unlink()
+    with pytest.raises(InputError, match=r"found both pictures and preprocessed files in .*; give each its own folder"):
+        open_folder(root)
+    with pytest.raises(InputError, match=r"expected raw BTCV .* or SAMed's preprocessed folders .*found "):
+        open_folder(root / "images", layouts=("raw", "processed"))
+
+
+def test_every_layout_says_what_users_have_to_provide(tmp_path):
+    (tmp_path / "scan").mkdir()
+    with pytest.raises(InputError, match=r"found scan; point at the folder") as error:
+        open_folder(tmp_path)
+    assert all(layout.holds in str(error.value) for layout in LAYOUTS)
 
 
 @pytest.mark.parametrize(

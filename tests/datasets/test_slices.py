@@ -1,4 +1,4 @@
-"""Slices of one's own scans: orientation, window, empty slices, colour, and what is refused."""
+"""Slices of users' own scans: orientation, window, empty slices, colour, and refusals."""
 
 import json
 

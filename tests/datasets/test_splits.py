@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from samed_peft.datasets.splits import fold_split, listed_split, named_split, patients_of
+from samed_peft.datasets.splits import choose_splits, fold_split, listed_split, named_split, patients_of
 from samed_peft.errors import InputError
 
 CASES = [f"p{patient:02d}_v{visit}" for patient in range(10) for visit in (1, 2)]
@@ -75,3 +75,17 @@ def test_what_else_is_refused():
         named_split(patients, CASES)
     with pytest.raises(InputError, match="patients p00 are both"):
         named_split(patients, CASES[:1])
+
+
+def test_one_call_chooses_all_splits(tmp_path):
+    (tmp_path / "splits.json").write_text(json.dumps([{}, {"train": CASES[2:], "val": CASES[:2]}]))
+    options = {"patient_pattern": PATTERN, "validation_cases": CASES[2:4]}
+    listed = choose_splits(CASES, split_file=tmp_path / "splits.json", fold=1, **options)
+    named = choose_splits(CASES, test_cases=CASES[:2], **options)
+    assert listed == named == (CASES[4:], CASES[:2], CASES[2:4])
+    folded = choose_splits(CASES, patient_pattern=PATTERN, folds=10, fold=3)
+    assert folded == (*fold_split(patients_of(CASES, PATTERN), folds=10, fold=3), [])
+    with pytest.raises(InputError, match="patients p01 are both"):
+        choose_splits(CASES, test_cases=CASES[:2], patient_pattern=PATTERN, validation_cases=CASES[2:3])
+    with pytest.raises(InputError, match="hold out, found p00_v1"):
+        choose_splits(CASES, test_cases=CASES[:2], patient_pattern=PATTERN, validation_cases=CASES[:1])

@@ -97,7 +97,7 @@ def test_rows_can_be_written_to_and_columns_picked(load):
     assert load(BTCV / "raw", "test").select_columns(["affine"])[0]["affine"].shape == (4, 4)
 
 
-def test_cases_of_ones_own(load):
+def test_cases_can_be_chosen(load):
     assert list_cases(BTCV / "raw") == ["case0001", "case0005", "case0007", "case0038"]
     assert list_cases(BTCV / "processed") == list_cases(BTCV / "raw")
     for cases in ([7], ["7"], ["0007"], ["case0007"]):
@@ -317,6 +317,13 @@ def test_files_that_are_damaged(tmp_path, load):
         load(folder)
     path.write_bytes(b"")
     with pytest.raises(InputError, match=r"img0005\.nii\.gz has zero bytes"):
+        load(folder)
+
+
+def test_files_of_one_slice_hold_no_more(tmp_path, load):
+    folder = write_processed(tmp_path / "data", train=[5])
+    np.savez(folder / "train_npz" / "case0005_slice001.npz", image=np.zeros((2, 8, 10)), label=np.zeros((2, 8, 10)))
+    with pytest.raises(InputError, match=r"expected one slice, found 2 in .*case0005_slice001\.npz"):
         load(folder)
 
 

@@ -208,7 +208,7 @@ def test_the_small_preset_trains_and_its_adapter_is_scored(run, scans, tmp_path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data_dir", "no/such/folder"], r"expected a data folder at .*no/such/folder, found nothing"),
+        (["--data_dir", "no/such/folder"], r"expected a folder at .*no/such/folder, found nothing"),
         (["--data_dir", "{scans}", "--base", "{scans}"], "cannot be opened as a SAM"),
         (["--data_dir", "{scans}", "--train_cases", "7"], r"\[7\]"),
         (["--data_dir", "nowhere", "--output_dir", "{golden}/README.md/run"], "README.md is a file; choose another"),
