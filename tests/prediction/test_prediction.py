@@ -587,3 +587,19 @@ def test_scans_that_fit_the_window_are_not_told(real_scans):
     with pytest.warns(UserWarning, match=r"hippocampus_003.*8\d % above"):
         warn_of_window(mr, (-125.0, 275.0))
     warn_of_window(io.Volume(mr.array / mr.array.max(), normalized=True), (-125.0, 275.0))
+
+
+def test_prediction_does_not_load_the_datasets_library(adapter, tmp_path):
+    write_scan(tmp_path / "scan.nii.gz")
+    options = ["--adapter", adapter, "--input", tmp_path / "scan.nii.gz", "--output", tmp_path / "mask.nii.gz"]
+    code = "import sys; from samed_peft.cli import main; main(sys.argv[1:]); print('datasets' in sys.modules)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "predict", "--overlay", *options],
+        cwd=ROOT,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+        timeout=120,
+    )
+    assert ended.stdout.splitlines()[-1] == "False", ended.stdout
