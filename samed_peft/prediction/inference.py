@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import TypeAlias
 
@@ -188,12 +188,9 @@ def _mean_over_flips(model: Segmenter, inputs: Tensor) -> Tensor:
     Logits and not probabilities, as in nnU-Net: averaging and resizing of logits commute, so a model that is invariant
     to flips gives the same mask as without them.
     """
-    total: Tensor | None = None
-    for axes in ((), (-2,), (-1,), (-2, -1)):
-        logits = torch.flip(model(pixel_values=torch.flip(inputs, axes)).logits.float(), axes)
-        total = logits if total is None else total + logits
-    assert total is not None
-    return total / 4
+    all_axes: tuple[tuple[int, ...], ...] = ((), (-2,), (-1,), (-2, -1))
+    turned = (torch.flip(model(pixel_values=torch.flip(inputs, axes)).logits.float(), axes) for axes in all_axes)
+    return reduce(torch.add, turned) / len(all_axes)
 
 
 def upsampled_argmax(logits: Tensor, size: int) -> Tensor:

@@ -1,9 +1,8 @@
 """Read, compute and write at the same time."""
 
-import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -33,9 +32,9 @@ def process_in_order(
     Raises:
         Exception: any error of `compute`, or of the function it returned.
     """
-    with progress, _prefetched(items, read) as readings, ThreadPoolExecutor(1) as writer:
+    with progress, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         writing: Future[None] | None = None
-        for item, reading in readings:
+        for item, reading in _prefetched(items, read, reader):
             write = compute(item, reading.result)
             if writing is not None:
                 writing.result()
@@ -45,22 +44,13 @@ def process_in_order(
             writing.result()
 
 
-@contextlib.contextmanager
 def _prefetched(
-    items: Sequence[ItemT], read: Callable[[ItemT], ReadT]
-) -> Iterator[Iterator[tuple[ItemT, Future[ReadT]]]]:
+    items: Sequence[ItemT], read: Callable[[ItemT], ReadT], reader: Executor
+) -> Iterator[tuple[ItemT, Future[ReadT]]]:
     """Yield each item with its reading in a thread; the next item is read while this one is in use."""
-    reader = ThreadPoolExecutor(1)
-
-    def in_turn() -> Iterator[tuple[ItemT, Future[ReadT]]]:
-        begun: deque[tuple[ItemT, Future[ReadT]]] = deque()
-        for item in items:
-            begun.append((item, reader.submit(read, item)))
-            if len(begun) > 1:
-                yield begun.popleft()
-        yield from begun
-
-    try:
-        yield in_turn()
-    finally:
-        reader.shutdown(cancel_futures=True)
+    begun: deque[tuple[ItemT, Future[ReadT]]] = deque()
+    for item in items:
+        begun.append((item, reader.submit(read, item)))
+        if len(begun) > 1:
+            yield begun.popleft()
+    yield from begun
