@@ -30,7 +30,7 @@ from torch.utils.data import default_collate
 
 from samed_peft.datasets import load_synapse
 from samed_peft.io import write_json
-from samed_peft.prediction.inference import resized_slices, upsampled_argmax
+from samed_peft.prediction.inference import resize_on_device, upsampled_argmax
 from samed_peft.training.batches import TrainingSlices, batch_loader
 
 IMAGE_SIZE, LABEL_SIZE, BOTTLENECK, CLASSES = 512, 128, 224, 9
@@ -121,7 +121,7 @@ def volume_steps(*, slices: int, batch_size: int, rounds: int) -> dict[str, dict
 
     def our_pixels() -> list[torch.Tensor]:
         batches = torch.from_numpy(volume)[:, None].split(batch_size)
-        return [resized_slices(batch, (BOTTLENECK, IMAGE_SIZE)) for batch in batches]
+        return [resize_on_device(batch, (BOTTLENECK, IMAGE_SIZE)) for batch in batches]
 
     def their_labels() -> list[torch.Tensor]:
         resized = (F.interpolate(one, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear") for one in logits.split(1))

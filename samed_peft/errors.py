@@ -1,4 +1,4 @@
-"""The exceptions a user meets, and the exit codes they end a program with."""
+"""Exceptions for users, and the exit codes that programs end with."""
 
 import functools
 import sys
@@ -9,22 +9,22 @@ EXIT_SOME_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_DIVERGED = 3
 EXIT_INTERRUPTED = 75
-"""Saved and ready to be resumed: EX_TEMPFAIL of sysexits.h, which job schedulers know as "try again"."""
+"""Saved and ready to resume: EX_TEMPFAIL of sysexits.h, which job schedulers read as "try again"."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class InputError(ValueError):
-    """A file, folder or option of the user's cannot be used.
+    """A file, folder or option of the user cannot be used.
 
-    The message says what was expected, what was found, in which file, and what to do. Recipes and the command
-    line print it alone, without a traceback, and exit with code 2.
+    The message names what was expected, what was found, the file, and a remedy. Recipes and the command line print it
+    without a traceback and exit with code 2.
     """
 
 
 class SomeCasesFailedError(RuntimeError):
-    """Some cases of many could not be used; the others are done and their results written."""
+    """Some cases of many failed; the others are done and their results written."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -44,7 +44,7 @@ _EXIT_CODES = {
 
 
 def exit_on_error(main: Callable[P, R]) -> Callable[P, R]:
-    """Let a program end with one clear message and its exit code where one of the errors above is raised."""
+    """Decorate a program to end with one message and an exit code if one of the errors above is raised."""
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

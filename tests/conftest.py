@@ -1,5 +1,7 @@
-"""What tests share: golden files, SAMs of the golden geometry, real scans where they are at hand."""
+"""Shared by tests: golden files, SAMs of the golden geometry, and real scans if there are any."""
 
+import contextlib
+import copy
 import json
 import os
 import runpy
@@ -23,7 +25,15 @@ from samed_peft.models.checkpoints import rename_meta_keys
 GOLDEN = Path(__file__).parent / "golden"
 REAL_SCANS = Path(os.environ.get("SAMED_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # models this small take longer with more
+
+
+@pytest.fixture(scope="module")
+def two_threads():
+    """For tests of code that divides its work among threads."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -34,26 +44,34 @@ def golden():
 
 @pytest.fixture
 def real_scans():
-    """Directory of real scans; the test is skipped where there are none."""
+    """Directory of real scans; without it, the test is skipped."""
     if not REAL_SCANS.is_dir():
         pytest.skip(f"no real scans in {REAL_SCANS}; set SAMED_TEST_DATA")
     return REAL_SCANS
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def golden_config():
-    """SAMed's settings at the golden geometry."""
+    """SAMed's config at the golden geometry."""
     return SamedConfig(
         base=str(GOLDEN / "sam_base.pth"), class_names=SYNAPSE_CLASSES, image_size=128, input_size=56, rank=4
     )
 
 
-@pytest.fixture
-def fresh_model(golden_config):
-    """An adapter before training, seeded."""
+@pytest.fixture(scope="session")
+def _seeded(golden_config):
+    """A seeded adapter before training, and the random state it leaves; to be copied, which is faster than building."""
     torch.manual_seed(7)
-    model = load_sam(golden_config.base, class_names=golden_config.class_names, image_size=128)
-    return add_lora(model, golden_config)
+    sam = load_sam(golden_config.base, class_names=golden_config.class_names, image_size=128)
+    return add_lora(sam, golden_config), torch.get_rng_state()
+
+
+@pytest.fixture
+def fresh_model(_seeded):
+    """An adapter before training, seeded."""
+    model, random_state = _seeded
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(model)
 
 
 @pytest.fixture
@@ -95,24 +113,31 @@ def npz(name: str) -> dict[str, np.ndarray]:
         return {key: data[key] for key in data.files}
 
 
-@pytest.fixture
-def call_recipe(monkeypatch, capsys, tmp_path_factory):
-    """Run a recipe in this process, which saves the seconds that its imports take; returns (exit code, stderr)."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
+@contextlib.contextmanager
+def recipes_in_process(cache):
+    """Yields a function that runs a recipe in this process, without the seconds of its imports: exit code."""
 
-    def call_recipe(path, *options):
+    def run(path, *options):
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, options)])
-        code = 0
         try:
             runpy.run_path(str(path), run_name="__main__")
         except SystemExit as end:
-            code = end.code
-        return code, capsys.readouterr().err
+            return end.code
+        return 0
 
-    yield call_recipe
-    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        yield run
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def call_recipe(capsys, tmp_path_factory):
+    """Run a recipe in this process; returns (exit code, stderr)."""
+    with recipes_in_process(tmp_path_factory.mktemp("cache")) as run:
+        yield lambda path, *options: (run(path, *options), capsys.readouterr().err)
 
 
 def write_balls(root):

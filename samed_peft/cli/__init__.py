@@ -1,4 +1,4 @@
-"""The `samed` command. Heavy libraries are imported by the subcommand that needs them, so that help comes at once."""
+"""The `samed` command. Each subcommand imports heavy libraries when it runs, so that help is printed at once."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,15 +1,15 @@
-"""What the subcommands share."""
+"""Options and parsing that subcommands share."""
 
 import argparse
 
 Commands = argparse._SubParsersAction
-"""What `add_subparsers` returns; argparse has no public name for it."""
+"""Type that `add_subparsers` returns; argparse has no public name for it."""
 
 
 def new_command(
     commands: "Commands[argparse.ArgumentParser]", name: str, *, help: str, description: str, epilog: str
 ) -> argparse.ArgumentParser:
-    """A subcommand whose description and epilog keep their lines."""
+    """Add a subcommand whose description and epilog keep their line breaks."""
     return commands.add_parser(
         name,
         help=help,
@@ -20,5 +20,5 @@ def new_command(
 
 
 def names(text: str) -> tuple[str, ...]:
-    """The parts of `a,b,c`."""
+    """Split `a,b,c`."""
     return tuple(name.strip() for name in text.split(","))

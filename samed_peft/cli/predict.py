@@ -1,4 +1,4 @@
-"""`samed predict`: masks for scans without labels."""
+"""`samed predict`: segment scans."""
 
 import argparse
 import sys
@@ -9,15 +9,12 @@ from samed_peft.cli.options import Commands, new_command
 from samed_peft.errors import InputError, SomeCasesFailedError
 
 if TYPE_CHECKING:
-    import torch
-    from accelerate import Accelerator
-
     from samed_peft.prediction import Outcome
 
 _DESCRIPTION = """\
-Segments a scan, or every scan in a folder: .nii.gz .nii .nrrd .mha .npy.h5 .npz .png .tif .tiff .jpg .jpeg, and
-folders with a DICOM series. Masks lie on the scans' own grids and hold the names of the classes. In a folder whose
-names all end in _0000, _0001 ... as nnU-Net's do, one channel is taken. Scans that are finished are skipped."""
+Segment a scan, or every scan in a folder: .nii.gz .nii .nrrd .mha .npy.h5 .npz .png .tif .tiff .jpg .jpeg, and folders
+with a DICOM series. Masks have the scans' own grids and the names of the classes. In a folder whose names all end in
+_0000, _0001 ... as nnU-Net's, one channel is segmented. Finished scans are skipped."""
 
 _EPILOG = """\
 samed predict --adapter runs/synapse/adapter --input scan.nii.gz --output mask.nii.gz
@@ -43,15 +40,17 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
         metavar="PATH",
         help="folder for CASE.nii.gz (.nrrd, .mha and pictures keep their kind), or the name of a single scan's mask",
     )
-    parser.add_argument("--base", help="its SAM, where it is not to be had under its recorded name")
+    parser.add_argument("--base", help="base SAM, if it is not at the recorded location")
     parser.add_argument("--revision", help="branch, tag or commit of an adapter on the Hub")
-    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="slices at once, %(default)s by default")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; Accelerate's choice by default")
+    parser.add_argument(
+        "--batch_size", type=int, default=8, metavar="N", help="slices per forward pass, %(default)s by default"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps; Accelerate's choice by default")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="precision; float32 or Accelerate's by default"
     )
     parser.add_argument(
-        "--channel", type=int, metavar="N", help="of 4-D scans and nnU-Net's names, from 0; the adapter's by default"
+        "--channel", type=int, metavar="N", help="of 4-D scans or nnU-Net's names, from 0; the adapter's by default"
     )
     for name, text in (
         ("flips", "average over flips of each slice, in four times the time"),
@@ -59,10 +58,7 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
         ("overlay", "also write overlays/CASE.png, the mask over the scan"),
         ("dicom_seg", "masks of DICOM series as DICOM SEG, CASE.dcm, instead of NIfTI"),
         ("overwrite", "segment finished scans again"),
-        (
-            "compile",
-            "compile the model first, in a minute or more; no gain for SAM's ViT-B on CPUs",
-        ),
+        ("compile", "compile the model first, in a minute or more; no gain for SAM's ViT-B on CPUs"),
     ):
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.set_defaults(run=run)
@@ -72,27 +68,26 @@ def run(args: argparse.Namespace) -> None:
     """Segment the scans and say what was written."""
     from accelerate import Accelerator
 
+    from samed_peft import prediction
     from samed_peft.io import FolderKind, require_highdicom, require_replaceable
-    from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, predict_files
-    from samed_peft.prediction.inference import load_segmenter, settings_of
 
     names = ("batch_size", "dtype", "flips", "keep_largest", "overlay", "overwrite", "compile")
-    options = PredictionOptions(**{name: vars(args)[name] for name in names})
-    sources = list_scans(args.input)
+    options = prediction.PredictionOptions(**{name: vars(args)[name] for name in names})
+    sources = prediction.list_scans(args.input)
     if args.dicom_seg:
         require_highdicom()
-    # What can be wrong is looked for before a large base is loaded.
-    first = plan_masks(sources, args.output, channel=args.channel, dicom_seg=args.dicom_seg)[0]
+    # Check inputs and outputs before a large base is loaded.
+    first = prediction.plan_masks(sources, args.output, channel=args.channel, dicom_seg=args.dicom_seg)[0]
     for folder in (first.mask.parent, *([first.overlay.parent] if args.overlay else [])):
         require_replaceable(folder, FolderKind(in_place=True))
     accelerator = Accelerator(cpu=args.device == "cpu")
-    place = {"accelerator": accelerator, "device": _device(args.device, accelerator)}
-    model = load_segmenter(args.adapter, base=args.base, dtype=args.dtype, revision=args.revision, **place)
-    channel = settings_of(model).channel if args.channel is None else args.channel
-    scans = plan_masks(sources, args.output, channel=channel, dicom_seg=args.dicom_seg)
-    outcome = predict_files(model, scans, options=options, accelerator=accelerator)
+    place = {name: vars(args)[name] for name in ("base", "dtype", "device", "revision")}
+    model = prediction.load_segmenter(args.adapter, accelerator=accelerator, **place)
+    channel = prediction.settings_of(model).channel if args.channel is None else args.channel
+    scans = prediction.plan_masks(sources, args.output, channel=channel, dicom_seg=args.dicom_seg)
+    outcome = prediction.predict_files(model, scans, options=options, accelerator=accelerator)
     accelerator.end_training()
-    # The others end with 0: a launcher that saw them fail would stop the main process before it has spoken.
+    # Other processes exit with 0: if one failed, a launcher would stop the main process before it has reported.
     if accelerator.is_main_process:
         if len(scans) < len(sources):
             print(
@@ -101,29 +96,8 @@ def run(args: argparse.Namespace) -> None:
         _report(outcome, args.output)
 
 
-def _device(name: str | None, accelerator: "Accelerator") -> "torch.device":
-    """The device of that name, if it is there."""
-    import torch
-
-    if name is None:
-        return accelerator.device
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"expected cpu, cuda, cuda:1 or mps as device, found {name!r}; choose one of these") from error
-    if accelerator.num_processes > 1 and device.type != "cpu":
-        raise InputError(
-            f"expected no device for {accelerator.num_processes} processes, found {name}; each has its own"
-        )
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= count.get(device.type, 0):
-        found = ", ".join(f"{number} {kind}" for kind, number in count.items())
-        raise InputError(f"device {name} is not there; this computer has {found}; leave it out to have one chosen")
-    return device
-
-
 def _report(outcome: "Outcome", output: Path) -> None:
-    """Print what became of the scans, and fail if one did."""
+    """Print the result of each scan; raise if one failed."""
     total = len(outcome.written) + len(outcome.skipped) + len(outcome.failed)
     if total == 1 and outcome.failed:
         raise InputError(next(iter(outcome.failed.values())))

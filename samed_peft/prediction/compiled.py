@@ -1,4 +1,4 @@
-"""A model that `torch.compile` has compiled, for prediction."""
+"""Compile a model for prediction with `torch.compile`."""
 
 import torch
 from peft import PeftModel
@@ -12,14 +12,14 @@ from samed_peft.models.modeling import SamForSemanticSegmentation
 
 
 class CompiledSegmenter(nn.Module):
-    """Compiles a model once, for one size of batch, to which smaller ones are padded.
+    """Compiles a model once, for one batch size, and pads smaller batches.
 
     Args:
-        model: gives `logits` of `pixel_values` and has a `samed_config`.
-        batch_size: most slices of a batch.
+        model: returns `logits` for `pixel_values` and has a `samed_config`.
+        batch_size: largest number of slices in a batch.
 
     Raises:
-        InputError: this machine lacks what compiling needs.
+        InputError: nothing can be compiled on this machine.
     """
 
     samed_config: SamedConfig | None
@@ -33,10 +33,10 @@ class CompiledSegmenter(nn.Module):
         self.compiled = torch.compile(model, dynamic=False)
 
     def forward(self, pixel_values: Tensor) -> SemanticSegmenterOutput:
-        """Logits (B, K + 1, h, w) of (B, 3, S, S).
+        """Logits (B, K + 1, h, w) of pixels (B, 3, S, S).
 
         Raises:
-            InputError: B exceeds the size it was compiled for.
+            InputError: B exceeds the batch size it was compiled for.
         """
         count = len(pixel_values)
         if count > self.batch_size:
@@ -46,10 +46,10 @@ class CompiledSegmenter(nn.Module):
 
 
 def _require_compiler(device: torch.device) -> None:
-    """Compile next to nothing, before a scan fails over it."""
+    """Compile a trivial function, so that a missing compiler is found before the first scan."""
     try:
         torch.compile(torch.neg)(torch.zeros(2, device=device))
-    except RuntimeError as error:  # what all errors of torch.compile are
+    except RuntimeError as error:  # base class of all errors of torch.compile
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"torch.compile cannot compile for {device.type} here: {reason}; it needs a C++ compiler such as g++, and "

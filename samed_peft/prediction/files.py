@@ -1,4 +1,4 @@
-"""Many scans segmented, by one process or several."""
+"""Segment many scans, in one process or several."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,27 +11,28 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
+from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.io import DICOM_SEG_SUFFIX, Volume, read_volume, write_bytes, write_dicom_seg, write_mask
 from samed_peft.models.precision import DTYPES
 from samed_peft.prediction.compiled import CompiledSegmenter
 from samed_peft.prediction.inference import Segmenter, predict_volume, settings_of
-from samed_peft.prediction.pipeline import overlap
+from samed_peft.prediction.pipeline import process_in_order
 from samed_peft.prediction.scans import Scan
 
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """How scans are segmented and what is written.
+    """Options of segmenting and writing.
 
     Attributes:
         batch_size: slices per forward pass.
-        dtype: "float32", "bfloat16" or "float16" for autocast; None for Accelerate's setting.
+        dtype: "float32", "bfloat16" or "float16" for autocast; None for Accelerate's precision.
         flips: average over flips of each slice (`predict_volume`).
         keep_largest: keep the largest connected part of each class (`predict_volume`).
-        overlay: write a picture of each mask over its scan too.
-        overwrite: segment scans again whose files are there.
+        overlay: also write a picture of each mask over its scan.
+        overwrite: segment finished scans again.
         compile: compile the model first, which takes a minute or more.
 
     Raises:
@@ -55,7 +56,7 @@ class PredictionOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of each case.
+    """Result of each case.
 
     Attributes:
         written: cases whose masks were written.
@@ -71,24 +72,24 @@ class Outcome:
 def predict_files(
     model: Segmenter, scans: Sequence[Scan], *, options: PredictionOptions, accelerator: Accelerator
 ) -> Outcome:
-    """Segment scans, shared out among processes; every mask appears whole or not at all.
+    """Segment scans, divided among processes; every mask appears whole or not at all.
 
-    A scan that cannot be read or segmented fails alone. One whose files are there is skipped, so that an
-    interrupted run goes on where it stopped.
+    A scan that cannot be read or segmented fails alone. Finished scans are skipped, so that an interrupted run resumes
+    at the scan where it stopped.
 
     Args:
         model: as for `predict_volume`; the same on every process.
         scans: from `plan_masks`.
-        options: how to segment and what to write.
-        accelerator: processes, and precision where `options` names none.
+        options: of segmenting and writing.
+        accelerator: processes, and default of the precision.
 
     Returns:
         The same on every process, once all are done.
 
     Raises:
-        InputError: the model shall be compiled, and nothing can be compiled here.
+        InputError: `options.compile` is set, and nothing can be compiled on this machine.
     """
-    # One process looks, before any writes: others might see the first masks already, and share out another list.
+    # Decided by one process before any writes: others might see its first masks and divide another list.
     pending = [scan for scan in scans if options.overwrite or not _is_finished(scan, options)]
     (pending,) = broadcast_object_list([pending])
     mine = pending[accelerator.process_index :: accelerator.num_processes]
@@ -112,26 +113,35 @@ def _is_finished(scan: Scan, options: PredictionOptions) -> bool:
 def _predict_all(
     model: Segmenter, scans: Sequence[Scan], *, options: PredictionOptions, accelerator: Accelerator
 ) -> dict[str, str]:
-    """Segment scan after scan while others are read and written; returns case -> why it failed."""
+    """Segment scan after scan while others are read and written; returns case -> reason of its failure."""
     failed: dict[str, str] = {}
 
     def read(scan: Scan) -> Volume:
         return read_volume(scan.source, channel=scan.channel)
 
-    def compute(scan: Scan, image: Callable[[], Volume]) -> Callable[[], None] | None:
+    def compute(scan: Scan, reading: Callable[[], Volume]) -> Callable[[], None] | None:
         with _failures_noted(failed, scan, options):
-            finish = _segment_file(model, image(), scan, options=options, accelerator=accelerator)
-            return partial(_write_files, finish, failed, scan, options)
+            image = reading()
+            with _precision(model, options.dtype, accelerator):
+                mask = predict_volume(
+                    model, image, batch_size=options.batch_size, flips=options.flips, keep_largest=options.keep_largest
+                )
+            return partial(write, scan, image, mask)
         return None
 
+    def write(scan: Scan, image: Volume, mask: np.ndarray) -> None:
+        with _failures_noted(failed, scan, options):
+            _write_files(scan, image, mask, config=settings_of(model), overlay=options.overlay)
+
     hidden = None if accelerator.is_main_process else True  # None: shown in terminals only
-    overlap(scans, read, compute, progress=tqdm(total=len(scans), desc="segmenting", unit="scan", disable=hidden))
+    progress = tqdm(total=len(scans), desc="segmenting", unit="scan", disable=hidden)
+    process_in_order(scans, read, compute, progress=progress)
     return failed
 
 
 @contextlib.contextmanager
 def _failures_noted(failed: dict[str, str], scan: Scan, options: PredictionOptions) -> Iterator[None]:
-    """Let a scan fail alone."""
+    """Note errors that concern one scan alone."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
@@ -142,28 +152,13 @@ def _failures_noted(failed: dict[str, str], scan: Scan, options: PredictionOptio
         failed[scan.case] = str(error)
 
 
-def _segment_file(
-    model: Segmenter, image: Volume, scan: Scan, *, options: PredictionOptions, accelerator: Accelerator
-) -> Callable[[], None]:
-    """Segment a scan; returns what is left to do, which another thread may do."""
-    with _precision(model, options.dtype, accelerator):
-        mask = predict_volume(
-            model, image, batch_size=options.batch_size, flips=options.flips, keep_largest=options.keep_largest
-        )
-
-    def finish() -> None:
-        if options.overlay:
-            write_bytes(scan.overlay, _overlay(model, image, mask))
-        names = dict(enumerate(settings_of(model).class_names, start=1))
-        write = write_dicom_seg if scan.mask.suffix.lower() == DICOM_SEG_SUFFIX else write_mask
-        write(mask, image, scan.mask, label_names=names)
-
-    return finish
-
-
-def _write_files(finish: Callable[[], None], failed: dict[str, str], scan: Scan, options: PredictionOptions) -> None:
-    with _failures_noted(failed, scan, options):
-        finish()
+def _write_files(scan: Scan, image: Volume, mask: np.ndarray, *, config: SamedConfig, overlay: bool) -> None:
+    """Write the mask last: a scan with a mask is finished."""
+    if overlay:
+        window = None if image.normalized or image.array.ndim == 4 else config.window
+        write_bytes(scan.overlay, case_picture(image, None, mask, class_names=config.class_names, window=window))
+    write = write_dicom_seg if scan.mask.suffix.lower() == DICOM_SEG_SUFFIX else write_mask
+    write(mask, image, scan.mask, label_names=dict(enumerate(config.class_names, start=1)))
 
 
 def _precision(
@@ -173,9 +168,3 @@ def _precision(
         return accelerator.autocast()
     device = next(model.parameters()).device.type
     return torch.autocast(device, dtype=None if dtype == "float32" else DTYPES[dtype], enabled=dtype != "float32")
-
-
-def _overlay(model: Segmenter, image: Volume, mask: np.ndarray) -> bytes:
-    config = settings_of(model)
-    window = None if image.normalized or image.array.ndim == 4 else config.window
-    return case_picture(image, None, mask, class_names=config.class_names, window=window)

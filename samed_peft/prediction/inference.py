@@ -1,8 +1,8 @@
-"""A scan in, a label mask on the scan's own grid out."""
+"""Predict a label mask on a scan's own grid."""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import TypeAlias
 
@@ -30,10 +30,10 @@ from samed_peft.io import Volume, write_mask
 from samed_peft.models.modeling import SamForSemanticSegmentation
 from samed_peft.models.precision import cast_frozen_weights, product_dtype
 from samed_peft.prediction.compiled import CompiledSegmenter
-from samed_peft.prediction.pipeline import overlap
+from samed_peft.prediction.pipeline import process_in_order
 
 Segmenter: TypeAlias = PeftModel | SamForSemanticSegmentation | CompiledSegmenter
-"""An adapter on its base, a merged model, or either compiled; all have a `samed_config`."""
+"""An adapter on its base, a merged model, or either of them compiled; all have a `samed_config`."""
 
 
 def load_segmenter(
@@ -42,30 +42,30 @@ def load_segmenter(
     accelerator: Accelerator,
     base: str | None = None,
     dtype: str | None = None,
-    device: str | torch.device | None = None,
+    device: str | None = None,
     revision: str | None = None,
 ) -> Segmenter:
-    """An adapter as it predicts fastest: in float32 merged into its base, where PEFT can merge its kind.
+    """Load an adapter for the fastest prediction: in float32 merged into its base, if PEFT can merge its method.
 
     Merged, q and v take one product instead of three, and masks differ in ties alone. In half precision the adapter
-    stays apart and its sums are rounded as in a training with autocast, under which the model has to run, and frozen
-    weights are held in that type (`cast_frozen_weights`).
+    stays apart so that its sums are rounded as in training with autocast, under which the model has to run; frozen
+    weights are cast to that type (`cast_frozen_weights`).
 
     Args:
         source: as for `load_adapter`.
-        accelerator: device, and precision where `dtype` names none.
+        accelerator: default of device and precision.
         base: as for `load_adapter`.
-        dtype: "float32", "bfloat16" or "float16".
-        device: in place of the accelerator's.
+        dtype: "float32", "bfloat16" or "float16"; None for the accelerator's precision.
+        device: such as "cuda:1"; None for the accelerator's device.
         revision: as for `load_adapter`.
 
     Raises:
-        InputError: as `load_adapter`.
+        InputError: as `load_adapter`, or this computer does not have `device`.
     """
-    place = accelerator.device if device is None else device
+    place = accelerator.device if device is None else _available_device(device, accelerator)
     products = product_dtype(accelerator, dtype)
     if products == torch.float32:
-        # PEFT's word for kinds that are no change of a weight, such as Lily; by then it has taken the model apart.
+        # PEFT raises it for methods that change no weight, such as Lily, after it has taken the model apart.
         with contextlib.suppress(NotImplementedError):
             return load_adapter(source, base=base, merge=True, device=place, revision=revision)
     model = load_adapter(source, base=base, revision=revision)
@@ -73,11 +73,27 @@ def load_segmenter(
     return model.to(place)
 
 
+def _available_device(name: str, accelerator: Accelerator) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"expected cpu, cuda, cuda:1 or mps as device, found {name!r}; choose one of these") from error
+    if accelerator.num_processes > 1 and device.type != "cpu":
+        raise InputError(
+            f"expected no device for {accelerator.num_processes} processes, found {name}; each has its own"
+        )
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= count.get(device.type, 0):
+        found = ", ".join(f"{number} {kind}" for kind, number in count.items())
+        raise InputError(f"device {name} is not there; this computer has {found}; leave it out to have one chosen")
+    return device
+
+
 def settings_of(model: Segmenter) -> SamedConfig:
-    """How a model sees scans.
+    """Config of a model: sizes, window and orientation that its scans need, and names of its classes.
 
     Raises:
-        InputError: it was built by hand and does not say.
+        InputError: the model was built by hand and has none.
     """
     if model.samed_config is None:
         raise InputError("the model has no samed_config; get it from load_sam, add_lora or load_adapter")
@@ -89,13 +105,13 @@ def predict_volume(
 ) -> np.ndarray:
     """Segment a scan slice by slice, as SAMed's test does, but in batches and without labels.
 
-    Each slice is normalised, resized by cubic spline (through the low-resolution bottleneck where the adapter has
-    one), segmented, and its arg max at the model's size brought back by nearest neighbour. A scan in another
-    orientation than the adapter's is flipped and transposed first, and the mask back.
+    Each slice is normalised, resized by cubic spline (through the low-resolution bottleneck if the adapter has one) and
+    segmented; the arg max at the model's size is resized back by nearest neighbour. A scan in another orientation than
+    the adapter's is flipped and transposed first, and the mask back.
 
     Args:
-        model: from `load_segmenter`, `load_adapter`, `add_lora` or `load_sam`; its `samed_config` says how it sees
-            scans. It runs in evaluation mode and is left in the mode it came in.
+        model: from `load_segmenter`, `load_adapter`, `add_lora` or `load_sam`; its `samed_config` says how
+            to prepare scans. It runs in evaluation mode and returns to its mode afterwards.
         volume: the scan, (D, H, W), or a colour picture (1, H, W, 3).
         batch_size: slices per forward pass.
         flips: average the logits over each slice and its flips along rows, columns and both, in four times the time.
@@ -105,8 +121,8 @@ def predict_volume(
         (D, H, W) uint8 on the grid of `volume`, 0 is background.
 
     Raises:
-        InputError: `batch_size` is below 1, the model does not say how it sees scans, or the scan is constant and
-            the model has no fixed window.
+        InputError: `batch_size` is below 1, the model has no `samed_config`, or the scan is constant and the model has
+            no fixed window.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; found {batch_size}")
@@ -123,7 +139,7 @@ def predict_volume(
             mask[batch] = _predict_slices(model, array[batch], flips=flips)
     finally:
         model.train(was_training)
-    if keep_largest:  # before the way back, so that ties fall alike in every orientation
+    if keep_largest:  # before turning back, so that ties are broken alike in every orientation
         mask = largest_parts(mask)
     return np.ascontiguousarray(reoriented(mask, back))
 
@@ -137,20 +153,22 @@ def _predict_slices(model: Segmenter, slices: np.ndarray, *, flips: bool) -> np.
     sizes = (config.image_size,) if config.input_size is None else (config.input_size, config.image_size)
     # MPS has no float64.
     tensor = torch.from_numpy(np.ascontiguousarray(channels)).to("cpu" if device.type == "mps" else device)
-    inputs = resized_slices(tensor, sizes).to(device).expand(-1, 3, -1, -1)
+    inputs = resize_on_device(tensor, sizes).to(device).expand(-1, 3, -1, -1)
     logits = _mean_over_flips(model, inputs) if flips else model(pixel_values=inputs).logits
     labels = upsampled_argmax(logits, config.image_size)
     return resize_label(labels.cpu().numpy(), slices.shape[1:3])
 
 
-def resized_slices(slices: Tensor, sizes: Sequence[int]) -> Tensor:
-    """What `preprocessing.resize_image` makes of each slice, for all at once and on their device.
+def resize_on_device(slices: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Prediction's resizer: the cubic spline of `preprocessing.resize_image`, as matrices, for a batch on its device.
 
-    In float64, which neither autocast nor TF32 touches; between two sizes float32, as in SAMed.
+    Training keeps the other resizer, which adds in SciPy's order, so that its pixels equal SAMed's to the bit; that
+    takes one slice at a time on the CPU. This one differs by rounding in float64, and leaves no slice to the CPU.
+    Neither autocast nor TF32 touches float64; between two sizes slices are float32, as in SAMed.
 
     Args:
         slices: (B, C, H, W) float32.
-        sizes: sides of the squares they become, one after the other.
+        sizes: sides of the squares to resize to, one after the other.
     """
     for size in sizes:
         if slices.shape[-2:] != (size, size):
@@ -167,21 +185,18 @@ def _spline_matrix(old: int, new: int, device: torch.device) -> Tensor:
 def _mean_over_flips(model: Segmenter, inputs: Tensor) -> Tensor:
     """Mean logits (B, K + 1, h, w) over four flips of (B, 3, S, S), each turned back.
 
-    Logits and not probabilities, as in nnU-Net: their mean and their resizing may change places, so that a model
-    that does not care about flips gives the mask it gives without them.
+    Logits and not probabilities, as in nnU-Net: averaging and resizing of logits commute, so a model that is invariant
+    to flips gives the same mask as without them.
     """
-    total: Tensor | None = None
-    for axes in ((), (-2,), (-1,), (-2, -1)):
-        logits = torch.flip(model(pixel_values=torch.flip(inputs, axes)).logits.float(), axes)
-        total = logits if total is None else total + logits
-    assert total is not None
-    return total / 4
+    all_axes: tuple[tuple[int, ...], ...] = ((), (-2,), (-1,), (-2, -1))
+    turned = (torch.flip(model(pixel_values=torch.flip(inputs, axes)).logits.float(), axes) for axes in all_axes)
+    return reduce(torch.add, turned) / len(all_axes)
 
 
 def upsampled_argmax(logits: Tensor, size: int) -> Tensor:
     """Labels (B, size, size) uint8 of logits (B, K + 1, h, w), resized bilinearly as SAM resizes its masks."""
-    # Slice by slice: K + 1 maps of one slice stay in a processor's cache, those of a batch fill memory. `max` finds the
-    # place that `argmax` finds, and finds it faster on CPUs.
+    # Slice by slice: K + 1 maps of one slice fit into a processor's cache. `max` finds the same index as `argmax`, but
+    # faster on CPUs.
     resized = (
         F.interpolate(one.float(), size=(size, size), mode="bilinear", align_corners=False) for one in logits.split(1)
     )
@@ -191,14 +206,14 @@ def upsampled_argmax(logits: Tensor, size: int) -> Tensor:
 def segment_cases(
     model: Segmenter, images: Mapping[str, Volume], directory: Path, *, accelerator: Accelerator
 ) -> dict[str, Path]:
-    """Write a mask for every case, the cases shared out among processes.
+    """Write a mask for every case, with the cases divided among processes.
 
-    While one is segmented, a thread reads the next and another writes the mask before.
+    While a case is segmented, a thread prefetches the next and another writes the mask of the previous one.
 
     Args:
         model: as for `predict_volume`.
-        images: case -> scan, read when its turn comes, in a thread.
-        directory: where `CASE.nii.gz` go; each appears whole or not at all.
+        images: case -> scan, read in a thread when it is needed.
+        directory: folder for `CASE.nii.gz`; each appears whole or not at all.
         accelerator: processes and precision.
 
     Returns:
@@ -215,7 +230,7 @@ def segment_cases(
         return partial(write_mask, mask, image, files[case], label_names=names)
 
     progress = tqdm(total=len(mine), desc="segmenting", unit="case", disable=not accelerator.is_main_process)
-    overlap(mine, images.__getitem__, compute, progress=progress)
+    process_in_order(mine, images.__getitem__, compute, progress=progress)
     accelerator.wait_for_everyone()
     return files
 
@@ -223,8 +238,8 @@ def segment_cases(
 def largest_parts(mask: np.ndarray) -> np.ndarray:
     """Keep the largest connected part of each class; smaller ones become background.
 
-    Voxels that touch at a face, an edge or a corner are connected (26 neighbours). Of equally large parts the one
-    that comes first in the array stays.
+    Voxels that touch at a face, an edge or a corner are connected (26 neighbours). Of equally large parts the
+    first in the array stays.
 
     Args:
         mask: (D, H, W) uint8, 0 is background.

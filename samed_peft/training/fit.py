@@ -1,6 +1,7 @@
 """Train an adapter from a config and slices; resumable at any step."""
 
 import dataclasses
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from samed_peft.prediction.inference import settings_of
 from samed_peft.training.adalora import share_out_ranks
 from samed_peft.training.batches import TrainingSlices
 from samed_peft.training.loop import Step, build_optimizer, steps_per_epoch, training_steps
-from samed_peft.training.resources import StepClock, write_resources
+from samed_peft.training.resources import write_resources
 from samed_peft.training.runs import Run, claim_run_folder, run_settings, tracked
 from samed_peft.training.state import Progress, StopSignal, load_checkpoint, save_checkpoint
 from samed_peft.training.validation import mean_dice
@@ -63,10 +64,10 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
             warnings.warn(f"nothing to resume in {out}: it has no checkpoint, so the run begins anew", stacklevel=2)
 
     steps = training_steps(prepared, optimizer, slices, training=training, accelerator=accelerator, start=progress.step)
-    clock = StepClock()
+    ends_s = [time.perf_counter()]
     with tracked(accelerator, start=progress.step), StopSignal() as stop_signal:
         for step in _with_bar(steps, done=progress.step, total=total, shown=accelerator.is_main_process):
-            clock.step_done()
+            ends_s.append(time.perf_counter())
             accelerator.log(step.scalars(), step=step.number)
             progress = progress.at(step.number)
             if step.ends_epoch:
@@ -77,7 +78,7 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
             if stopping:
                 raise RunInterruptedError(f"stopped by a signal after step {step.number}; --resume goes on from there")
     if accelerator.is_main_process:
-        write_resources(out, model, clock, accelerator=accelerator)
+        write_resources(out, model, ends_s, accelerator=accelerator)
     return out / ("adapter" if progress.best_epoch is None else "adapter_best"), settings
 
 

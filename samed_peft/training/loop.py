@@ -81,13 +81,9 @@ def build_optimizer(model: nn.Module, *, weight_decay: float, lora_plus_ratio: f
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
 
-def _micro_batches(num_slices: int, training: TrainingConfig, accelerator: Accelerator) -> int:
-    return math.ceil(num_slices / (training.batch_size * accelerator.num_processes))
-
-
 def steps_per_epoch(num_slices: int, training: TrainingConfig, accelerator: Accelerator) -> int:
     """Optimizer steps that one pass over all slices takes."""
-    return math.ceil(_micro_batches(num_slices, training, accelerator) / training.accumulation_steps)
+    return math.ceil(num_slices / (training.batch_size * accelerator.num_processes * training.accumulation_steps))
 
 
 def training_steps(
@@ -114,7 +110,7 @@ def training_steps(
     """
     split = {"process": accelerator.process_index, "num_processes": accelerator.num_processes}
     size, accumulation = training.batch_size, training.accumulation_steps
-    micro_batches = _micro_batches(len(slices), training, accelerator)
+    micro_batches = math.ceil(len(slices) / (size * accelerator.num_processes))
     per_epoch = steps_per_epoch(len(slices), training, accelerator)
     rate = partial(
         learning_rate,

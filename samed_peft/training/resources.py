@@ -2,7 +2,8 @@
 
 import statistics
 import sys
-import time
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,40 +15,26 @@ from samed_peft.io import write_json
 RESOURCES_FILE = "resources.json"
 
 
-class StepClock:
-    """Measures the time of steps."""
-
-    def __init__(self) -> None:
-        self._ends = [time.perf_counter()]
-
-    def step_done(self) -> None:
-        """Record the end of a step."""
-        self._ends.append(time.perf_counter())
-
-    @property
-    def steps(self) -> int:
-        """Number of steps done."""
-        return len(self._ends) - 1
-
-    @property
-    def median_seconds(self) -> float:
-        """Median time of a step, without the first if there are more: it fills caches. NaN without steps."""
-        seconds = [end - start for start, end in zip(self._ends, self._ends[1:], strict=False)]
-        return statistics.median(seconds[1:] or seconds) if seconds else float("nan")
-
-
-def write_resources(directory: Path, model: nn.Module, clock: StepClock, *, accelerator: Accelerator) -> None:
+def write_resources(directory: Path, model: nn.Module, ends_s: Sequence[float], *, accelerator: Accelerator) -> None:
     """Write `resources.json`, measured by this process since it began or resumed training; nothing without steps.
 
+    `seconds_per_step` is the median over all steps but the first, which fills caches, if there are more.
     `peak_resident_gb` is the main process's resident memory (null on Windows), without the workers that load slices;
     `peak_gpu_gb` is the memory that PyTorch used on its GPU, null without one.
+
+    Args:
+        directory: the run's folder.
+        model: the trained model.
+        ends_s: `time.perf_counter()` before the first step and after each one.
+        accelerator: its device.
     """
-    if not clock.steps:
+    seconds = [end - start for start, end in pairwise(ends_s)]
+    if not seconds:
         return
     device = accelerator.device
     values = {
-        "steps": clock.steps,
-        "seconds_per_step": round(clock.median_seconds, 4),
+        "steps": len(seconds),
+        "seconds_per_step": round(statistics.median(seconds[1:] or seconds), 4),
         "peak_resident_gb": _peak_resident_gb(),
         "peak_gpu_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -8,6 +8,8 @@ from samed_peft.models import cpu_attention
 from samed_peft.models.attention import SamSplitAttention, fused_attention
 from samed_peft.models.cpu_attention import TiledAttention
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 HEADS, DIM = 3, 8
 GRIDS = [(10, 4), (8, 4), (9, 5), (3, 4), (6, 6)]  # tokens per side, window
 

@@ -22,7 +22,7 @@ from samed_peft.models.bases import load_sam
 from samed_peft.prediction.inference import (
     load_segmenter,
     predict_volume,
-    resized_slices,
+    resize_on_device,
     segment_cases,
     upsampled_argmax,
 )
@@ -182,7 +182,7 @@ def test_slices_are_resized_together_as_one_by_one(old, sizes):
     bottleneck = sizes[0] if len(sizes) > 1 else None
     expected = np.stack([slice_to_pixels(one, image_size=64, input_size=bottleneck) for one in slices])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = resized_slices(torch.from_numpy(slices)[:, None], sizes)
+        got = resize_on_device(torch.from_numpy(slices)[:, None], sizes)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got[:, 0], expected, rtol=0, atol=1e-6)
 

@@ -5,11 +5,11 @@ import threading
 import pytest
 from tqdm import tqdm
 
-from samed_peft.prediction.pipeline import overlap
+from samed_peft.prediction.pipeline import process_in_order
 
 
 def run(items, read, compute):
-    overlap(items, read, compute, progress=tqdm(total=len(items), disable=True))
+    process_in_order(items, read, compute, progress=tqdm(total=len(items), disable=True))
 
 
 def test_the_next_item_is_read_and_the_last_one_written_meanwhile():

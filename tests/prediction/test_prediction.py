@@ -26,20 +26,11 @@ from samed_peft.errors import InputError
 from samed_peft.models.bases import load_sam
 from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, predict_files
 from samed_peft.prediction.compiled import CompiledSegmenter
-from samed_peft.prediction.inference import largest_parts, predict_volume
+from samed_peft.prediction.inference import largest_parts, load_segmenter, predict_volume
 
 ROOT = Path(__file__).parents[2]
 NAMES = {1: "liver", 2: 'left <kidney> & "co"'}
 SHAPE = (4, 12, 10)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Slices this small take longer with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +50,24 @@ def model(adapter):
     return load_adapter(adapter)
 
 
+@pytest.fixture(scope="module")
+def loaded():
+    """`load_segmenter` that loads each model once; no prediction changes it."""
+    models = {}
+
+    def load(source, *, accelerator, **options):
+        key = (source, *options.items())
+        if key not in models:
+            models[key] = load_segmenter(source, accelerator=accelerator, **options)
+        return models[key]
+
+    return load
+
+
 @pytest.fixture
-def predict(adapter, tmp_path):
+def predict(adapter, loaded, tmp_path, monkeypatch):
     """Runs the command on paths below `tmp_path`; returns its exit code."""
+    monkeypatch.setattr("samed_peft.prediction.inference.load_segmenter", loaded)
 
     def run(source, output, *options):
         arguments = ["--adapter", adapter, "--input", tmp_path / source, "--output", tmp_path / output, *options]
@@ -604,3 +610,20 @@ def test_scans_that_fit_the_window_are_not_told(real_scans):
     with pytest.warns(UserWarning, match=r"hippocampus_003.*8\d % above"):
         warn_of_window(mr, (-125.0, 275.0))
     warn_of_window(io.Volume(mr.array / mr.array.max(), normalized=True), (-125.0, 275.0))
+
+
+@pytest.mark.slow
+def test_prediction_does_not_load_the_datasets_library(adapter, tmp_path):
+    write_scan(tmp_path / "scan.nii.gz")
+    options = ["--adapter", adapter, "--input", tmp_path / "scan.nii.gz", "--output", tmp_path / "mask.nii.gz"]
+    code = "import sys; from samed_peft.cli import main; main(sys.argv[1:]); print('datasets' in sys.modules)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "predict", "--overlay", *options],
+        cwd=ROOT,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+        timeout=120,
+    )
+    assert ended.stdout.splitlines()[-1] == "False", ended.stdout

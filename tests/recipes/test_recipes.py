@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, recipes_in_process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import SamModel
 
@@ -78,6 +78,15 @@ def finished(run, scans, tmp_path_factory):
     code, stdout, stderr = run("--data_dir", scans, "--output_dir", out, *SMALL, "--num_workers", 0)
     assert code == 0, stderr
     assert "pancreas" in stdout
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(scans, tmp_path_factory):
+    """An uninterrupted run in this process, for tests that compare no bits."""
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    with recipes_in_process(tmp_path_factory.mktemp("cache")) as run:
+        assert run(RECIPES / "synapse.py", "--data_dir", scans, "--output_dir", out, *SMALL, "--num_workers", 0) == 0
     return out
 
 
@@ -227,14 +236,14 @@ def test_bad_input_ends_with_one_message_and_writes_nothing(call_recipe, scans, 
     assert not (tmp_path / "run").exists()
 
 
-def test_another_runs_folder_is_left_alone(finished, call_recipe, scans):
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+def test_another_runs_folder_is_left_alone(trained, call_recipe, scans):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     code, stderr = call_recipe(
         RECIPES / "synapse.py",
         "--data_dir",
         scans,
         "--output_dir",
-        finished,
+        trained,
         *SMALL,
         "--num_workers",
         0,
@@ -244,17 +253,17 @@ def test_another_runs_folder_is_left_alone(finished, call_recipe, scans):
     )
     assert code == 2
     assert "rank: 4 there, 8 now" in stderr
-    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
 
 
-def test_edited_scans_do_not_resume(finished, call_recipe, scans, tmp_path):
+def test_edited_scans_do_not_resume(trained, call_recipe, scans, tmp_path):
     edited = tmp_path / "btcv"
     shutil.copytree(scans, edited)
     path = edited / "Training" / "label" / "label0006.nii.gz"
     labels = read_labels(path)
     write_mask(np.where(labels.array == 1, 2, labels.array), labels, path)
     code, stderr = call_recipe(
-        RECIPES / "synapse.py", "--data_dir", edited, "--output_dir", finished, *SMALL, "--num_workers", 0, "--resume"
+        RECIPES / "synapse.py", "--data_dir", edited, "--output_dir", trained, *SMALL, "--num_workers", 0, "--resume"
     )
     assert code == 2
     assert "holds a run with other settings (data:" in stderr
