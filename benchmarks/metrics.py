@@ -26,7 +26,7 @@ from medpy.metric.binary import dc, hd95
 from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.datasets.phantom import phantom_case
 from samed_peft.datasets.synapse import BTCV_TO_SYNAPSE
-from samed_peft.evaluation.report import markdown_table
+from samed_peft.evaluation.tables import markdown_table
 from samed_peft.io import write_json
 from samed_peft.metrics import score_case, score_labels
 

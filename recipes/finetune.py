@@ -137,7 +137,7 @@ def main() -> None:
     tested = load_segmenter(adapter, accelerator=accelerator)
     report = score_held_out(tested, *pairs(folder, test_cases), out, accelerator=accelerator, settings=settings)
     if report is not None:
-        write_card(adapter, report=report.to_dict(), training=training)
+        write_card(adapter, report=report, training=training)
         print(format_table(report), f"adapter, masks, report and pictures are in {out}", sep="\n")
         if args.push_to_hub:
             print(push_to_hub(adapter, args.push_to_hub))

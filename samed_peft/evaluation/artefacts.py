@@ -10,24 +10,26 @@ from pathlib import Path
 
 from samed_peft.errors import InputError
 from samed_peft.evaluation.page import html_page
-from samed_peft.evaluation.report import (
+from samed_peft.evaluation.report import Report
+from samed_peft.evaluation.tables import (
     CONVENTION_NOTES,
+    MAIN_COLUMNS,
+    MAIN_METRICS,
     METRIC_NOTE,
-    Report,
     class_rows,
-    failures,
-    format_score,
-    further_rows,
+    column_titles,
+    further_table,
     interval_rows,
-    markdown_cell,
     markdown_table,
+    markdown_text,
+    metric_title,
     remarks,
 )
 from samed_peft.io import write_bytes, write_json, write_text
-from samed_peft.metrics import CONVENTIONS, METRICS, Convention, presence
+from samed_peft.metrics import CONVENTIONS, METRICS, Convention, format_metric
 
 REPORT_FILES = ("report.json", "report.csv", "report.html", "report.md", "pictures")
-"""All that `write_report` writes."""
+"""Names of all that `write_report` writes."""
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
@@ -41,7 +43,7 @@ def write_report(report: Report, directory: str | Path, *, pictures: Mapping[str
         pictures: case -> PNG; the report's own if None.
 
     Raises:
-        InputError: a picture is of no case of the report.
+        InputError: a picture belongs to a case that the report does not have.
     """
     directory = Path(directory)
     pictures = report.pictures if pictures is None else pictures
@@ -55,7 +57,7 @@ def write_report(report: Report, directory: str | Path, *, pictures: Mapping[str
     write_json(directory / "report.json", report.to_dict())
     write_text(directory / "report.csv", csv_text(report))
     write_text(directory / "report.html", html_page(report, pictures=pictures, links=links))
-    write_text(directory / "report.md", markdown_text(report, links))
+    write_text(directory / "report.md", report_text(report, links))
 
 
 def csv_text(report: Report) -> str:
@@ -69,10 +71,11 @@ def csv_text(report: Report) -> str:
     for case, scores in report.cases.items():
         for index, name in enumerate(report.class_names):
             for convention in CONVENTIONS:
-                score = scores[convention][index]
-                values = ["" if math.isnan(score[metric]) else repr(score[metric]) for metric in METRICS]
-                names = (_inert(case), _inert(name))
-                writer.writerow([*names, convention, presence(scores, index), *values])
+                values = scores[convention][index]
+                row = [_inert(case), _inert(name), convention, scores["presence"][index]]
+                writer.writerow(
+                    [*row, *("" if math.isnan(values[metric]) else repr(values[metric]) for metric in METRICS)]
+                )
     return buffer.getvalue()
 
 
@@ -80,39 +83,36 @@ def _inert(name: str) -> str:
     return f"'{name}" if name.lstrip(" ").startswith(_FORMULA_STARTS) else name
 
 
-def markdown_text(report: Report, links: Mapping[str, str]) -> str:
+def report_text(report: Report, links: Mapping[str, str]) -> str:
     """The report as Markdown.
 
     Args:
         report: the scores.
         links: case -> path of its picture.
     """
-    header = ["Class", "Dice", "HD95 (mm)", "n Dice", "n HD95", "Dice (samed)", "HD95 (samed, voxels)"]
-    further = [
-        *("Class", "IoU", "ASSD (mm)", "Surface Dice", "IoU (samed)", "ASSD (samed, voxels)", "Surface Dice (samed)"),
-        *("in neither", "missed", "spurious"),
-    ]
-    intervals = ["Class", "Dice", "HD95 (mm)", "Dice (samed)", "HD95 (samed, voxels)"]
-    notes = [f"- `{convention}`: {CONVENTION_NOTES[convention]}" for convention in CONVENTIONS]
-    failed = [f"- {markdown_cell(line)}" for line in failures(report)]
+    titles = column_titles(MAIN_COLUMNS)
+    failed = report.settings.get("failed_cases", {})
     parts = [
         "# Evaluation",
-        *(markdown_cell(remark) for remark in remarks(report)),
-        *(["\n".join(failed)] if failed else []),
-        f"{len(report.cases)} cases, {len(report.class_names)} classes. Scores come in two conventions:",
-        "\n".join(notes),
+        *map(markdown_text, remarks(report)),
+        *(
+            ["\n".join(f"- {markdown_text(f'failed: {case}: {reason}')}" for case, reason in failed.items())]
+            if failed
+            else []
+        ),
+        f"{report.n_cases} cases, {len(report.class_names)} classes. Scores come in two conventions:",
+        "\n".join(f"- `{convention}`: {note}" for convention, note in CONVENTION_NOTES.items()),
         METRIC_NOTE,
-        *("## Classes", markdown_table(header, class_rows(report))),
-        *("## Further metrics and counts", markdown_table(further, further_rows(report))),
-        *("## 95 % confidence intervals", markdown_table(intervals, interval_rows(report))),
+        "## Classes",
+        markdown_table(["Class", *titles[:2], "n Dice", "n HD95", *titles[2:]], class_rows(report)),
+        *("## Further metrics and counts", further_table(report)),
+        *("## 95 % confidence intervals", markdown_table(["Class", *titles], interval_rows(report))),
     ]
-    units = {"standard": "Dice / HD95 in millimetres", "samed": "Dice / HD95 in voxels"}
     for convention in CONVENTIONS:
-        parts += [f"## Cases, {convention} ({units[convention]})", _case_table(report, convention)]
+        parts += [_case_heading(convention), _case_table(report, convention)]
     if links:
-        parts.append("## Pictures")
-        shown = [(markdown_cell(case), links[case]) for case in report.cases if case in links]
-        parts += [f"{case}\n\n![{case}]({link})" for case, link in shown]
+        shown = [(markdown_text(case), links[case]) for case in report.cases if case in links]
+        parts += ["## Pictures", *(f"{case}\n\n![{case}]({link})" for case, link in shown)]
     if report.settings:
         rows = [(name, _setting(value)) for name, value in report.settings.items()]
         parts += ["## Settings", markdown_table(["Setting", "Value"], rows)]
@@ -123,19 +123,33 @@ def _setting(value: object) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else str(value)
 
 
+def _case_heading(convention: Convention) -> str:
+    units = {"mm": "millimetres"}
+    shown = [(metric_title(metric), METRICS[metric].unit_in(convention)) for metric in MAIN_METRICS]
+    columns = " / ".join(f"{name} in {units.get(unit, unit)}" if unit else name for name, unit in shown)
+    return f"## Cases, {convention} ({columns})"
+
+
 def _case_table(report: Report, convention: Convention) -> str:
-    rows = []
-    for case, scores in report.cases.items():
-        rows.append([case, *(" / ".join(format_score(score)) for score in scores[convention])])
-    return markdown_table(["Case", *(markdown_cell(name) for name in report.class_names)], rows)
+    rows = [
+        [
+            case,
+            *(
+                " / ".join(format_metric(metric, score[metric]) for metric in MAIN_METRICS)
+                for score in scores[convention]
+            ),
+        ]
+        for case, scores in report.cases.items()
+    ]
+    return markdown_table(["Case", *report.class_names], rows)
 
 
 def picture_links(pictures: Iterable[str]) -> dict[str, str]:
-    """Case -> path below the report's folder; cases may have characters in them that links may not."""
+    """Case -> path below the report's folder, without the characters that links must not have."""
     links: dict[str, str] = {}
     taken: set[str] = set()
     for case in pictures:
-        # Cut, since what is written goes by a longer name until it is complete.
+        # Cut, because the temporary file has a longer name.
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", case)[:100]
         name, number = stem, 1
         while name.lower() in taken:

@@ -17,7 +17,7 @@ from samed_peft.evaluation import Report, case_picture, evaluate_cases, format_t
 from samed_peft.evaluation.artefacts import csv_text
 from samed_peft.evaluation.charts import box_plots
 from samed_peft.evaluation.pictures import telling_slices
-from samed_peft.evaluation.report import interval_rows
+from samed_peft.evaluation.tables import interval_rows
 from samed_peft.io import Volume
 from samed_peft.metrics import score_case, score_masks
 
@@ -111,6 +111,7 @@ def _documented(report):
             for key in set(scores) - kept:
                 del scores[key]
     for case in report["cases"]:
+        del case["presence"]
         case["classes"] = {
             name: {convention: {key: score[key] for key in ("dice", "hd95")} for convention, score in both.items()}
             for name, both in case["classes"].items()

@@ -22,12 +22,13 @@ from huggingface_hub import constants
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
+from samed_peft.adapters.places import without_places
 from samed_peft.adapters.save_load import add_lora, load_adapter, save_adapter, write_card
 from samed_peft.cli import main
 from samed_peft.config import SYNAPSE_CLASSES, TINY_SAM, SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.evaluation import evaluate_cases, write_report
-from samed_peft.hub.content import published_files, without_places
+from samed_peft.hub.content import published_files
 from samed_peft.hub.push import ADAPTER_FILES, push_to_hub, send_files
 from samed_peft.models.bases import load_sam, recorded_base
 
@@ -76,7 +77,7 @@ def run_folder(tmp_path_factory):
     settings = {"dataset": "/srv/scans/hospital", "base": base, "failed_cases": {"patient-0044": f"{folder}/x: bad"}}
     report = evaluate_cases(volumes, volumes, class_names=SYNAPSE_CLASSES, images=images, settings=settings)
     write_report(report, folder)
-    write_card(folder / "adapter", report=report.to_dict())
+    write_card(folder / "adapter", report=report)
     return folder
 
 

@@ -1,0 +1,137 @@
+"""Tables and texts of a report, for Markdown, HTML and the terminal alike."""
+
+import io
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from samed_peft.evaluation.report import Report
+from samed_peft.metrics import CONVENTIONS, METRICS, Convention, Interval, Metric, format_metric
+
+CONVENTION_NOTES: Mapping[Convention, str] = {
+    "standard": "millimetres; an organ absent from both masks has no score, one in a single mask has "
+    "Dice 0 and no HD95; means leave out undefined scores, and n counts the others.",
+    "samed": "voxels; a prediction without reference scores Dice 1 and HD95 0, a missed organ and one "
+    "absent from both masks 0 and 0, as in the published figures of SAMed (arXiv 2304.13785).",
+}
+METRIC_NOTE = (
+    "; ".join(f"{record.title}: {record.summary}" for record in METRICS.values())
+    + ". Intervals are a 95 % percentile bootstrap over cases."
+)
+MAIN_METRICS: tuple[Metric, ...] = ("dice", "hd95")
+"""Metrics of the first tables; those of `METRICS` that are not among them come in further ones."""
+
+Columns = Sequence[tuple[Convention, Metric]]
+MAIN_COLUMNS: Columns = [(convention, metric) for convention in CONVENTIONS for metric in MAIN_METRICS]
+
+
+def metric_title(metric: Metric) -> str:
+    """Name of a metric as a heading."""
+    name = METRICS[metric].title
+    return name[0].upper() + name[1:]
+
+
+def column_titles(columns: Columns) -> list[str]:
+    """Headings such as "HD95 (mm)" and "HD95 (samed, voxels)"."""
+    titles = []
+    for convention, metric in columns:
+        notes = ["samed" if convention == "samed" else "", METRICS[metric].unit_in(convention)]
+        note = ", ".join(filter(None, notes))
+        titles.append(f"{metric_title(metric)} ({note})" if note else metric_title(metric))
+    return titles
+
+
+def markdown_text(value: Any) -> str:
+    """`value` in one line that Markdown readers take neither for the end of a cell nor for a link, code or HTML."""
+    return re.sub(r"[\\|<\[\]`]", r"\\\g<0>", " ".join(str(value).split()))
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table of escaped cells; the first column is aligned left, the others right."""
+    align = ["---", *["---:"] * (len(header) - 1)]
+    lines = [map(markdown_text, header), align, *(map(markdown_text, row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def format_interval(metric: Metric, interval: Interval) -> str:
+    """Both ends; n/a where there is no interval."""
+    low, high = (format_metric(metric, end) for end in interval)
+    return "n/a" if low == "n/a" else f"{low} to {high}"
+
+
+def score_rows(report: Report, columns: Columns, *, counts: Sequence[str] = ()) -> list[list[str]]:
+    """Name, mean scores and counts (keys of `ClassSummary`) of each class; the mean over classes last."""
+    summary = report.summary
+    rows = []
+    for name in report.class_names:
+        scores = [format_metric(metric, summary[c]["classes"][name][metric]) for c, metric in columns]
+        rows.append([name, *scores, *(str(summary["standard"]["classes"][name][key]) for key in counts)])
+    means = [format_metric(metric, summary[c]["mean"][metric]) for c, metric in columns]
+    return [*rows, ["mean", *means, *("" for _ in counts)]]
+
+
+def class_rows(report: Report) -> list[list[str]]:
+    """Name, Dice and HD95 of each class, cases with each, and both in the samed convention; the mean last."""
+    counts = [
+        [f"{report.count_scored(index, metric)}/{report.n_cases}" for metric in MAIN_METRICS]
+        for index in range(len(report.class_names))
+    ]
+    rows = zip(score_rows(report, MAIN_COLUMNS), [*counts, ["", ""]], strict=True)
+    return [[*row[:3], *count, *row[3:]] for row, count in rows]
+
+
+def further_table(report: Report) -> str:
+    """Markdown table of the other metrics, and of how many cases have a class in no mask or a single one."""
+    columns = [(c, metric) for c in CONVENTIONS for metric in METRICS if metric not in MAIN_METRICS]
+    rows = score_rows(report, columns, counts=("n_absent", "n_missed", "n_spurious"))
+    return markdown_table(["Class", *column_titles(columns), "in neither", "missed", "spurious"], rows)
+
+
+def interval_rows(report: Report) -> list[list[str]]:
+    """Name, and the intervals of Dice and HD95 in both conventions; the mean last."""
+    found = report.intervals
+    rows = [
+        [name, *(format_interval(metric, found[c]["classes"][name][metric]) for c, metric in MAIN_COLUMNS)]
+        for name in report.class_names
+    ]
+    return [*rows, ["mean", *(format_interval(metric, found[c]["mean"][metric]) for c, metric in MAIN_COLUMNS)]]
+
+
+def remarks(report: Report) -> list[str]:
+    """Facts that a reader of the scores must know first."""
+    found = [str(report.settings["note"])] if "note" in report.settings else []
+    assumed = report.settings.get("cases_without_spacing", [])
+    if assumed:
+        found.append(f"{len(assumed)} of {report.n_cases} references have no voxel size: 1 mm was assumed for them.")
+    return found
+
+
+def format_table(report: Report, *, width: int | None = None) -> str:
+    """The scores per class as a table for the terminal, in ASCII.
+
+    Args:
+        report: the scores.
+        width: columns to fill at most; the terminal's if None. Less than 80 is taken as 80.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    width = max(80, shutil.get_terminal_size().columns if width is None else width)
+    table = Table(box=box.MARKDOWN)
+    table.add_column("Class", overflow="fold", min_width=12)
+    for name in ("Dice", "HD95 mm", "n Dice", "n HD95", "samed Dice", "HD95 vox"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for cells in class_rows(report):
+        # Text, because a class name in square brackets would be read as markup.
+        table.add_row(*(Text(cell) for cell in cells))
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=width, color_system=None, legacy_windows=False)
+    console.print(table)
+    failed = list(report.settings.get("failed_cases", {}))
+    left_out = [f"{len(failed)} failed and left out: {', '.join(failed)}"] if failed else []
+    for line in [*remarks(report), *left_out]:
+        console.print(Text(line))
+    return "\n".join(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines())
