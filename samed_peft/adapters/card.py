@@ -1,7 +1,7 @@
 """The README of an adapter: what it is, how to use it, how it scores."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,15 +48,15 @@ def model_card(config: SamedConfig, *, report: Report | None = None, training: M
         is_tiny=config.base == TINY_SAM,
         method=METHODS[config.method],
         counted_classes="one class" if number == 1 else f"{number} classes",
-        classes_table=markdown_table(["Label", "Class"], list(enumerate(config.class_names, start=1))),
+        classes_table=_table(["Label", "Class"], dict(enumerate(config.class_names, start=1))),
         dataset=markdown_text(dataset),
         is_synapse=dataset.startswith(SYNAPSE_NAME),
         is_decathlon=dataset.startswith(DECATHLON),
         **_scores(report),
         window=config.window and list(config.window),
         orientation=config.orientation,
-        settings_table=markdown_table(["Setting", "Value"], _settings(config)),
-        training_table=markdown_table(["Setting", "Value"], _published(training)) if training else "",
+        settings_table=_table(["Setting", "Value"], _settings(config)),
+        training_table=_table(["Setting", "Value"], training) if training else "",
     )
     return f"{card}\n"
 
@@ -65,8 +65,9 @@ def _dataset(report: Report | None) -> str:
     return "" if report is None else str(without_place(report.settings.get("dataset", "")))
 
 
-def _published(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(name, without_place(value)) for name, value in values.items()]
+def _table(header: Sequence[str], values: Mapping[Any, Any]) -> str:
+    rows = [(name, without_place(value)) for name, value in values.items()]
+    return markdown_table(header, rows, text_columns=2)
 
 
 def _scores(report: Report | None) -> dict[str, Any]:
@@ -124,9 +125,9 @@ def _eval_results(report: Report) -> "list[EvalResult]":
     ]
 
 
-def _settings(config: SamedConfig) -> list[tuple[str, Any]]:
+def _settings(config: SamedConfig) -> dict[str, Any]:
     values = config.to_dict() | {"base": published_base(config.base)}
     for name in ("class_names", *_USES_NO.get(config.method, ())):  # classes have a table of their own
         del values[name]
     listed = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
-    return _published({name: value for name, value in listed.items() if value is not None})
+    return {name: value for name, value in listed.items() if value is not None}

@@ -115,7 +115,7 @@ def report_text(report: Report, links: Mapping[str, str]) -> str:
         parts += ["## Pictures", *(f"{case}\n\n![{case}]({link})" for case, link in shown)]
     if report.settings:
         rows = [(name, _setting(value)) for name, value in report.settings.items()]
-        parts += ["## Settings", markdown_table(["Setting", "Value"], rows)]
+        parts += ["## Settings", markdown_table(["Setting", "Value"], rows, text_columns=2)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -47,9 +47,9 @@ def markdown_text(value: Any) -> str:
     return re.sub(r"[\\|<\[\]`]", r"\\\g<0>", " ".join(str(value).split()))
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table of escaped cells; the first column is aligned left, the others right."""
-    align = ["---", *["---:"] * (len(header) - 1)]
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, text_columns: int = 1) -> str:
+    """A Markdown table of escaped cells; the first columns, of text, are aligned left, the others right."""
+    align = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
     lines = [map(markdown_text, header), align, *(map(markdown_text, row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -40,6 +40,8 @@ from samed_peft.evaluation.tables import (
 from samed_peft.io import list_folder, naming_unreadable, read_json, read_text, tensor_shapes
 from samed_peft.metrics import METRICS, format_metric
 
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+
 
 def published_files(directory: str | Path, *, pictures: bool = False, cases: bool = False) -> dict[str, bytes]:
     """Make the files that are published of an adapter: name in the repository -> content.
@@ -193,7 +195,7 @@ def _markdown(report: Report) -> str:
             for case, scores in report.cases.items()
             for name, score in zip(report.class_names, scores[convention], strict=True)
         ]
-        parts += [markdown_table(["Case", "Class", *titles], rows)] if rows else []
+        parts += [markdown_table(["Case", "Class", *titles], rows, text_columns=2)] if rows else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -209,14 +211,16 @@ def _pictures(folder: Path, *, named: bool) -> dict[str, bytes]:
 
 def _plain_png(path: Path) -> bytes:
     """A PNG of the same pixels, without texts, dates and other notes."""
-    data, clean = io.BytesIO(_read(path)), io.BytesIO()
+    data, clean = _read(path), io.BytesIO()
     try:
-        with Image.open(data, formats=["PNG"]) as picture:
-            picture.verify()  # checksums up to the end of the file; the picture must then be opened again
-        with Image.open(data, formats=["PNG"]) as picture:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            picture.verify()  # all checksums but the last; the picture must then be opened again
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             picture.load()
             picture.info = {key: value for key, value in picture.info.items() if key == "transparency"}
             picture.save(clean, "PNG")
+        if _PNG_END not in data:
+            raise ValueError("the last part is incomplete")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(
             f"expected a PNG in {path}, found something else or a part of one; make the report again"
