@@ -24,6 +24,7 @@ from samed_peft.metrics.records import (
     Presence,
     format_metric,
 )
+from samed_peft.metrics.reference import medpy_scores
 from samed_peft.metrics.scores import (
     DEFAULT_TOLERANCE_MM,
     CaseScores,
@@ -68,6 +69,7 @@ __all__ = [
     "confidence_intervals",
     "format_metric",
     "mean_defined",
+    "medpy_scores",
     "presence",
     "score_case",
     "score_labels",

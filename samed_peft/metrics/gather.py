@@ -1,25 +1,21 @@
 """The scores as an `evaluate.Metric` that gathers the cases of several processes."""
 
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
 import evaluate
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import ArrayLike
 
 from samed_peft.errors import InputError
-from samed_peft.metrics import (
-    CONVENTIONS,
-    DEFAULT_TOLERANCE_MM,
-    METRICS,
-    CaseScores,
-    ClassScores,
-    Convention,
-    checked_tolerance,
-    score_case,
-    summarise,
-    without_nan,
-)
+from samed_peft.metrics.records import CONVENTIONS, METRICS, Convention
+from samed_peft.metrics.scores import DEFAULT_TOLERANCE_MM, CaseScores, ClassScores, checked_tolerance, score_case
+from samed_peft.metrics.summary import summarise, without_nan
 
 _INPUTS = """
 Args:
@@ -51,15 +47,13 @@ class SegmentationScores(evaluate.Metric):
         super().__init__(**options)
 
     def _info(self) -> evaluate.MetricInfo:
-        scores = datasets.Sequence(datasets.Value("float64"))
-        features = {f"{convention}_{name}": scores for convention in CONVENTIONS for name in METRICS}
+        text, number = datasets.Value("string"), datasets.Value("float64")
+        scores = {f"{convention}_{name}": datasets.Sequence(number) for convention in CONVENTIONS for name in METRICS}
         return evaluate.MetricInfo(
             description="Overlap and surface distances of segmentations, per class and overall.",
             citation="",
             inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"case": datasets.Value("string"), "presence": datasets.Sequence(datasets.Value("string")), **features}
-            ),
+            features=datasets.Features({"case": text, "presence": datasets.Sequence(text), **scores}),
         )
 
     def add(
@@ -85,6 +79,10 @@ class SegmentationScores(evaluate.Metric):
             )
         except InputError as error:
             raise InputError(f"{case}: {error}") from error
+        self.add_scores(case, scores)
+
+    def add_scores(self, case: str, scores: CaseScores) -> None:
+        """Keep the scores of a case that is already scored."""
         row = {
             f"{convention}_{name}": [values[name] for values in scores[convention]]
             for convention in CONVENTIONS
@@ -92,21 +90,70 @@ class SegmentationScores(evaluate.Metric):
         }
         super().add(case=case, presence=scores["presence"], **row)
 
-    def compute(self, **options: Any) -> dict[str, Any] | None:
-        """Means over all cases, as in `report.json`; None on every process but the first."""
+    def compute(self, *, per_case: bool = False, **options: Any) -> dict[str, Any] | None:
+        """Means over all cases, as in `report.json`; None on every process but the first.
+
+        Args:
+            per_case: add "cases", case -> its `CaseScores`.
+            options: those of `evaluate.Metric.compute`.
+        """
         if self.writer is None:
             # A process that was given no case must still leave its file, or the first one waits for it.
             super().add_batch(**{name: [] for name in self._feature_names()})
-        return super().compute(**options)
+        return super().compute(per_case=per_case, **options)
 
-    def _compute(self, **columns: Sequence[Any]) -> dict[str, Any]:
+    def _compute(self, *, per_case: bool, **columns: Sequence[Any]) -> dict[str, Any]:
         by_case = {case: _scores_at(columns, index) for index, case in enumerate(columns["case"])}
-        return without_nan(summarise([by_case[case] for case in sorted(by_case)], self.class_names))
+        means = without_nan(summarise([by_case[case] for case in sorted(by_case)], self.class_names))
+        return means | ({"cases": by_case} if per_case else {})
 
 
-def _scores_at(columns: dict[str, Sequence[Any]], index: int) -> CaseScores:
+def _scores_at(columns: Mapping[str, Sequence[Any]], index: int) -> CaseScores:
     def scores(convention: Convention) -> ClassScores:
-        by_metric = zip(*(columns[f"{convention}_{metric}"][index] for metric in METRICS), strict=True)
+        by_metric = zip(*(columns[f"{convention}_{name}"][index] for name in METRICS), strict=True)
         return [dict(zip(METRICS, values, strict=True)) for values in by_metric]
 
     return {"standard": scores("standard"), "samed": scores("samed"), "presence": list(columns["presence"][index])}
+
+
+def gather_scores(
+    scores: Mapping[str, CaseScores], class_names: Sequence[str], *, accelerator: Accelerator
+) -> dict[str, CaseScores]:
+    """Gather the scores of the cases of all processes with `SegmentationScores`.
+
+    `evaluate` exchanges them through files, here in a temporary folder of the main process, which is removed
+    afterwards. Processes on another node do not see that folder; in that case Accelerate's `gather_object` is used.
+
+    Args:
+        scores: case -> scores, of the cases of this process; may be empty.
+        class_names: names of labels 1..K.
+        accelerator: the processes; all of them have to call.
+
+    Returns:
+        case -> scores of all cases, equal on every process.
+    """
+    folder = tempfile.mkdtemp(prefix="samed_scores_") if accelerator.is_main_process else ""
+    (folder,) = broadcast_object_list([folder])
+    try:
+        if not all(gather_object([_sees(folder)])):
+            return {case: found for part in gather_object([scores]) for case, found in part.items()}
+        metric = SegmentationScores(
+            class_names,
+            cache_dir=folder,
+            experiment_id=Path(folder).name,  # no other use has this name
+            num_process=accelerator.num_processes,
+            process_id=accelerator.process_index,
+            keep_in_memory=accelerator.num_processes == 1,
+        )
+        for case, found in scores.items():
+            metric.add_scores(case, found)
+        computed = metric.compute(per_case=True)
+        (cases,) = broadcast_object_list([computed and computed["cases"]])
+        return cases
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(folder)
+
+
+def _sees(folder: str) -> bool:
+    return Path(folder).is_dir()

@@ -1,10 +1,12 @@
-"""An adapter on held-out cases: masks, scores and pictures in a folder."""
+"""Segment and score held-out cases: masks, scores and pictures in a folder."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from samed_peft.datasets import CaseVolumes
 from samed_peft.evaluation.artefacts import write_report
@@ -23,24 +25,46 @@ def score_held_out(
     accelerator: Accelerator,
     settings: Mapping[str, Any],
 ) -> Report | None:
-    """Segment cases as if they had no labels, and score the masks that were written.
+    """Segment cases without their labels and score the masks that were written; each process scores its own cases.
 
     Args:
         model: from `load_segmenter`.
         images: case -> scan, read when its turn comes.
         references: case -> label map.
         directory: gets `predictions` and the report's files.
-        accelerator: its processes share the cases out.
-        settings: what the report says about the run.
+        accelerator: divides the cases among its processes.
+        settings: facts about the run for the report.
 
     Returns:
         The report on the main process, None on the others.
+
+    Raises:
+        InputError: as `evaluate_cases`.
     """
+    from samed_peft.metrics.gather import gather_scores  # `evaluate` takes seconds to import
+
     masks = segment_cases(model, images, directory / "predictions", accelerator=accelerator)
+    names = settings_of(model).class_names
+    mine = list(images)[accelerator.process_index :: accelerator.num_processes]
+    written = CaseVolumes.of_masks({case: masks[case] for case in mine})
+    # References without a scan stay in: `evaluate_cases` refuses them.
+    own = {case: partial(references.__getitem__, case) for case in references if case in mine or case not in images}
+    if own or accelerator.is_main_process:
+        part = evaluate_cases(written, CaseVolumes(own), class_names=names, images=images, settings=settings)
+    else:  # fewer cases than processes
+        part = Report(names, {})
+    cases = gather_scores(part.cases, names, accelerator=accelerator)
+    parts = gather_object([(dict(part.pictures), part.settings.get("cases_without_spacing", []))])
     if not accelerator.is_main_process:
         return None
-    names = settings_of(model).class_names
-    written = CaseVolumes.of_masks(masks)
-    report = evaluate_cases(written, references, class_names=names, images=images, settings=settings)
+    pictures = {case: picture for found, _ in parts for case, picture in found.items()}
+    without_spacing = {case for _, found in parts for case in found}
+    spacing = {"cases_without_spacing": [case for case in references if case in without_spacing]}
+    report = Report(
+        names,
+        {case: cases[case] for case in references},
+        settings={**part.settings, **(spacing if without_spacing else {})},
+        pictures={case: pictures[case] for case in references},
+    )
     write_report(report, directory)
     return report

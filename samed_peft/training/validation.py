@@ -1,9 +1,8 @@
-"""The one number that a training run watches."""
+"""Validate a model during training."""
 
 from collections.abc import Mapping
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from samed_peft.io import Volume
 from samed_peft.metrics import score_case, summarise
@@ -17,7 +16,7 @@ def mean_dice(
     *,
     accelerator: Accelerator,
 ) -> float:
-    """Mean Dice over cases and then classes, absent ones left out; the cases are shared out among processes.
+    """Mean Dice over cases and then classes, absent ones left out; the cases are divided among processes.
 
     Args:
         model: as for `predict_volume`.
@@ -28,11 +27,13 @@ def mean_dice(
     Returns:
         The same number on every process; NaN if no reference and no prediction has any label.
     """
+    from samed_peft.metrics.gather import gather_scores  # `evaluate` takes seconds to import
+
     class_names = settings_of(model).class_names
-    scores = []
+    scores = {}
     for case in list(images)[accelerator.process_index :: accelerator.num_processes]:
         with accelerator.autocast():
             mask = predict_volume(model, images[case])
-        scores.append(score_case(mask, references[case].array, num_classes=len(class_names)))
-    everywhere = gather_object(scores) if accelerator.num_processes > 1 else scores
-    return summarise(everywhere, class_names)["standard"]["mean"]["dice"]
+        scores[case] = score_case(mask, references[case].array, num_classes=len(class_names))
+    everywhere = gather_scores(scores, class_names, accelerator=accelerator)
+    return summarise(list(everywhere.values()), class_names)["standard"]["mean"]["dice"]

@@ -10,12 +10,14 @@ import pytest
 from medpy.metric.binary import assd, dc, hd95, jc
 
 from samed_peft.config import SYNAPSE_CLASSES
+from samed_peft.datasets import phantom_case
 from samed_peft.errors import InputError
 from samed_peft.metrics import (
     CONVENTIONS,
     METRICS,
     confidence_intervals,
     format_metric,
+    medpy_scores,
     presence,
     score_case,
     score_labels,
@@ -69,6 +71,40 @@ def test_samed_convention_equals_the_original_code():
         for p, r in golden["pairs"]
     ]
     np.testing.assert_array_equal(found, golden["dice_hd95"])
+
+
+def test_medpys_scores_are_those_of_the_original_code():
+    golden = np.load(GOLDEN)
+    for (predicted, referenced), expected in zip(golden["pairs"], golden["dice_hd95"], strict=True):
+        pair = (golden["masks"][predicted] != 0).astype(np.uint8), (golden["masks"][referenced] != 0).astype(np.uint8)
+        for crop in (True, False):
+            (score,) = medpy_scores(*pair, num_classes=1, crop=crop)
+            assert [score["dice"], score["hd95"]] == list(expected)
+
+
+def test_medpy_confirms_the_scores_of_phantoms_with_absent_organs():
+    spacing = (3.0, 0.75, 0.8)
+    phantoms = [phantom_case(case, seed=0, shape_dhw=(12, 48, 48), spacing_zyx_mm=spacing)[1] for case in (0, 1)]
+    prediction, reference = (np.minimum(labels, 13) for labels in phantoms)
+    reference[reference == 2] = 0
+    prediction[prediction == 3] = 0
+    for labels in (prediction, reference):
+        labels[labels == 5] = 0
+    ours = score_case(prediction, reference, num_classes=13, spacing_zyx_mm=spacing)
+    theirs = medpy_scores(prediction, reference, num_classes=13)
+    assert [theirs[label - 1] for label in (2, 3, 5)] == [
+        {"dice": 1.0, "hd95": 0.0},
+        {"dice": 0.0, "hd95": 0.0},
+        {"dice": 0.0, "hd95": 0.0},
+    ]
+    assert ours["presence"].count("both") >= 5
+    for found, expected in zip(ours["samed"], theirs, strict=True):
+        assert [found["dice"], found["hd95"]] == pytest.approx(list(expected.values()), abs=1e-9)
+    in_mm = medpy_scores(prediction, reference, num_classes=13, spacing_zyx_mm=spacing)
+    for found, expected, there in zip(ours["standard"], in_mm, ours["presence"], strict=True):
+        if there == "both":
+            assert found["hd95"] == pytest.approx(expected["hd95"], abs=1e-9)
+    assert theirs == medpy_scores(prediction, reference, num_classes=13, crop=False)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -16,7 +16,8 @@ from conftest import GOLDEN
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import SamModel
 
-from samed_peft import load_adapter, predict_volume
+from samed_peft import load_adapter, metrics, predict_volume
+from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.conversion import convert_samed
 from samed_peft.datasets import write_phantom
 from samed_peft.io import load_tensors, read_labels, read_volume, write_mask
@@ -297,6 +298,23 @@ def test_scores_are_those_of_the_adapters_own_window_and_can_be_repeated(run, sc
     scan = read_volume(scans / "Training" / "img" / "img0001.nii.gz")
     expected = predict_volume(load_adapter(converted), scan)
     assert (read_labels(out / "predictions" / "case0001.nii.gz").array == expected).all()
+
+
+def test_medpy_confirms_the_samed_columns_or_the_recipe_fails(call_recipe, scans, converted, tmp_path, monkeypatch):
+    out = tmp_path / "scored"
+    options = ("--adapter", converted, "--data_dir", scans, "--test_cases", 1, "--output_dir", out)
+    code, stderr = call_recipe(RECIPES / "score_synapse.py", *options)
+    assert code == 0, stderr
+    by_medpy = json.loads((out / "scores.json").read_text(encoding="utf-8"))["medpy"]
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert by_medpy["mean"] == pytest.approx({name: report["samed"]["mean"][name] for name in ("dice", "hd95")})
+    assert by_medpy["largest_difference"] <= by_medpy["allowed_difference"] == 1e-9
+    assert by_medpy["cases"]["case0001"].keys() == set(SYNAPSE_CLASSES)
+    off = [{"dice": 0.5, "hd95": 1e6}] * len(SYNAPSE_CLASSES)
+    monkeypatch.setattr(metrics, "medpy_scores", lambda *_, **__: off)
+    code, _ = call_recipe(RECIPES / "score_synapse.py", *options)
+    assert "error: scores differ from medpy's by 1.0e+06, more than 1e-09" in code  # a text is exit code 1
+    assert (out / "report.json").is_file()
 
 
 def test_scoring_leaves_a_training_runs_folder_alone(call_recipe, scans, converted, tmp_path):

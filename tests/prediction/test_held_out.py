@@ -1,0 +1,80 @@
+"""Held-out cases and validation, scored by one process and by two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+
+from samed_peft.errors import InputError
+from samed_peft.io import Volume
+from samed_peft.prediction.held_out import score_held_out
+
+WORKER = Path(__file__).with_name("two_process_scores.py")
+LAUNCHERS = {1: [], 2: ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """Number of processes -> folder, and the lines that they print."""
+    found = {}
+    for count, launcher in LAUNCHERS.items():
+        out = tmp_path_factory.mktemp(f"processes_{count}")
+        temporary = tmp_path_factory.mktemp("temporary")
+        # What the scores need is in the package: neither a cache in the home folder nor a network.
+        offline = {"HF_HOME": str(temporary / "home"), "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", **offline}
+        command = [sys.executable, *launcher, str(WORKER), str(out)]
+        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert not list(temporary.rglob("*samed_scores*"))
+        assert not list(temporary.rglob("*segmentation_scores*"))
+        found[count] = out, [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return found
+
+
+def _files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_files_of_one(scored):
+    one, two = (_files(scored[count][0]) for count in (1, 2))
+    assert one.keys() == two.keys()
+    for name in one:
+        if not name.endswith(".gz"):
+            assert one[name] == two[name], name
+    names = {name.split("/", 1)[1] for name in one if name.startswith("four/")}
+    masks = {f"predictions/case {number}.nii.gz" for number in (9, 8, 7, 6)}
+    pictures = {f"pictures/case_{number}.png" for number in (9, 8, 7, 6)}
+    assert names == masks | pictures | {f"report.{kind}" for kind in ("json", "csv", "html", "md")}
+    report = json.loads(two["four/report.json"])
+    assert [case["case"] for case in report["cases"]] == ["case 9", "case 8", "case 7", "case 6"]
+    assert report["settings"]["cases_without_spacing"] == ["case 8", "case 6"]
+    assert two["apart/report.json"] == two["four/report.json"]
+
+
+@pytest.mark.slow
+def test_every_process_learns_the_validations_dice(scored):
+    (_, one), (_, two) = scored[1], scored[2]
+    expected = {line["scores"]: line["dice"] for line in one}
+    assert expected.keys() == {"four", "one", "apart"}
+    assert 0 < float.fromhex(expected["four"]) < 1
+    assert len(two) == 2 * len(one)
+    for line in two:
+        assert line["dice"] == expected[line["scores"]]
+        assert (line["cases"] is None) == (line["rank"] == 1)
+
+
+def test_cases_without_a_partner_are_refused(golden_model, tmp_path):
+    scan, labels = Volume(np.zeros((1, 8, 8), np.float32), normalized=True), Volume(np.zeros((1, 8, 8), np.uint8))
+    for images, references in (({"a": scan}, {"a": labels, "b": labels}), ({"a": scan, "b": scan}, {"a": labels})):
+        with pytest.raises(InputError, match=r"must be of the same cases; found no .* of b"):
+            score_held_out(golden_model, images, references, tmp_path, accelerator=Accelerator(cpu=True), settings={})
+    with pytest.raises(InputError, match="there is no case to evaluate"):
+        score_held_out(golden_model, {}, {}, tmp_path, accelerator=Accelerator(cpu=True), settings={})
+    assert not (tmp_path / "report.json").exists()
