@@ -5,11 +5,12 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from samed_peft.errors import InputError
 from samed_peft.evaluation.page import html_page
+from samed_peft.evaluation.render import render
 from samed_peft.evaluation.report import Report
 from samed_peft.evaluation.tables import (
     CONVENTION_NOTES,
@@ -18,12 +19,9 @@ from samed_peft.evaluation.tables import (
     METRIC_NOTE,
     class_rows,
     column_titles,
-    further_table,
     interval_rows,
-    markdown_table,
-    markdown_text,
-    metric_title,
     remarks,
+    score_rows,
 )
 from samed_peft.io import write_bytes, write_json, write_text
 from samed_peft.metrics import CONVENTIONS, METRICS, Convention, format_metric
@@ -57,7 +55,7 @@ def write_report(report: Report, directory: str | Path, *, pictures: Mapping[str
     write_json(directory / "report.json", report.to_dict())
     write_text(directory / "report.csv", csv_text(report))
     write_text(directory / "report.html", html_page(report, pictures=pictures, links=links))
-    write_text(directory / "report.md", report_text(report, links))
+    write_text(directory / "report.md", report_text(report, _case_tables(report), links=links))
 
 
 def csv_text(report: Report) -> str:
@@ -83,65 +81,50 @@ def _inert(name: str) -> str:
     return f"'{name}" if name.lstrip(" ").startswith(_FORMULA_STARTS) else name
 
 
-def report_text(report: Report, links: Mapping[str, str]) -> str:
+CaseTable = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+"""Heading, header and rows of a table with the scores of single cases."""
+
+
+def report_text(report: Report, case_tables: Iterable[CaseTable], *, links: Mapping[str, str]) -> str:
     """The report as Markdown.
 
     Args:
         report: the scores.
+        case_tables: tables with the scores of single cases; they come after those with means.
         links: case -> path of its picture.
     """
-    titles = column_titles(MAIN_COLUMNS)
-    failed = report.settings.get("failed_cases", {})
-    parts = [
-        "# Evaluation",
-        *map(markdown_text, remarks(report)),
-        *(
-            ["\n".join(f"- {markdown_text(f'failed: {case}: {reason}')}" for case, reason in failed.items())]
-            if failed
-            else []
-        ),
-        f"{report.n_cases} cases, {len(report.class_names)} classes. Scores come in two conventions:",
-        "\n".join(f"- `{convention}`: {note}" for convention, note in CONVENTION_NOTES.items()),
-        METRIC_NOTE,
-        "## Classes",
-        markdown_table(["Class", *titles[:2], "n Dice", "n HD95", *titles[2:]], class_rows(report)),
-        *("## Further metrics and counts", further_table(report)),
-        *("## 95 % confidence intervals", markdown_table(["Class", *titles], interval_rows(report))),
+    further = [(c, metric) for c in CONVENTIONS for metric in METRICS if metric not in MAIN_METRICS]
+    settings = [
+        (name, json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else value)
+        for name, value in report.settings.items()
     ]
-    for convention in CONVENTIONS:
-        parts += [_case_heading(convention), _case_table(report, convention)]
-    if links:
-        shown = [(markdown_text(case), links[case]) for case in report.cases if case in links]
-        parts += ["## Pictures", *(f"{case}\n\n![{case}]({link})" for case, link in shown)]
-    if report.settings:
-        rows = [(name, _setting(value)) for name, value in report.settings.items()]
-        parts += ["## Settings", markdown_table(["Setting", "Value"], rows, text_columns=2)]
-    return "\n\n".join(parts) + "\n"
+    return render(
+        "report.md.jinja",
+        report=report,
+        remarks=remarks(report),
+        failed=report.settings.get("failed_cases", {}),
+        conventions=CONVENTION_NOTES,
+        metric_note=METRIC_NOTE,
+        titles=column_titles(MAIN_COLUMNS),
+        class_rows=class_rows(report),
+        further_titles=column_titles(further),
+        further_rows=score_rows(report, further, counts=("n_absent", "n_missed", "n_spurious")),
+        interval_rows=interval_rows(report),
+        case_tables=case_tables,
+        pictures={case: links[case] for case in report.cases if case in links},
+        settings=settings,
+    )
 
 
-def _setting(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else str(value)
-
-
-def _case_heading(convention: Convention) -> str:
-    units = {"mm": "millimetres"}
-    shown = [(metric_title(metric), METRICS[metric].unit_in(convention)) for metric in MAIN_METRICS]
-    columns = " / ".join(f"{name} in {units.get(unit, unit)}" if unit else name for name, unit in shown)
-    return f"## Cases, {convention} ({columns})"
-
-
-def _case_table(report: Report, convention: Convention) -> str:
-    rows = [
-        [
-            case,
-            *(
-                " / ".join(format_metric(metric, score[metric]) for metric in MAIN_METRICS)
-                for score in scores[convention]
-            ),
+def _case_tables(report: Report) -> Iterator[CaseTable]:
+    """Dice and HD95 by case and class, a table for each convention."""
+    units: Mapping[Convention, str] = {"standard": "millimetres", "samed": "voxels"}
+    for convention, unit in units.items():
+        rows = [
+            [case, *(" / ".join(format_metric(m, score[m]) for m in MAIN_METRICS) for score in scores[convention])]
+            for case, scores in report.cases.items()
         ]
-        for case, scores in report.cases.items()
-    ]
-    return markdown_table(["Case", *report.class_names], rows)
+        yield f"{convention} (Dice / HD95 in {unit})", ["Case", *report.class_names], rows
 
 
 def picture_links(pictures: Iterable[str]) -> dict[str, str]:

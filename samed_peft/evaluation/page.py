@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from markupsafe import Markup
 
@@ -43,26 +42,29 @@ def html_page(report: Report, *, pictures: Mapping[str, bytes], links: Mapping[s
         links: case -> path of its picture from the page.
     """
     style, script = asset("report.css"), asset("report.js")
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     worst = report.worst_first()
     return render(
         "report.html.jinja",
         report=report,
         style=style,
         script=script,
-        hashes=hashes,
+        hashes=[base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)],
         metrics=METRICS,
+        main_columns=MAIN_COLUMNS,
         conventions=CONVENTION_NOTES,
         metric_note=METRIC_NOTE,
-        format_metric=format_metric,
         score_groups=_score_groups(),
+        format_metric=format_metric,
+        format_interval=format_interval,
         short_interval=_short_interval,
         presences=_PRESENCES,
         remarks=remarks(report),
         failed=report.settings.get("failed_cases", {}),
-        figures=_figures(report),
         charts=[_chart(report, metric) for metric in MAIN_METRICS],
-        worst=[_worst_case(report, case, pictures) for case in worst[:MOST_PICTURES]],
+        worst={case: _worst_classes(report, case) for case in worst[:MOST_PICTURES]},
+        pictures={
+            case: base64.b64encode(pictures[case]).decode() for case in worst[:MOST_PICTURES] if case in pictures
+        },
         further=[case for case in worst[MOST_PICTURES:] if case in links],
         links=links,
         settings=_settings(report),
@@ -73,22 +75,6 @@ def _score_groups() -> list[tuple[str, list[str]]]:
     """Title and headings of each group of columns with scores."""
     titles = [metric_title(metric) for metric in METRICS]
     return [(f"{convention}, distances in {METRICS['hd95'].unit_in(convention)}", titles) for convention in CONVENTIONS]
-
-
-def _figures(report: Report) -> list[dict[str, str]]:
-    """Label, value and interval of each of the means on top."""
-    figures = []
-    for convention, metric in MAIN_COLUMNS:
-        mean, interval = report.summary[convention]["mean"], report.intervals[convention]["mean"]
-        unit = "" if math.isnan(mean[metric]) else METRICS[metric].unit_in(convention)
-        figures.append(
-            {
-                "label": f"Mean {METRICS[metric].title}, {convention}",
-                "value": f"{format_metric(metric, mean[metric])} {unit}".strip(),
-                "interval": format_interval(metric, interval[metric]),
-            }
-        )
-    return figures
 
 
 def _chart(report: Report, metric: Metric) -> Markup:
@@ -113,14 +99,6 @@ def _short_interval(metric: Metric, interval: Interval) -> str:
     digits = METRICS[metric].digits
     digits -= digits > 2 or interval[1] >= 10
     return f"{interval[0]:.{digits}f}\u2013{interval[1]:.{digits}f}"
-
-
-def _worst_case(report: Report, case: str, pictures: Mapping[str, bytes]) -> dict[str, Any]:
-    return {
-        "case": case,
-        "classes": _worst_classes(report, case),
-        "picture": base64.b64encode(pictures[case]).decode() if case in pictures else None,
-    }
 
 
 def _worst_classes(report: Report, case: str, *, most: int = 3) -> str:

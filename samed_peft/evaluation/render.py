@@ -1,4 +1,4 @@
-"""Render the package's Jinja templates; each value in them is escaped unless it was rendered here."""
+"""Render the Jinja templates of reports; every value in them is escaped unless it was rendered before."""
 
 import functools
 from pathlib import Path
@@ -7,28 +7,40 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from samed_peft.evaluation.tables import markdown_table, markdown_text
 from samed_peft.io import read_text
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
 @functools.cache
-def _environment() -> Environment:
-    return Environment(
+def _environment(*, is_markdown: bool) -> Environment:
+    environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
+        autoescape=not is_markdown,
+        finalize=_escaped if is_markdown else None,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=True,
     )
+    environment.globals["table"] = _table
+    return environment
+
+
+def _escaped(value: Any) -> Any:
+    return value if isinstance(value, Markup) else markdown_text(value)
+
+
+def _table(*columns: Any, **options: Any) -> Markup:
+    return Markup(markdown_table(*columns, **options))
 
 
 def render(template: str, **values: Any) -> Markup:
-    """A template's text with these values."""
-    return Markup(_environment().get_template(template).render(values))
+    """The text that a template (.md.jinja for Markdown, otherwise markup) makes of these values."""
+    environment = _environment(is_markdown=template.endswith(".md.jinja"))
+    return Markup(environment.get_template(template).render(values).strip() + "\n")
 
 
 def asset(name: str) -> Markup:
-    """The text of a style sheet or script; its line ends are the same on every system, as a page names its hash."""
+    """The text of a style sheet or script, with the same line ends on every system, as pages name its hash."""
     return Markup(read_text(_TEMPLATES / name))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from samed_peft.evaluation.stored import Entry, Means, check_settings, read_cases, read_means
+from samed_peft.evaluation.stored import Entry, Means, read_cases, read_means, read_settings
 from samed_peft.metrics import (
     CONVENTIONS,
     CaseScores,
@@ -78,14 +78,15 @@ class Report:
             InputError: naming the first field that is missing or of a wrong type.
         """
         report = Entry(dict(values))
-        names = tuple(report["standard"]["classes"].checked(dict, "an object"))
-        cases = read_cases(report["cases"], names)
-        n_cases = report["n_cases"].count() if "n_cases" in report else len(cases)
-        if cases and n_cases != len(cases):
-            report["n_cases"].refuse(f"the number of cases, {len(cases)},")
-        is_older = bool(cases) and "mean_ci95" not in report["standard"]
+        classes = report["standard"]["classes"]
+        names = tuple(classes.expect(isinstance(classes.value, dict), "an object"))
+        cases = read_cases(report, names)
+        n_cases = report["n_cases"].count() if report.has("n_cases") else len(cases)
+        if cases:
+            report["cases"].expect(n_cases == len(cases), f"a list of {n_cases} cases")
+        is_older = bool(cases) and not report["standard"].has("mean_ci95")
         means = None if is_older else read_means(report, names, n_cases=n_cases)
-        return cls(names, cases, settings=check_settings(report["settings"]), means=means)
+        return cls(names, cases, settings=read_settings(report), means=means)
 
     def _summary_dict(self, convention: Convention) -> dict[str, Any]:
         summary, intervals = self.summary[convention], self.intervals[convention]
@@ -109,10 +110,6 @@ class Report:
             }
             for case, scores in self.cases.items()
         ]
-
-    def count_scored(self, index: int, metric: Metric) -> int:
-        """Number of cases in which class `index` (label `index` + 1) has a `standard` score."""
-        return sum(not math.isnan(scores["standard"][index][metric]) for scores in self.cases.values())
 
     def case_mean(self, case: str, metric: Metric = "dice") -> float:
         """Mean `standard` score of a case over its classes; NaN if none has one."""

@@ -1,6 +1,7 @@
 """Tables and texts of a report, for Markdown, HTML and the terminal alike."""
 
 import io
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,19 +74,22 @@ def score_rows(report: Report, columns: Columns, *, counts: Sequence[str] = ()) 
 
 def class_rows(report: Report) -> list[list[str]]:
     """Name, Dice and HD95 of each class, cases with each, and both in the samed convention; the mean last."""
-    counts = [
-        [f"{report.count_scored(index, metric)}/{report.n_cases}" for metric in MAIN_METRICS]
+    rows = zip(score_rows(report, MAIN_COLUMNS), [*_counts(report), ("", "")], strict=True)
+    return [[*row[:3], *counts, *row[3:]] for row, counts in rows]
+
+
+def _counts(report: Report) -> list[tuple[str, str]]:
+    """How many cases have a Dice and an HD95 of each class; a report of means alone does not know the latter."""
+    found = report.summary["standard"]["classes"].values()
+    distances = [
+        sum(not math.isnan(scores["standard"][index]["hd95"]) for scores in report.cases.values())
         for index in range(len(report.class_names))
     ]
-    rows = zip(score_rows(report, MAIN_COLUMNS), [*counts, ["", ""]], strict=True)
-    return [[*row[:3], *count, *row[3:]] for row, count in rows]
-
-
-def further_table(report: Report) -> str:
-    """Markdown table of the other metrics, and of how many cases have a class in no mask or a single one."""
-    columns = [(c, metric) for c in CONVENTIONS for metric in METRICS if metric not in MAIN_METRICS]
-    rows = score_rows(report, columns, counts=("n_absent", "n_missed", "n_spurious"))
-    return markdown_table(["Class", *column_titles(columns), "in neither", "missed", "spurious"], rows)
+    total = report.n_cases
+    return [
+        (f"{scores['n_valid']}/{total}", f"{number}/{total}" if report.cases else "n/a")
+        for scores, number in zip(found, distances, strict=True)
+    ]
 
 
 def interval_rows(report: Report) -> list[list[str]]:

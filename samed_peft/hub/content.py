@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,12 @@ from samed_peft.adapters.folder import (
 from samed_peft.adapters.places import is_place, published_base, without_place, without_places
 from samed_peft.config import TINY_SAM, TINY_SAM_NOTE, SamedConfig
 from samed_peft.errors import InputError
+from samed_peft.evaluation.artefacts import CaseTable, report_text
 from samed_peft.evaluation.report import Report
 from samed_peft.evaluation.stored import Means
-from samed_peft.evaluation.tables import (
-    CONVENTION_NOTES,
-    column_titles,
-    markdown_table,
-    markdown_text,
-    remarks,
-    score_rows,
-)
+from samed_peft.evaluation.tables import column_titles
 from samed_peft.io import list_folder, naming_unreadable, read_json, read_text, tensor_shapes
-from samed_peft.metrics import METRICS, format_metric
+from samed_peft.metrics import CONVENTIONS, METRICS, format_metric
 
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -160,7 +154,7 @@ def _case_names(report: Report | None) -> list[str]:
 def _report_files(folder: Path, report: Report, config: SamedConfig, *, cases: bool) -> dict[str, bytes]:
     chosen = _published_report(report, config, cases=cases)
     values = chosen.to_dict() | {"n_cases": chosen.n_cases}
-    texts = {"report.json": _json(values), "report.md": _markdown(chosen).encode()}
+    texts = {"report.json": _json(values), "report.md": report_text(chosen, _case_tables(chosen), links={}).encode()}
     return {name: text for name, text in texts.items() if (folder / name).is_file()}
 
 
@@ -179,24 +173,16 @@ def _published_report(report: Report, config: SamedConfig, *, cases: bool) -> Re
     return Report(report.class_names, report.cases if cases else {}, settings=settings, means=means)
 
 
-def _markdown(report: Report) -> str:
-    """The published report as Markdown: a section for each convention."""
-    dataset = f" of {markdown_text(report.settings['dataset'])}" if "dataset" in report.settings else ""
-    parts = ["# Evaluation", *map(markdown_text, remarks(report)), f"{report.n_cases} cases{dataset}."]
-    for convention, note in CONVENTION_NOTES.items():
-        columns = [(convention, metric) for metric in METRICS]
-        titles = column_titles(columns)
-        classes = report.summary[convention]["classes"].values()
-        counts = [*(f"{scores['n_valid']}/{scores['n_cases']}" for scores in classes), ""]
-        rows = [[*row, count] for row, count in zip(score_rows(report, columns), counts, strict=True)]
-        parts += [f"## {convention}", note, markdown_table(["Class", *titles, "n"], rows)]
+def _case_tables(report: Report) -> Iterator[CaseTable]:
+    """All metrics by case and class, a table for each convention."""
+    for convention in CONVENTIONS if report.cases else ():
         rows = [
             [case, name, *(format_metric(metric, score[metric]) for metric in METRICS)]
             for case, scores in report.cases.items()
             for name, score in zip(report.class_names, scores[convention], strict=True)
         ]
-        parts += [markdown_table(["Case", "Class", *titles], rows, text_columns=2)] if rows else []
-    return "\n\n".join(parts) + "\n"
+        titles = column_titles([(convention, metric) for metric in METRICS])
+        yield convention, ["Case", "Class", *titles], rows
 
 
 def _pictures(folder: Path, *, named: bool) -> dict[str, bytes]:
