@@ -78,14 +78,12 @@ class Report:
             InputError: naming the first field that is missing or of a wrong type.
         """
         report = Entry(dict(values))
-        classes = report["standard"]["classes"]
-        names = tuple(classes.expect(isinstance(classes.value, dict), "an object"))
+        names = report["standard"]["classes"].keys()
         cases = read_cases(report, names)
         n_cases = report["n_cases"].count() if report.has("n_cases") else len(cases)
         if cases:
             report["cases"].expect(n_cases == len(cases), f"a list of {n_cases} cases")
-        is_older = bool(cases) and not report["standard"].has("mean_ci95")
-        means = None if is_older else read_means(report, names, n_cases=n_cases)
+        means = read_means(report, names, n_cases=n_cases)
         return cls(names, cases, settings=read_settings(report), means=means)
 
     def _summary_dict(self, convention: Convention) -> dict[str, Any]:

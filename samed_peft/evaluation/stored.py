@@ -35,9 +35,13 @@ class Entry:
             raise InputError(f"expected {expected} as {self.place}, found {self.value!r:.80}")
         return self.value
 
+    def keys(self) -> tuple[str, ...]:
+        """The keys of an object."""
+        return tuple(self.expect(isinstance(self.value, dict), "an object"))
+
     def has(self, key: str) -> bool:
         """Whether an object has this key."""
-        return key in self.expect(isinstance(self.value, dict), "an object")
+        return key in self.keys()
 
     def __getitem__(self, key: str) -> "Entry":
         self.expect(self.has(key), f"an object with {key!r}")
@@ -67,6 +71,7 @@ def read_cases(report: Entry, names: Sequence[str]) -> dict[str, CaseScores]:
     for row in report["cases"].rows():
         case = row["case"].expect(isinstance(row["case"].value, str), "a name")
         row["case"].expect(case not in cases, "a different name for each case")
+        row["classes"].expect(set(row["classes"].keys()) == set(names), f"an object with {', '.join(names)} alone")
         standard, samed = ([_scores(row["classes"][name][convention]) for name in names] for convention in CONVENTIONS)
         if row.has("presence"):
             presence = [_presence(row["presence"][name]) for name in names]
@@ -88,23 +93,26 @@ def _derived_presence(standard: ClassScore, samed: ClassScore) -> Presence:
     return "spurious" if samed["dice"] == 1 else "missed"
 
 
-def read_means(report: Entry, names: Sequence[str], *, n_cases: int) -> Means:
-    """Summary and intervals of both conventions."""
+def read_means(report: Entry, names: Sequence[str], *, n_cases: int) -> Means | None:
+    """Summary and intervals; None for an older file without intervals, whose cases have to be summarised again."""
+    is_older = bool(report["cases"].rows()) and not report["standard"].has("mean_ci95")
+    keys = _COUNTS[:2] if is_older else _COUNTS
     summary: dict[Convention, Summary] = {}
     intervals: dict[Convention, Intervals] = {}
     for convention in CONVENTIONS:
         found = report[convention]
         classes = {name: found["classes"][name] for name in names}
-        counts = {name: {key: entry[key].count() for key in _COUNTS} for name, entry in classes.items()}
+        counts = {name: {key: entry[key].count() for key in keys} for name, entry in classes.items()}
         summary[convention] = {
             "mean": _scores(found["mean"]),
             "classes": {name: _scores(entry) | counts[name] for name, entry in classes.items()},
         }
-        intervals[convention] = {
-            "mean": _intervals(found["mean_ci95"]),
-            "classes": {name: _intervals(entry["ci95"]) for name, entry in classes.items()},
-        }
-    return Means(n_cases, summary, intervals)
+        if not is_older:
+            intervals[convention] = {
+                "mean": _intervals(found["mean_ci95"]),
+                "classes": {name: _intervals(entry["ci95"]) for name, entry in classes.items()},
+            }
+    return None if is_older else Means(n_cases, summary, intervals)
 
 
 def read_settings(report: Entry) -> dict[str, Any]:
