@@ -3,7 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from samed_peft.adapters.places import published_base, without_place
 from samed_peft.config import METHODS, SYNAPSE_NAME, TINY_SAM, SamedConfig, is_hub_id
@@ -11,9 +13,6 @@ from samed_peft.datasets.layouts import DECATHLON
 from samed_peft.evaluation.report import Report
 from samed_peft.evaluation.tables import MAIN_COLUMNS, column_titles, markdown_table, markdown_text, score_rows
 from samed_peft.metrics import CONVENTIONS
-
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCardData
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 _TAGS = ["samed", "segment-anything", "medical", "image-segmentation"]
@@ -36,8 +35,6 @@ def model_card(config: SamedConfig, *, report: Report | None = None, training: M
         report: scores to show; None if the adapter was not evaluated.
         training: options it was trained with, as JSON values.
     """
-    from huggingface_hub import ModelCard
-
     dataset = _dataset(report)
     number = len(config.class_names)
     card = ModelCard.from_template(
@@ -85,9 +82,7 @@ def _scores(report: Report | None) -> dict[str, Any]:
     }
 
 
-def _front_matter(config: SamedConfig, report: Report | None) -> "ModelCardData":
-    from huggingface_hub import ModelCardData
-
+def _front_matter(config: SamedConfig, report: Report | None) -> ModelCardData:
     tags = [*_TAGS, config.method]
     fields: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "image-segmentation", "tags": tags}
     if is_hub_id(config.base):
@@ -98,10 +93,8 @@ def _front_matter(config: SamedConfig, report: Report | None) -> "ModelCardData"
     return ModelCardData(**fields)
 
 
-def _eval_results(report: Report) -> "list[EvalResult]":
+def _eval_results(report: Report) -> list[EvalResult]:
     """For the Hub's model-index: means, and Dice and HD95 of each class, both conventions; undefined ones left out."""
-    from huggingface_hub import EvalResult
-
     found = []
     for convention in CONVENTIONS:
         summary = report.summary[convention]
