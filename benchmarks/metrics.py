@@ -10,17 +10,14 @@ seconds. Writes one JSON to benchmarks/results.
 
 import argparse
 import os
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy
+from measure import machine, seconds_of
 
 from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.datasets.phantom import phantom_case
@@ -53,23 +50,13 @@ def close_prediction(reference: np.ndarray, *, rng: np.random.Generator) -> np.n
     return prediction
 
 
-def timed(call: Callable[[], Any], *, repeats: int) -> tuple[list[float], Any]:
-    """Seconds of each call, and the last one's result."""
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        result = call()
-        seconds.append(time.perf_counter() - started)
-    return seconds, result
-
-
 def measure(prediction: np.ndarray, reference: np.ndarray, *, repeats: int) -> dict[str, Any]:
     """Times of both and the largest difference between their scores."""
-    options = {"num_classes": len(LABELS), "spacing_zyx_mm": SPACING_ZYX_MM}
-    score_labels(prediction, reference, **options)  # untimed: the first call imports and allocates
-    ours, found = timed(lambda: score_labels(prediction, reference, **options), repeats=repeats)
-    both, _ = timed(lambda: score_case(prediction, reference, **options), repeats=repeats)
-    (medpy,), expected = timed(lambda: medpy_scores(prediction, reference, crop=False, **options), repeats=1)
+    pair, options = (prediction, reference), {"num_classes": len(LABELS), "spacing_zyx_mm": SPACING_ZYX_MM}
+    found = score_labels(*pair, **options)  # untimed: the first call imports and allocates
+    ours = [seconds_of(lambda: score_labels(*pair, **options))[0] for _ in range(repeats)]
+    both = [seconds_of(lambda: score_case(*pair, **options))[0] for _ in range(repeats)]
+    medpy, expected = seconds_of(lambda: medpy_scores(*pair, crop=False, **options))
     differences = [abs(a[name] - b[name]) for a, b in zip(found, expected, strict=True) for name in ("dice", "hd95")]
     return {
         "medpy_seconds": round(medpy, 3),
@@ -85,20 +72,6 @@ def measure(prediction: np.ndarray, reference: np.ndarray, *, repeats: int) -> d
     }
 
 
-def machine() -> dict[str, Any]:
-    """Facts about the machine that the figures depend on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.is_file() else []
-    return {
-        "cpu": models[0].split(":", 1)[1].strip() if models else platform.machine(),
-        "cores_used": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "scipy": scipy.__version__,
-    }
-
-
 def main() -> None:
     """Measure both pairs, compare scores and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,7 +80,9 @@ def main() -> None:
     parser.add_argument("--name", help="end of the result's file name; the shape if not given")
     parser.add_argument("--results_dir", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    result = {"date": str(date.today()), "machine": machine(), "allowed_difference": ALLOWED}
+    cores = {"cores_used": len(os.sched_getaffinity(0))}
+    facts = machine(["numpy", "scipy", "medpy"]) | cores
+    result = {"date": str(date.today()), "machine": facts, "allowed_difference": ALLOWED}
     result["settings"] = {"shape_dhw": args.shape, "spacing_zyx_mm": SPACING_ZYX_MM, "repeats": args.repeats}
     shape_dhw = tuple(args.shape)
     reference = phantom_labels(0, shape_dhw)
@@ -115,14 +90,12 @@ def main() -> None:
         "close": close_prediction(reference, rng=np.random.default_rng(0)),
         "far off": phantom_labels(1, shape_dhw),
     }
-    pairs = result["pairs"] = {}
-    for name, prediction in predictions.items():
-        pairs[name] = measure(prediction, reference, repeats=args.repeats)
+    pairs = {name: measure(prediction, reference, repeats=args.repeats) for name, prediction in predictions.items()}
     header = ["prediction", "medpy, s", "ours, s", "times faster", "ours, both conventions, s", "difference"]
     keys = ["medpy_seconds", "ours_seconds", "times_faster", "ours_both_conventions_seconds", "largest_difference"]
     print(markdown_table(header, [[name, *(f"{pair[key]:.3g}" for key in keys)] for name, pair in pairs.items()]))
     name = args.name or "x".join(map(str, args.shape))
-    write_json(args.results_dir / f"metrics-{date.today()}-{name}.json", result)
+    write_json(args.results_dir / f"metrics-{date.today()}-{name}.json", result | {"pairs": pairs})
     if any(not pair["largest_difference"] <= ALLOWED for pair in pairs.values()):
         sys.exit(f"scores differ from medpy's by more than {ALLOWED}")
 

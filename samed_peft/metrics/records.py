@@ -25,15 +25,7 @@ _DISTANCE_UNITS: Mapping[Convention, str] = MappingProxyType({"standard": "mm", 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All measurements of a class that both masks contain.
-
-    Attributes:
-        predicted: number of voxels in the prediction.
-        referenced: number of voxels in the reference.
-        shared: number of voxels in both.
-        distances: between the two borders, in the unit of the convention.
-        tolerance: largest distance at which borders count as equal, in the same unit.
-    """
+    """Voxel counts and surface distances of a class that both masks contain; lengths in the convention's unit."""
 
     predicted: int
     referenced: int

@@ -1,7 +1,7 @@
-"""Scores of one pair of label maps: overlap and surface distances of each class, in both conventions."""
+"""Score one pair of label maps: overlap and surface distances of each class, in both conventions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -10,12 +10,14 @@ from scipy.ndimage import find_objects
 
 from samed_peft.errors import InputError
 from samed_peft.metrics.records import CONVENTIONS, METRICS, Comparison, Convention, Metric, Presence
-from samed_peft.metrics.surfaces import SurfaceDistances, border_voxels, surface_distances
+from samed_peft.metrics.surfaces import border_voxels, surface_distances
 
 DEFAULT_TOLERANCE_MM = 2.0
-"""Tolerance of the surface Dice: a habit, no property of any organ. What readers differ by is the better choice."""
+"""Tolerance of the surface Dice: a common choice. The distance between readers of the same organ is a better one."""
 
 Box = tuple[slice, ...]
+Pair = tuple[NDArray[Any], NDArray[Any]]
+Units = dict[Convention, tuple[float, ...]]
 
 
 class Score(TypedDict):
@@ -47,7 +49,7 @@ def score_masks(
     convention: Convention = "standard",
     spacing_zyx_mm: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> Score:
-    """Dice and HD95 of one pair of binary masks, with medpy's values; `score_labels` has further metrics.
+    """Score one pair of binary masks: Dice and HD95, equal to medpy's; `score_labels` has all metrics.
 
     Args:
         prediction: (D, H, W) or (H, W); everything but 0 is foreground.
@@ -58,10 +60,8 @@ def score_masks(
     Raises:
         InputError: shapes differ, or the convention or the spacing is unusable.
     """
-    pair = _same_shape(np.asarray(prediction), np.asarray(reference))
-    masks = [np.asarray(mask != 0) for mask in pair]
-    units = _units((convention,), spacing_zyx_mm, ndim=masks[0].ndim)
-    score = _score(masks, num_classes=1, units=units, tolerance=DEFAULT_TOLERANCE_MM)[0][convention][0]
+    masks = np.asarray(prediction) != 0, np.asarray(reference) != 0
+    (score,) = score_labels(*masks, num_classes=1, convention=convention, spacing_zyx_mm=spacing_zyx_mm)
     return {"dice": score["dice"], "hd95": score["hd95"]}
 
 
@@ -74,7 +74,7 @@ def score_labels(
     spacing_zyx_mm: Sequence[float] = (1.0, 1.0, 1.0),
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
 ) -> ClassScores:
-    """Scores of labels 1..K of one case, label k at index k - 1.
+    """Score labels 1..K of one case, label k at index k - 1.
 
     Args:
         prediction: (D, H, W) or (H, W) whole numbers 0..K.
@@ -82,16 +82,15 @@ def score_labels(
         num_classes: K, background left out.
         convention: "standard" or "samed".
         spacing_zyx_mm: voxel size in millimetres, used by "standard".
-        tolerance_mm: how far apart surfaces may be to count as equal in the surface Dice, at least 0. "samed",
-            which knows no millimetres, takes it as a number of voxels.
+        tolerance_mm: largest distance of surfaces that count as equal in the surface Dice, at least 0; in "samed" a
+            number of voxels.
 
     Raises:
         InputError: shapes differ, values are not 0..K, or the convention, spacing or tolerance is unusable.
     """
     pair = _label_maps(prediction, reference, num_classes=num_classes)
     units = _units((convention,), spacing_zyx_mm, ndim=pair[0].ndim)
-    scores, _ = _score(pair, num_classes=num_classes, units=units, tolerance=checked_tolerance(tolerance_mm))
-    return scores[convention]
+    return _score(pair, num_classes=num_classes, units=units, tolerance_mm=tolerance_mm)[0][convention]
 
 
 def score_case(
@@ -109,7 +108,7 @@ def score_case(
     """
     pair = _label_maps(prediction, reference, num_classes=num_classes)
     units = _units(CONVENTIONS, spacing_zyx_mm, ndim=pair[0].ndim)
-    scores, there = _score(pair, num_classes=num_classes, units=units, tolerance=checked_tolerance(tolerance_mm))
+    scores, there = _score(pair, num_classes=num_classes, units=units, tolerance_mm=tolerance_mm)
     return {"standard": scores["standard"], "samed": scores["samed"], "presence": there}
 
 
@@ -130,54 +129,47 @@ def checked_tolerance(tolerance_mm: float) -> float:
 
 
 def _score(
-    pair: Sequence[NDArray[Any]],
-    *,
-    num_classes: int,
-    units: Mapping[Convention, tuple[float, ...]],
-    tolerance: float,
+    pair: Pair, *, num_classes: int, units: Units, tolerance_mm: float
 ) -> tuple[dict[Convention, ClassScores], list[Presence]]:
-    """Scores and presence of labels 1..K (`True` is label 1) in a pair of equal shape."""
+    """Scores and presence of labels 1..K."""
+    tolerance = checked_tolerance(tolerance_mm)
     # One pass over each volume finds every class; all that follows sees small crops only.
-    boxes = [find_objects(_as_integers(labels), max_label=num_classes) for labels in pair]
+    boxes = [find_objects(labels, max_label=num_classes) for labels in pair]
     scores: dict[Convention, ClassScores] = {convention: [] for convention in units}
     there: list[Presence] = []
     for label, (predicted, referenced) in enumerate(zip(*boxes, strict=True), start=1):
         if predicted is not None and referenced is not None:
             there.append("both")
-            found = _compared(pair, label, boxes=(predicted, referenced), units=units, tolerance=tolerance)
+            compared = _compared(pair, label, boxes=(predicted, referenced), units=units, tolerance=tolerance)
         else:
             there.append("spurious" if predicted else "missed" if referenced else "absent")
-            found = {
-                convention: {metric: record.absent[convention][there[-1]] for metric, record in METRICS.items()}
-                for convention in units
-            }
-        for convention, score in found.items():
-            scores[convention].append(score)
+            compared = {}
+        for convention, column in scores.items():
+            found = compared.get(convention)
+            column.append(
+                {
+                    name: record.compute(found) if found else record.absent[convention][there[-1]]
+                    for name, record in METRICS.items()
+                }
+            )
     return scores, there
 
 
 def _compared(
-    pair: Sequence[NDArray[Any]],
-    label: int,
-    *,
-    boxes: tuple[Box, Box],
-    units: Mapping[Convention, tuple[float, ...]],
-    tolerance: float,
-) -> dict[Convention, ClassScore]:
-    """Scores of a class that both masks contain."""
+    pair: Pair, label: int, *, boxes: tuple[Box, Box], units: Units, tolerance: float
+) -> dict[Convention, Comparison]:
+    """Measurements of a class that both masks contain."""
     crops = [labels[box] == label for labels, box in zip(pair, boxes, strict=True)]
     predicted, referenced = (int(np.count_nonzero(crop)) for crop in crops)
     common = _overlap(boxes)
     shared = int(np.count_nonzero((pair[0][common] == label) & (pair[1][common] == label)))
     first, second = (border_voxels(crop) + [side.start for side in box] for crop, box in zip(crops, boxes, strict=True))
-    distances: dict[tuple[float, ...], SurfaceDistances] = {}
-    found: dict[Convention, ClassScore] = {}
-    for convention, unit in units.items():
-        if unit not in distances:  # voxels of 1 mm: both conventions read one set of distances
-            distances[unit] = surface_distances(first, second, spacing=unit)
-        comparison = Comparison(predicted, referenced, shared, distances[unit], tolerance)
-        found[convention] = {metric: record.compute(comparison) for metric, record in METRICS.items()}
-    return found
+    # Voxels of 1 mm: both conventions read one set of distances.
+    distances = {unit: surface_distances(first, second, spacing=unit) for unit in {*units.values()}}
+    return {
+        convention: Comparison(predicted, referenced, shared, distances[unit], tolerance)
+        for convention, unit in units.items()
+    }
 
 
 def _overlap(boxes: tuple[Box, Box]) -> Box:
@@ -186,26 +178,18 @@ def _overlap(boxes: tuple[Box, Box]) -> Box:
     return tuple(slice(max(a.start, b.start), max(a.start, b.start, min(a.stop, b.stop))) for a, b in sides)
 
 
-def _as_integers(labels: NDArray[Any]) -> NDArray[Any]:
-    return labels.view(np.uint8) if labels.dtype == np.bool_ else labels
-
-
-def _same_shape(prediction: NDArray[Any], reference: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    if prediction.shape != reference.shape:
+def _label_maps(prediction: ArrayLike, reference: ArrayLike, *, num_classes: int) -> Pair:
+    first, second = np.asarray(prediction), np.asarray(reference)
+    if first.shape != second.shape:
         raise InputError(
-            f"prediction and reference must have one shape; found {prediction.shape} and {reference.shape}. "
+            f"prediction and reference must have one shape; found {first.shape} and {second.shape}. "
             "Bring the prediction to the reference's grid"
         )
-    if prediction.ndim not in (2, 3) or prediction.size == 0:
-        raise InputError(f"expected masks of shape (D, H, W) or (H, W) with voxels in them; found {prediction.shape}")
-    return prediction, reference
-
-
-def _label_maps(prediction: ArrayLike, reference: ArrayLike, *, num_classes: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    pair = _same_shape(np.asarray(prediction), np.asarray(reference))
+    if first.ndim not in (2, 3) or first.size == 0:
+        raise InputError(f"expected masks of shape (D, H, W) or (H, W) with voxels in them; found {first.shape}")
     return (
-        _whole_numbers(pair[0], "prediction", num_classes=num_classes),
-        _whole_numbers(pair[1], "reference", num_classes=num_classes),
+        _whole_numbers(first, "prediction", num_classes=num_classes),
+        _whole_numbers(second, "reference", num_classes=num_classes),
     )
 
 
@@ -218,22 +202,20 @@ def _whole_numbers(labels: NDArray[Any], role: str, *, num_classes: int) -> NDAr
             "map them to these or name more classes"
         )
     if labels.dtype.kind in "biu":
-        return labels
+        return labels.view(np.uint8) if labels.dtype == np.bool_ else labels
     whole = labels.astype(np.int32)
     if not np.array_equal(whole, labels):
         raise InputError(f"labels of the {role} must be whole numbers; found fractions. Are they probabilities?")
     return whole
 
 
-def _units(
-    conventions: Sequence[Convention], spacing_zyx_mm: Sequence[float], *, ndim: int
-) -> dict[Convention, tuple[float, ...]]:
-    """What a voxel measures along each axis: the spacing in `standard`, 1 in `samed`."""
+def _units(conventions: Sequence[Convention], spacing_zyx_mm: Sequence[float], *, ndim: int) -> Units:
+    """Size of a voxel along each axis: the spacing in `standard`, 1 in `samed`."""
     for convention in conventions:
         if convention not in CONVENTIONS:
             raise InputError(f"convention must be one of {', '.join(CONVENTIONS)}; found {convention!r}")
     spacing = tuple(float(size) for size in spacing_zyx_mm)
     if len(spacing) not in (ndim, 3) or not all(size > 0 and math.isfinite(size) for size in spacing):
         raise InputError(f"spacing_zyx_mm must be {ndim} positive sizes in millimetres; found {tuple(spacing_zyx_mm)}")
-    units: dict[Convention, tuple[float, ...]] = {"standard": spacing[-ndim:], "samed": (1.0,) * ndim}
+    units: Units = {"standard": spacing[-ndim:], "samed": (1.0,) * ndim}
     return {convention: units[convention] for convention in conventions}
