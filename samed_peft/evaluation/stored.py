@@ -9,7 +9,12 @@ from samed_peft.errors import InputError
 from samed_peft.metrics import CONVENTIONS, METRICS, CaseScores, ClassScore, Convention, Intervals, Presence, Summary
 
 _COUNTS = ("n_valid", "n_cases", "n_absent", "n_missed", "n_spurious")
-_PRINTED = {"note": str, "failed_cases": dict, "cases_without_spacing": list, "cases_without_image": list}
+_PRINTED = {
+    "note": (str, "a string"),
+    "failed_cases": (dict, "an object"),
+    "cases_without_spacing": (list, "a list"),
+    "cases_without_image": (list, "a list"),
+}
 """Settings that reports print, and their types."""
 
 
@@ -118,9 +123,9 @@ def read_means(report: Entry, names: Sequence[str], *, n_cases: int) -> Means | 
 def read_settings(report: Entry) -> dict[str, Any]:
     """The settings, some of which must be of the types that reports print."""
     settings = report["settings"]
-    for name, kind in _PRINTED.items():
+    for name, (kind, expected) in _PRINTED.items():
         if settings.has(name):
-            settings[name].expect(isinstance(settings[name].value, kind), f"a value of type {kind.__name__}")
+            settings[name].expect(isinstance(settings[name].value, kind), expected)
     if settings.has("surface_dice_tolerance_mm"):
         settings["surface_dice_tolerance_mm"].number()
     return settings.value
