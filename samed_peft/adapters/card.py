@@ -1,4 +1,4 @@
-"""The README of an adapter: what it is, how to use it, how it scores."""
+"""Write the README of an adapter: contents, use, scores and limits."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def model_card(config: SamedConfig, *, report: Report | None = None, training: M
     Folders of this machine are named by their last part only, as the card may be published.
 
     Args:
-        config: what the adapter is.
+        config: the adapter's config.
         report: scores to show; None if the adapter was not evaluated.
         training: options it was trained with, as JSON values.
     """

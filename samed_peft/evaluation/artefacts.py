@@ -1,4 +1,4 @@
-"""A report on disk: report.json, report.csv, report.html, report.md and pictures."""
+"""Write a report to disk: report.json, report.csv, report.html, report.md and pictures."""
 
 import csv
 import io
@@ -49,7 +49,7 @@ def write_report(report: Report, directory: str | Path, *, pictures: Mapping[str
     if unknown:
         raise InputError(f"pictures must be of cases of the report; found {', '.join(unknown)}")
     links = picture_links(pictures)
-    # Pages come after what they point to.
+    # Pages are written after the pictures that they link.
     for case, data in pictures.items():
         write_bytes(directory / links[case], data)
     write_json(directory / "report.json", report.to_dict())
@@ -61,7 +61,7 @@ def write_report(report: Report, directory: str | Path, *, pictures: Mapping[str
 def csv_text(report: Report) -> str:
     """One row for each case, class and convention; a score that is undefined is empty.
 
-    Names that a spreadsheet would take for a formula get an apostrophe in front, which it takes for text.
+    Names that a spreadsheet would run as a formula get an apostrophe in front, which marks text.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer)  # line ends are RFC 4180's, so that those in names are quoted

@@ -81,7 +81,7 @@ def checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
 
 def _check_cases(predictions: Mapping[str, Labels], references: Mapping[str, Labels]) -> None:
     if not references:
-        raise InputError("there is no case to evaluate: no reference was given; check the folder of references")
+        raise InputError("found no case to evaluate: no reference was given; check the folder of references")
     missing = [case for case in references if case not in predictions]
     extra = [case for case in predictions if case not in references]
     if missing or extra:

@@ -56,7 +56,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, text
 
 
 def format_interval(metric: Metric, interval: Interval) -> str:
-    """Both ends; n/a where there is no interval."""
+    """Both ends; n/a if undefined."""
     low, high = (format_metric(metric, end) for end in interval)
     return "n/a" if low == "n/a" else f"{low} to {high}"
 

@@ -45,7 +45,7 @@ def published_files(directory: str | Path, *, pictures: bool = False, cases: boo
     shows scores.
 
     Args:
-        directory: what `save_adapter` wrote.
+        directory: a folder that `save_adapter` wrote.
         pictures: also the report's pictures, under numbers unless `cases`, and without any text stored in them.
         cases: keep the names and scores of single cases; otherwise only means over cases are published.
 
@@ -133,7 +133,7 @@ def _without_words(text: str, words: Iterable[str]) -> str:
 
 
 def _telling(cases: Iterable[str], config: SamedConfig) -> list[str]:
-    """Names of cases, longest first, without those that could be common words or numbers."""
+    """Names of cases that identify one, longest first; common words and numbers do not."""
     words = [case for case in cases if len(case) > 3 and re.search(r"\d", case) and case not in config.class_names]
     return sorted(words, key=len, reverse=True)
 

@@ -46,7 +46,7 @@ def push_to_hub(
     are only read. Files that the Hub already has are not committed again, so that a push may be repeated.
 
     Args:
-        directory: what `save_adapter` wrote.
+        directory: a folder that `save_adapter` wrote.
         repo_id: `owner/name`, or `name` for the token's own account.
         private: create the repository as private, and refuse an existing public one; otherwise a new one follows its
             owner's defaults, and an existing one stays as it is.
