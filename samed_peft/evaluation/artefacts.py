@@ -12,17 +12,7 @@ from samed_peft.errors import InputError
 from samed_peft.evaluation.page import html_page
 from samed_peft.evaluation.render import render
 from samed_peft.evaluation.report import Report
-from samed_peft.evaluation.tables import (
-    CONVENTION_NOTES,
-    MAIN_COLUMNS,
-    MAIN_METRICS,
-    METRIC_NOTE,
-    class_rows,
-    column_titles,
-    interval_rows,
-    remarks,
-    score_rows,
-)
+from samed_peft.evaluation.tables import MAIN_METRICS
 from samed_peft.io import write_bytes, write_json, write_text
 from samed_peft.metrics import CONVENTIONS, METRICS, Convention, format_metric
 
@@ -93,27 +83,12 @@ def report_text(report: Report, case_tables: Iterable[CaseTable], *, links: Mapp
         case_tables: tables with the scores of single cases; they come after those with means.
         links: case -> path of its picture.
     """
-    further = [(c, metric) for c in CONVENTIONS for metric in METRICS if metric not in MAIN_METRICS]
     settings = [
         (name, json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else value)
         for name, value in report.settings.items()
     ]
-    return render(
-        "report.md.jinja",
-        report=report,
-        remarks=remarks(report),
-        failed=report.settings.get("failed_cases", {}),
-        conventions=CONVENTION_NOTES,
-        metric_note=METRIC_NOTE,
-        titles=column_titles(MAIN_COLUMNS),
-        class_rows=class_rows(report),
-        further_titles=column_titles(further),
-        further_rows=score_rows(report, further, counts=("n_absent", "n_missed", "n_spurious")),
-        interval_rows=interval_rows(report),
-        case_tables=case_tables,
-        pictures={case: links[case] for case in report.cases if case in links},
-        settings=settings,
-    )
+    pictures = {case: links[case] for case in report.cases if case in links}
+    return render("report.md.jinja", report=report, case_tables=case_tables, pictures=pictures, settings=settings)
 
 
 def _case_tables(report: Report) -> Iterator[CaseTable]:

@@ -11,16 +11,8 @@ from markupsafe import Markup
 from samed_peft.evaluation.charts import box_plots
 from samed_peft.evaluation.render import asset, render
 from samed_peft.evaluation.report import Report
-from samed_peft.evaluation.tables import (
-    CONVENTION_NOTES,
-    MAIN_COLUMNS,
-    MAIN_METRICS,
-    METRIC_NOTE,
-    format_interval,
-    metric_title,
-    remarks,
-)
-from samed_peft.metrics import CONVENTIONS, METRICS, Interval, Metric, Presence, format_metric
+from samed_peft.evaluation.tables import MAIN_METRICS, metric_title
+from samed_peft.metrics import CONVENTIONS, METRICS, Interval, Metric, Presence
 
 MOST_PICTURES = 12
 """Pictures inside the page, about a quarter of a megabyte each; further ones are linked."""
@@ -49,17 +41,9 @@ def html_page(report: Report, *, pictures: Mapping[str, bytes], links: Mapping[s
         style=style,
         script=script,
         hashes=[base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)],
-        metrics=METRICS,
-        main_columns=MAIN_COLUMNS,
-        conventions=CONVENTION_NOTES,
-        metric_note=METRIC_NOTE,
         score_groups=_score_groups(),
-        format_metric=format_metric,
-        format_interval=format_interval,
         short_interval=_short_interval,
         presences=_PRESENCES,
-        remarks=remarks(report),
-        failed=report.settings.get("failed_cases", {}),
         charts=[_chart(report, metric) for metric in MAIN_METRICS],
         worst={case: _worst_classes(report, case) for case in worst[:MOST_PICTURES]},
         pictures={

@@ -7,8 +7,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from samed_peft.evaluation.tables import markdown_table, markdown_text
+from samed_peft.evaluation import tables
 from samed_peft.io import read_text
+from samed_peft.metrics import METRICS, format_metric
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -23,16 +24,16 @@ def _environment(*, is_markdown: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["table"] = _table
+    environment.globals |= {"table": _table, "tables": tables, "metrics": METRICS, "format_metric": format_metric}
     return environment
 
 
 def _escaped(value: Any) -> Any:
-    return value if isinstance(value, Markup) else markdown_text(value)
+    return value if isinstance(value, Markup) else tables.markdown_text(value)
 
 
 def _table(*columns: Any, **options: Any) -> Markup:
-    return Markup(markdown_table(*columns, **options))
+    return Markup(tables.markdown_table(*columns, **options))
 
 
 def render(template: str, **values: Any) -> Markup:

@@ -21,10 +21,11 @@ METRIC_NOTE = (
     + ". Intervals are a 95 % percentile bootstrap over cases."
 )
 MAIN_METRICS: tuple[Metric, ...] = ("dice", "hd95")
-"""Metrics of the first tables; those of `METRICS` that are not among them come in further ones."""
+"""Metrics of the first tables; the others of `METRICS` come in further ones."""
 
 Columns = Sequence[tuple[Convention, Metric]]
 MAIN_COLUMNS: Columns = [(convention, metric) for convention in CONVENTIONS for metric in MAIN_METRICS]
+FURTHER_COLUMNS: Columns = [(c, metric) for c in CONVENTIONS for metric in METRICS if metric not in MAIN_METRICS]
 
 
 def metric_title(metric: Metric) -> str:
