@@ -11,7 +11,14 @@ from samed_peft.adapters.places import published_base, without_place
 from samed_peft.config import METHODS, SYNAPSE_NAME, TINY_SAM, SamedConfig, is_hub_id
 from samed_peft.datasets.layouts import DECATHLON
 from samed_peft.evaluation.report import Report
-from samed_peft.evaluation.tables import MAIN_COLUMNS, column_titles, markdown_table, markdown_text, score_rows
+from samed_peft.evaluation.tables import (
+    MAIN_COLUMNS,
+    column_titles,
+    markdown_table,
+    markdown_text,
+    score_rows,
+    with_counts,
+)
 from samed_peft.metrics import CONVENTIONS
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -72,9 +79,8 @@ def _scores(report: Report | None) -> dict[str, Any]:
     if report is None:
         return {"scores_table": ""}
     first, *others = column_titles(MAIN_COLUMNS)
-    counts = [scores["n_valid"] for scores in report.summary["standard"]["classes"].values()]
-    cells = [*(f"{count}/{report.n_cases}" for count in counts), ""]
-    rows = [[*row[:3], cell, *row[3:]] for row, cell in zip(score_rows(report, MAIN_COLUMNS), cells, strict=True)]
+    counts = [[f"{scores['n_valid']}/{report.n_cases}"] for scores in report.summary["standard"]["classes"].values()]
+    rows = with_counts(score_rows(report, MAIN_COLUMNS), counts, at=3)
     return {
         "note": markdown_text(without_place(report.settings.get("note", ""))),
         "n_cases": report.n_cases,

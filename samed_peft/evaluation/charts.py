@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from samed_peft.evaluation.render import render
@@ -66,23 +65,18 @@ def _x(value: float, scale: float) -> float:
 
 def _row(name: str, points: Points, *, middle: float, scale: float) -> dict[str, Any]:
     """Texts and coordinates of one class."""
-    values = np.array([value for _, value in points])
-    box = _box(values) if len(values) >= _FEWEST_FOR_A_BOX else ()
+    from matplotlib.cbook import boxplot_stats
+
+    stats = boxplot_stats([value for _, value in points])[0]
+    parts = ("whislo", "q1", "q3", "whishi") if len(points) >= _FEWEST_FOR_A_BOX else ()
     return {
         "name": name,
         "short": name if len(name) <= _MOST_LETTERS else name[: _MOST_LETTERS - 1] + "…",
         "middle": middle,
-        "box": [_x(value, scale) for value in box],
-        "median": [_x(float(np.median(values)), scale)] if len(values) else [],
+        "box": [_x(stats[part], scale) for part in parts],
+        "median": [_x(stats["med"], scale)] if points else [],
         "dots": [
             (_x(value, scale), middle + _JITTER[index % len(_JITTER)], f"{case}: {value:.4g}")
             for index, (case, value) in enumerate(sorted(points, key=lambda point: point[1]))
         ],
     }
-
-
-def _box(values: np.ndarray) -> tuple[float, float, float, float]:
-    """Start of the left whisker, first quartile, third quartile, end of the right whisker."""
-    first, third = np.percentile(values, [25, 75])
-    reach = 1.5 * (third - first)
-    return values[values >= first - reach].min(), first, third, values[values <= third + reach].max()

@@ -4,7 +4,7 @@ import io
 import math
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from samed_peft.evaluation.report import Report
@@ -62,45 +62,47 @@ def format_interval(metric: Metric, interval: Interval) -> str:
     return "n/a" if low == "n/a" else f"{low} to {high}"
 
 
-def score_rows(report: Report, columns: Columns, *, counts: Sequence[str] = ()) -> list[list[str]]:
-    """Name, mean scores and counts (keys of `ClassSummary`) of each class; the mean over classes last."""
-    summary = report.summary
-    rows = []
-    for name in report.class_names:
-        scores = [format_metric(metric, summary[c]["classes"][name][metric]) for c, metric in columns]
-        rows.append([name, *scores, *(str(summary["standard"]["classes"][name][key]) for key in counts)])
-    means = [format_metric(metric, summary[c]["mean"][metric]) for c, metric in columns]
-    return [*rows, ["mean", *means, *("" for _ in counts)]]
+def score_rows(report: Report, columns: Columns) -> list[list[str]]:
+    """Name and mean scores of each class; the mean over classes last."""
+    return _rows(report.summary, columns, format_metric)
+
+
+def interval_rows(report: Report) -> list[list[str]]:
+    """Name and intervals of the main metrics of each class; those of the mean last."""
+    return _rows(report.intervals, MAIN_COLUMNS, format_interval)
+
+
+def _rows(found: Mapping[Convention, Any], columns: Columns, text_of: Callable[[Metric, Any], str]) -> list[list[str]]:
+    rows = [
+        [name, *(text_of(metric, found[convention]["classes"][name][metric]) for convention, metric in columns)]
+        for name in found["standard"]["classes"]
+    ]
+    return [*rows, ["mean", *(text_of(metric, found[convention]["mean"][metric]) for convention, metric in columns)]]
+
+
+def with_counts(rows: Sequence[Sequence[str]], counts: Iterable[Sequence[str]], *, at: int) -> list[list[str]]:
+    """Rows of classes and their mean, with counts of each class inserted before column `at`."""
+    counts = list(counts)
+    return [[*row[:at], *cells, *row[at:]] for row, cells in zip(rows, [*counts, [""] * len(counts[0])], strict=True)]
 
 
 def class_rows(report: Report) -> list[list[str]]:
     """Name, Dice and HD95 of each class, cases with each, and both in the samed convention; the mean last."""
-    rows = zip(score_rows(report, MAIN_COLUMNS), [*_counts(report), ("", "")], strict=True)
-    return [[*row[:3], *counts, *row[3:]] for row, counts in rows]
+    counts = []
+    for index, summary in enumerate(report.summary["standard"]["classes"].values()):
+        distances = [scores["standard"][index]["hd95"] for scores in report.cases.values()]
+        number = sum(not math.isnan(distance) for distance in distances)
+        # Means alone do not say how many cases have a distance.
+        known = f"{number}/{report.n_cases}" if report.cases else "n/a"
+        counts.append((f"{summary['n_valid']}/{report.n_cases}", known))
+    return with_counts(score_rows(report, MAIN_COLUMNS), counts, at=1 + len(MAIN_METRICS))
 
 
-def _counts(report: Report) -> list[tuple[str, str]]:
-    """How many cases have a Dice and an HD95 of each class; a report of means alone does not know the latter."""
-    found = report.summary["standard"]["classes"].values()
-    distances = [
-        sum(not math.isnan(scores["standard"][index]["hd95"]) for scores in report.cases.values())
-        for index in range(len(report.class_names))
-    ]
-    total = report.n_cases
-    return [
-        (f"{scores['n_valid']}/{total}", f"{number}/{total}" if report.cases else "n/a")
-        for scores, number in zip(found, distances, strict=True)
-    ]
-
-
-def interval_rows(report: Report) -> list[list[str]]:
-    """Name, and the intervals of Dice and HD95 in both conventions; the mean last."""
-    found = report.intervals
-    rows = [
-        [name, *(format_interval(metric, found[c]["classes"][name][metric]) for c, metric in MAIN_COLUMNS)]
-        for name in report.class_names
-    ]
-    return [*rows, ["mean", *(format_interval(metric, found[c]["mean"][metric]) for c, metric in MAIN_COLUMNS)]]
+def further_rows(report: Report) -> list[list[str]]:
+    """Name and other metrics of each class, and cases with the class in neither or one mask; the mean last."""
+    keys = ("n_absent", "n_missed", "n_spurious")
+    counts = [[str(scores[key]) for key in keys] for scores in report.summary["standard"]["classes"].values()]
+    return with_counts(score_rows(report, FURTHER_COLUMNS), counts, at=1 + len(FURTHER_COLUMNS))
 
 
 def remarks(report: Report) -> list[str]:
