@@ -29,7 +29,7 @@ from samed_peft import load_adapter, predict_volume, save_adapter
 from samed_peft.conversion import convert_samed, export_samed
 from samed_peft.datasets import CaseVolumes, load_synapse
 from samed_peft.datasets.preprocessing import resize_image, resize_label, slice_to_pixels
-from samed_peft.evaluation.report import markdown_table
+from samed_peft.evaluation.tables import markdown_table
 from samed_peft.io import Volume, load_torch_weights, write_json
 from samed_peft.metrics import score_case, score_masks
 from samed_peft.prediction.inference import settings_of

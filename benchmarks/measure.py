@@ -205,7 +205,7 @@ def with_range(found: dict[str, float], digits: int, *, scale: float = 1) -> str
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
-    from samed_peft.evaluation.report import markdown_table
+    from samed_peft.evaluation.tables import markdown_table
 
     return markdown_table(head, rows).splitlines()
 

@@ -22,7 +22,7 @@ from measure import machine, seconds_of
 from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.datasets.phantom import phantom_case
 from samed_peft.datasets.synapse_files import BTCV_TO_SYNAPSE
-from samed_peft.evaluation.report import markdown_table
+from samed_peft.evaluation.tables import markdown_table
 from samed_peft.io import write_json
 from samed_peft.metrics import medpy_scores, score_case, score_labels
 

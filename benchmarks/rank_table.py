@@ -1,4 +1,4 @@
-"""Table and plots of what lora_rank.py measured.
+"""Tabulate and plot the measurements of lora_rank.py.
 
     python benchmarks/rank_table.py benchmarks/results/lora_rank
 
@@ -17,13 +17,14 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-from measure import markdown
 from scipy.stats import wilcoxon
 
 from samed_peft.config import TINY_SAM, TINY_SAM_NOTE
 from samed_peft.errors import InputError, exit_on_error
+from samed_peft.evaluation import Report
+from samed_peft.evaluation.tables import MAIN_METRICS, markdown_table
 from samed_peft.io import read_json, write_text
-from samed_peft.metrics.summary import mean_defined
+from samed_peft.metrics import mean_defined
 
 RESAMPLES = 5000
 KINDS = ("rank", "placement", "method", "baseline")
@@ -36,45 +37,42 @@ class Row:
     Attributes:
         kind: "rank", "placement", "method" or "baseline".
         name: its name.
-        scores: metric -> (seeds, cases), each the mean over the classes that are defined, NaN where none is.
         runs: its results, one a seed.
+        reports: their reports.
+        scores: metric -> (seeds, cases), each the mean over the classes that are defined, NaN if all are undefined.
     """
 
     kind: str
     name: str
-    scores: Mapping[str, np.ndarray]
     runs: Sequence[Mapping[str, Any]]
+    reports: Sequence[Report]
+    scores: Mapping[str, np.ndarray]
 
     @property
     def label(self) -> str:
         """Name in tables."""
         return self.name if self.kind != "placement" else f"on {self.name}"
 
+    @property
+    def memory(self) -> str:
+        """Field of the peak memory that counts: the GPU's, if there was one."""
+        return "peak_gpu_gb" if self.runs[0]["peak_gpu_gb"] is not None else "peak_resident_gb"
+
     def mean(self, metric: str) -> float:
         """Mean over seeds and cases."""
         return float(np.nanmean(self.scores[metric]))
 
-    def of_class(self, name: str, metric: str) -> float:
-        """Mean over seeds of a class's mean, `standard` convention."""
-        return float(np.mean([run["standard"]["classes"][name][metric] for run in self.runs]))
+    def of_class(self, name: str) -> float:
+        """Mean over seeds of a class's mean Dice, `standard` convention."""
+        return float(np.mean([report.summary["standard"]["classes"][name]["dice"] for report in self.reports]))
 
     def median(self, field: str) -> float:
-        """Median over seeds of what a run took."""
+        """Median over seeds of a measurement."""
         return float(np.median([run[field] for run in self.runs]))
 
     def seeds_deviation(self, metric: str) -> float:
         """Standard deviation between seeds of the mean over cases; NaN with one seed."""
         return float(np.std(np.nanmean(self.scores[metric], axis=1), ddof=1)) if len(self.runs) > 1 else float("nan")
-
-
-def case_means(run: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """Mean of a metric over the classes of each case, `standard` convention; undefined ones are left out."""
-    means = {}
-    for case in run["cases"]:
-        values = [scores["standard"][metric] for scores in case["classes"].values()]
-        defined = [value for value in values if value is not None]
-        means[case["case"]] = float(np.mean(defined)) if defined else float("nan")
-    return means
 
 
 def rows_of(results: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -86,18 +84,17 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for run in sorted(results, key=lambda run: run["seed"]):
         groups.setdefault((run["kind"], run["variant"]), []).append(run)
-    cases = sorted(case_means(results[0], "dice"))
     rows = []
     for (kind, name), runs in groups.items():
-        scores = {}
-        for metric in ("dice", "hd95"):
-            by_case = [case_means(run, metric) for run in runs]
-            if any(sorted(found) != cases for found in by_case):
-                raise InputError(
-                    f"{name} was scored on other cases than the first result; tabulate one data set at a time"
-                )
-            scores[metric] = np.array([[found[case] for case in cases] for found in by_case])
-        rows.append(Row(kind, name, scores, runs))
+        reports = [Report.from_dict({"settings": {}, **run}) for run in runs]
+        cases = sorted(rows[0].reports[0].cases if rows else reports[0].cases)
+        if any(sorted(report.cases) != cases for report in reports):
+            raise InputError(f"{name} was scored on other cases than the first result; tabulate one data set at a time")
+        scores = {
+            metric: np.array([[report.case_mean(case, metric) for case in cases] for report in reports])
+            for metric in MAIN_METRICS
+        }
+        rows.append(Row(kind, name, runs, reports, scores))
     return sorted(rows, key=_place)
 
 
@@ -121,12 +118,11 @@ def interval(scores: np.ndarray, *, rng: np.random.Generator) -> tuple[float, fl
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """P values adjusted for their number (Holm 1979)."""
-    order = np.argsort(p_values)
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
+    order, number = np.argsort(p_values), len(p_values)
+    stepped = np.maximum.accumulate(np.sort(p_values) * np.arange(number, 0, -1))
+    adjusted = np.empty(number)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted.tolist()
 
 
 def paired_tests(rows: Sequence[Row], metric: str) -> list[tuple[Row, Row, float, float]]:
@@ -142,54 +138,52 @@ def paired_tests(rows: Sequence[Row], metric: str) -> list[tuple[Row, Row, float
     return [(*pair, difference, p) for pair, (difference, _), p in zip(pairs, found, adjusted, strict=True)]
 
 
-def table(rows: Sequence[Row], *, rng: np.random.Generator) -> list[str]:
+def table(rows: Sequence[Row], *, rng: np.random.Generator) -> str:
     """The main table."""
-    classes = list(rows[0].runs[0]["standard"]["classes"])
+    classes = rows[0].reports[0].class_names
     head = ["", "Dice (95 %)", "between seeds", *classes, "HD95 mm (95 %)", "trainable", "stored", "s a step", "peak"]
     lines = []
     for row in rows:
-        bounds = {metric: interval(row.scores[metric], rng=rng) for metric in ("dice", "hd95")}
-        memory = "peak_gpu_gb" if row.runs[0]["peak_gpu_gb"] is not None else "peak_resident_gb"
+        dice, hd95 = (interval(row.scores[metric], rng=rng) for metric in MAIN_METRICS)
         lines.append(
             [
                 row.label,
-                f"{row.mean('dice'):.3f} ({bounds['dice'][0]:.3f}-{bounds['dice'][1]:.3f})",
+                f"{row.mean('dice'):.3f} ({dice[0]:.3f}-{dice[1]:.3f})",
                 f"{row.seeds_deviation('dice'):.3f}" if len(row.runs) > 1 else "",
-                *(f"{row.of_class(name, 'dice'):.3f}" for name in classes),
-                f"{row.mean('hd95'):.2f} ({bounds['hd95'][0]:.2f}-{bounds['hd95'][1]:.2f})",
+                *(f"{row.of_class(name):.3f}" for name in classes),
+                f"{row.mean('hd95'):.2f} ({hd95[0]:.2f}-{hd95[1]:.2f})",
                 f"{row.median('trainable_parameters') / 1e3:,.0f} k",
                 f"{row.median('stored_bytes') / 1e6:.2f} MB",
                 f"{row.median('seconds_per_step'):.3f}",
-                f"{row.median(memory):.2f} GB",
+                f"{row.median(row.memory):.2f} GB",
             ]
         )
-    return markdown(head, lines)
+    return markdown_table(head, lines)
 
 
-def tests_table(rows: Sequence[Row]) -> list[str]:
+def tests_table(rows: Sequence[Row]) -> str:
     """Differences between ranks, the row's less the column's, and whether chance explains them."""
     found = {(one.name, other.name): (d, p) for one, other, d, p in paired_tests(rows, "dice")}
     lines = []
     for other in rows[1:]:
         cells = [found.get((one.name, other.name)) for one in rows[:-1]]
         lines.append([other.name, *("" if cell is None else f"{cell[0]:+.3f} (p {cell[1]:.2g})" for cell in cells)])
-    return markdown(["", *(row.name for row in rows[:-1])], lines)
+    return markdown_table(["", *(row.name for row in rows[:-1])], lines)
 
 
 def plot_ranks(rows: Sequence[Row], baselines: Sequence[Row], path: Path, *, rng: np.random.Generator) -> None:
     """Dice and HD95 against the rank."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     ranks = [row.runs[0]["config"]["rank"] for row in rows]
-    for axis, metric, label in zip(axes, ("dice", "hd95"), ("Dice", "HD95, mm"), strict=True):
+    for axis, metric, label in zip(axes, MAIN_METRICS, ("Dice", "HD95, mm"), strict=True):
         means = np.array([row.mean(metric) for row in rows])
         bounds = np.array([interval(row.scores[metric], rng=rng) for row in rows]).T
         axis.errorbar(
             ranks, means, yerr=np.abs(bounds - means), marker="o", capsize=4, label="mean, 95 % over seeds and cases"
         )
-        for index, row in enumerate(rows):
-            seeds = np.nanmean(row.scores[metric], axis=1)
-            label_of_seeds = "each seed" if index == 0 else None
-            axis.plot([ranks[index]] * len(seeds), seeds, "k.", markersize=4, alpha=0.5, label=label_of_seeds)
+        seeds = [np.nanmean(row.scores[metric], axis=1) for row in rows]
+        places = np.repeat(ranks, [len(row) for row in seeds])
+        axis.plot(places, np.concatenate(seeds), "k.", markersize=4, alpha=0.5, label="each seed")
         for color, row in enumerate(baselines, start=1):
             axis.axhline(row.mean(metric), color=f"C{color}", linestyle="--", label=row.label)
         axis.set(xscale="log", xlabel="rank of LoRA on q and v", ylabel=label)
@@ -201,12 +195,11 @@ def plot_ranks(rows: Sequence[Row], baselines: Sequence[Row], path: Path, *, rng
 
 
 def plot_costs(rows: Sequence[Row], path: Path) -> None:
-    """Dice against what is stored and what is held in memory."""
+    """Dice against stored size and peak memory."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    memory = "peak_gpu_gb" if rows[0].runs[0]["peak_gpu_gb"] is not None else "peak_resident_gb"
     for axis, field, label, unit in (
         (axes[0], "stored_bytes", "adapter on disk, MB", 1e6),
-        (axes[1], memory, "peak memory of training, GB", 1),
+        (axes[1], rows[0].memory, "peak memory of training, GB", 1),
     ):
         for color, kind in enumerate(KINDS):
             of_kind = [row for row in rows if row.kind == kind]
@@ -253,12 +246,12 @@ def main() -> None:
     seeds, cases = sorted({run["seed"] for run in results}), rows[0].scores["dice"].shape[1]
     lines = [f"{data[0]}, base {results[0]['base']}, {len(seeds)} seeds, {cases} cases held out."]
     lines += [TINY_SAM_NOTE] if any(run["base"] == TINY_SAM for run in results) else []
-    lines += ["", *table(rows, rng=rng)]
+    lines += ["", table(rows, rng=rng)]
     stem = f"lora_rank-{data[0]}"
     if ranks:
         plot_ranks(ranks, [row for row in rows if row.kind == "baseline"], out / f"{stem}-ranks.png", rng=rng)
     if len(ranks) > 1:
-        lines += ["", "Dice of a row's rank less that of a column's:", "", *tests_table(ranks)]
+        lines += ["", "Dice of a row's rank less that of a column's:", "", tests_table(ranks)]
     plot_costs(rows, out / f"{stem}-costs.png")
     text = "\n".join(lines) + "\n"
     write_text(out / f"{stem}.md", text)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 from huggingface_hub import snapshot_download
@@ -12,6 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from samed_peft.config import SamedConfig, is_hub_id
 from samed_peft.errors import InputError
 from samed_peft.io import read_json, read_text
+
+if TYPE_CHECKING:
+    from samed_peft.evaluation.report import Report
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_FILE = "adapter_config.json"
@@ -83,24 +86,39 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def find_report(directory: Path, config: SamedConfig) -> tuple[Path, dict[str, Any]]:
-    """The folder and content of the adapter's report; an empty one if there is none.
+def find_report(directory: Path, config: SamedConfig) -> "tuple[Path, Report | None]":
+    """The folder of the adapter's report, and the report; None if the adapter was not evaluated.
 
     A report counts as the adapter's if it names the same classes and lies in its folder, or in the folder around it
     where the model card shows scores.
+
+    Raises:
+        InputError: the report is damaged.
     """
     around = Path(os.path.abspath(directory)).parent
     card = directory / CARD_FILE
     scored = card.is_file() and "model-index:" in read_text(card)
     for folder in (directory, *([around] if scored else [])):
         if (folder / REPORT_FILE).is_file():
-            report = read_json(folder / REPORT_FILE)
-            if isinstance(report, dict) and _is_report_of(report, config):
-                return folder, report
-    return directory, {}
+            values = read_json(folder / REPORT_FILE)
+            if isinstance(values, dict) and _is_report_of(values, config):
+                return folder, _report(values, folder / REPORT_FILE)
+    return directory, None
 
 
-def _is_report_of(report: Mapping[str, Any], config: SamedConfig) -> bool:
+def _is_report_of(values: Mapping[str, Any], config: SamedConfig) -> bool:
     kinds = {"standard": dict, "samed": dict, "cases": list, "settings": dict}
-    complete = all(isinstance(report.get(key), kind) for key, kind in kinds.items())
-    return complete and tuple(report["standard"].get("classes", ())) == config.class_names
+    complete = all(isinstance(values.get(key), kind) for key, kind in kinds.items())
+    classes = values["standard"].get("classes") if complete else None
+    return isinstance(classes, dict) and tuple(classes) == config.class_names
+
+
+def _report(values: Mapping[str, Any], path: Path) -> "Report":
+    from samed_peft.evaluation.report import Report  # imports SciPy, which adapters without a report do not need
+
+    try:
+        return Report.from_dict(values)
+    except InputError as error:
+        raise InputError(
+            f"expected a report of this package in {path}, found another ({error}); make it again, or move it elsewhere"
+        ) from error

@@ -1,4 +1,4 @@
-"""What an adapter is, read from its files alone: no base, no PyTorch."""
+"""Describe an adapter from its files alone, without its base and without PyTorch."""
 
 import math
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from samed_peft.errors import InputError
 from samed_peft.io import read_json, tensor_shapes
 
 _MOST_CLASSES = 14
-"""Rows of a table that leave a screen of 24 lines its head."""
+"""Rows of the table of classes, so that all of it fits a screen of 24 lines."""
 
 _TRAINING = ("epochs", "stop_epoch", "learning_rate", "batch_size", "num_processes", "mixed_precision", "seed")
 
 
 def adapter_info(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """What an adapter is.
+    """Describe an adapter.
 
     Args:
         source: adapter directory, or Hub id.
@@ -26,22 +26,23 @@ def adapter_info(source: str | Path, *, revision: str | None = None) -> dict[str
     Returns:
         JSON values: `classes` (label -> name), `config` (that of `samed_config.json`), `method`, `peft_type`, `files`
         (name -> bytes), `parameters` (stored in all, and of these the `encoder`'s), `scores` (`standard` and `samed`,
-        as in `report.json`), `cases` scored, `dataset`, `training` (settings of the run); None where nothing says.
+        as in `report.json`), `cases` scored, `dataset`, `training` (settings of the run); None if unknown.
 
     Raises:
-        InputError: `source` is no adapter, or a file is missing or damaged.
+        InputError: `source` is not an adapter, or a file is missing or damaged.
     """
     folder = adapter_folder(source, revision=revision)
     config = read_config(folder)
     missing = [name for name in (WEIGHTS_FILE, PEFT_FILE) if not (folder / name).is_file()]
     if missing:
-        raise InputError(f"{folder} is no whole adapter: it lacks {' and '.join(missing)}; save it again")
+        raise InputError(f"{folder} is not a complete adapter: it lacks {' and '.join(missing)}; save it again")
     peft = read_json(folder / PEFT_FILE)
     if not isinstance(peft, dict):
         raise InputError(f"expected an adapter's settings in {folder / PEFT_FILE}, found {type(peft).__name__}")
     sizes = {name: math.prod(shape) for name, shape in tensor_shapes(folder / WEIGHTS_FILE).items()}
     _, report = find_report(folder, config)
-    settings = report.get("settings", {})
+    settings = {} if report is None else report.settings
+    scores = {} if report is None else report.to_dict()
     return {
         "source": str(source),
         "classes": {str(label): name for label, name in enumerate(config.class_names, start=1)},
@@ -53,17 +54,16 @@ def adapter_info(source: str | Path, *, revision: str | None = None) -> dict[str
             "stored": sum(sizes.values()),
             "encoder": sum(size for name, size in sizes.items() if ".vision_encoder." in name or ".vera_" in name),
         },
-        "scores": {name: {key: report[name].get(key) for key in ("mean", "classes")} for name in ("standard", "samed")}
-        if report
-        else None,
-        "cases": report.get("n_cases", len(report["cases"])) if report else None,
+        "scores": {c: {key: scores[c][key] for key in ("mean", "classes")} for c in ("standard", "samed") if scores}
+        or None,
+        "cases": None if report is None else report.n_cases,
         "dataset": settings.get("dataset"),
         "training": {name: settings[name] for name in _TRAINING if name in settings} or None,
     }
 
 
 def info_text(info: Mapping[str, Any]) -> str:
-    """The same for a terminal: one screen, unless there are many classes."""
+    """Format the description for a terminal, on one screen."""
     config = SamedConfig.from_dict(info["config"])
     stored, encoder = (info["parameters"][name] for name in ("stored", "encoder"))
     lines = [
@@ -104,7 +104,7 @@ def _input(config: SamedConfig) -> str:
 
 
 def _classes(info: Mapping[str, Any]) -> list[str]:
-    """Classes, with their scores where there are any."""
+    """Classes, with their scores if there are any."""
     names = list(info["classes"].items())
     shown, left = names[:_MOST_CLASSES], len(names) - _MOST_CLASSES
     more = [f"  and {left} more, which --json lists"] if left > 0 else []
@@ -120,11 +120,9 @@ def _classes(info: Mapping[str, Any]) -> list[str]:
 
 
 def _row(label: str, name: str, standard: Mapping[str, Any], samed: Mapping[str, Any]) -> str:
-    return (
-        f"{label:>5} {name} {_figure(standard['dice'], 4):>6} {_figure(standard['hd95'], 2):>8} "
-        f"{_figure(samed['dice'], 4):>11} {_figure(samed['hd95'], 2):>12}"
+    from samed_peft.metrics import format_metric  # imports SciPy, which adapters without scores do not need
+
+    scores = [format_metric(metric, score[metric]) for score in (standard, samed) for metric in ("dice", "hd95")]
+    return f"{label:>5} {name} " + " ".join(
+        f"{text:>{width}}" for text, width in zip(scores, (6, 8, 11, 12), strict=True)
     )
-
-
-def _figure(value: float | None, digits: int) -> str:
-    return "n/a" if value is None else f"{value:.{digits}f}"

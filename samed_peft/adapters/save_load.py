@@ -2,9 +2,8 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -31,6 +30,7 @@ from samed_peft.adapters.methods import (
 )
 from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.errors import InputError
+from samed_peft.evaluation.report import Report
 from samed_peft.io import atomic_dir, load_tensors, require_replaceable, save_tensors, write_json, write_text
 from samed_peft.models.bases import load_sam
 from samed_peft.models.modeling import SamForSemanticSegmentation
@@ -153,13 +153,10 @@ def _store_as(file: Path, dtype: torch.dtype) -> None:
     save_tensors(tensors, file, metadata={"format": "pt"})
 
 
-def write_card(
-    directory: Path, *, report: Mapping[str, Any] | None = None, training: TrainingConfig | None = None
-) -> None:
-    """Write the model card of an adapter directory anew, with the scores of a report where there is one."""
+def write_card(directory: Path, *, report: Report | None = None, training: TrainingConfig | None = None) -> None:
+    """Write the model card of an adapter directory anew, with the scores of a report if one is given."""
     settings = None if training is None else training.to_dict()
-    card = model_card(read_config(directory), report=None if report is None else dict(report), training=settings)
-    write_text(directory / CARD_FILE, card)
+    write_text(directory / CARD_FILE, model_card(read_config(directory), report=report, training=settings))
 
 
 def load_adapter(

@@ -1,12 +1,12 @@
-"""`samed info`: what an adapter is, in one screen."""
+"""`samed info`: describe an adapter on one screen."""
 
 import argparse
 
 from samed_peft.cli.options import Commands, new_command
 
 _DESCRIPTION = """\
-Shows what an adapter is: its classes, base, method, input and sizes, and its scores where it was evaluated. Nothing but
-the adapter's own files is read."""
+Shows an adapter's classes, base, method, input and sizes, and its scores if it was evaluated. Only the adapter's own
+files are read."""
 
 _EPILOG = """\
 samed info runs/synapse/adapter
@@ -17,7 +17,7 @@ exit codes: 0 done, 2 wrong input"""
 
 def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     """Add the subcommand."""
-    parser = new_command(commands, "info", help="what an adapter is", description=_DESCRIPTION, epilog=_EPILOG)
+    parser = new_command(commands, "info", help="describe an adapter", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder, or Hub id")
     parser.add_argument("--revision", help="branch, tag or commit of an adapter on the Hub")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")

@@ -6,7 +6,7 @@ from pathlib import Path
 from samed_peft.cli.options import Commands, new_command
 
 _DESCRIPTION = """\
-Uploads an adapter in one commit: its four files and, where it was evaluated, report.json and report.md. Paths on this
+Uploads an adapter in one commit: its four files and, if it was evaluated, report.json and report.md. Paths on this
 machine and names of cases are left out. The token is that of hf auth login, or HF_TOKEN. Pushing again is harmless."""
 
 _EPILOG = """\
@@ -19,15 +19,17 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     """Add the subcommand."""
     parser = new_command(commands, "push", help="adapter -> Hugging Face Hub", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="adapter folder")
-    parser.add_argument("repository", metavar="REPO", help="name/repository; it is made if there is none")
-    parser.add_argument("--private", action="store_true", help="make it private; a public one is refused")
+    parser.add_argument("repository", metavar="REPO", help="name/repository; a missing one is created")
+    parser.add_argument(
+        "--private", action="store_true", help="create it as private; an existing public one is refused"
+    )
     parser.add_argument("--pictures", action="store_true", help="also send the report's pictures, which show scans")
     parser.add_argument("--cases", action="store_true", help="also send names and scores of single cases")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Push one adapter and say what was sent."""
+    """Push one adapter and list the files sent."""
     from samed_peft.hub.content import published_files
     from samed_peft.hub.push import check_repo_id, send_files
 

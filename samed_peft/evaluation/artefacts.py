@@ -1,30 +1,20 @@
-"""A report on disk: report.json, report.csv, report.html, report.md and pictures."""
+"""Write a report to disk: report.json, report.csv, report.html, report.md and pictures."""
 
 import csv
 import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from samed_peft.errors import InputError
 from samed_peft.evaluation.page import html_page
-from samed_peft.evaluation.report import (
-    CONVENTION_NOTES,
-    METRIC_NOTE,
-    Report,
-    class_rows,
-    failures,
-    format_score,
-    further_rows,
-    interval_rows,
-    markdown_cell,
-    markdown_table,
-    remarks,
-)
+from samed_peft.evaluation.render import render
+from samed_peft.evaluation.report import Report
+from samed_peft.evaluation.tables import MAIN_METRICS
 from samed_peft.io import FolderKind, write_bytes, write_json, write_text
-from samed_peft.metrics import CONVENTIONS, METRICS, Convention, presence
+from samed_peft.metrics import CONVENTIONS, METRICS, Convention, format_metric
 
 REPORT_FOLDER = FolderKind(markers=("report.json",), allowed=r"report\.(json|csv|html|md)|pictures")
 """A folder that `write_report` filled."""
@@ -41,7 +31,7 @@ def write_report(report: Report, directory: str | Path, *, pictures: Mapping[str
         pictures: case -> PNG; the report's own if None.
 
     Raises:
-        InputError: a picture is of no case of the report.
+        InputError: a picture belongs to a case that the report does not have.
     """
     directory = Path(directory)
     pictures = report.pictures if pictures is None else pictures
@@ -49,19 +39,19 @@ def write_report(report: Report, directory: str | Path, *, pictures: Mapping[str
     if unknown:
         raise InputError(f"pictures must be of cases of the report; found {', '.join(unknown)}")
     links = picture_links(pictures)
-    # Pages come after what they point to.
+    # Pages are written after the pictures that they link.
     for case, data in pictures.items():
         write_bytes(directory / links[case], data)
     write_json(directory / "report.json", report.to_dict())
     write_text(directory / "report.csv", csv_text(report))
     write_text(directory / "report.html", html_page(report, pictures=pictures, links=links))
-    write_text(directory / "report.md", markdown_text(report, links))
+    write_text(directory / "report.md", report_text(report, _case_tables(report), links=links))
 
 
 def csv_text(report: Report) -> str:
     """One row for each case, class and convention; a score that is undefined is empty.
 
-    Names that a spreadsheet would take for a formula get an apostrophe in front, which it takes for text.
+    Names that a spreadsheet would run as a formula get an apostrophe in front, which marks text.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer)  # line ends are RFC 4180's, so that those in names are quoted
@@ -69,10 +59,11 @@ def csv_text(report: Report) -> str:
     for case, scores in report.cases.items():
         for index, name in enumerate(report.class_names):
             for convention in CONVENTIONS:
-                score = scores[convention][index]
-                values = ["" if math.isnan(score[metric]) else repr(score[metric]) for metric in METRICS]
-                names = (_inert(case), _inert(name))
-                writer.writerow([*names, convention, presence(scores, index), *values])
+                values = scores[convention][index]
+                row = [_inert(case), _inert(name), convention, scores["presence"][index]]
+                writer.writerow(
+                    [*row, *("" if math.isnan(values[metric]) else repr(values[metric]) for metric in METRICS)]
+                )
     return buffer.getvalue()
 
 
@@ -80,62 +71,43 @@ def _inert(name: str) -> str:
     return f"'{name}" if name.lstrip(" ").startswith(_FORMULA_STARTS) else name
 
 
-def markdown_text(report: Report, links: Mapping[str, str]) -> str:
+CaseTable = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+"""Heading, header and rows of a table with the scores of single cases."""
+
+
+def report_text(report: Report, case_tables: Iterable[CaseTable], *, links: Mapping[str, str]) -> str:
     """The report as Markdown.
 
     Args:
         report: the scores.
+        case_tables: tables with the scores of single cases; they come after those with means.
         links: case -> path of its picture.
     """
-    header = ["Class", "Dice", "HD95 (mm)", "n Dice", "n HD95", "Dice (samed)", "HD95 (samed, voxels)"]
-    further = [
-        *("Class", "IoU", "ASSD (mm)", "Surface Dice", "IoU (samed)", "ASSD (samed, voxels)", "Surface Dice (samed)"),
-        *("in neither", "missed", "spurious"),
+    settings = [
+        (name, json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else value)
+        for name, value in report.settings.items()
     ]
-    intervals = ["Class", "Dice", "HD95 (mm)", "Dice (samed)", "HD95 (samed, voxels)"]
-    notes = [f"- `{convention}`: {CONVENTION_NOTES[convention]}" for convention in CONVENTIONS]
-    failed = [f"- {markdown_cell(line)}" for line in failures(report)]
-    parts = [
-        "# Evaluation",
-        *(markdown_cell(remark) for remark in remarks(report)),
-        *(["\n".join(failed)] if failed else []),
-        f"{len(report.cases)} cases, {len(report.class_names)} classes. Scores come in two conventions:",
-        "\n".join(notes),
-        METRIC_NOTE,
-        *("## Classes", markdown_table(header, class_rows(report))),
-        *("## Further metrics and counts", markdown_table(further, further_rows(report))),
-        *("## 95 % confidence intervals", markdown_table(intervals, interval_rows(report))),
-    ]
-    units = {"standard": "Dice / HD95 in millimetres", "samed": "Dice / HD95 in voxels"}
-    for convention in CONVENTIONS:
-        parts += [f"## Cases, {convention} ({units[convention]})", _case_table(report, convention)]
-    if links:
-        parts.append("## Pictures")
-        shown = [(markdown_cell(case), links[case]) for case in report.cases if case in links]
-        parts += [f"{case}\n\n![{case}]({link})" for case, link in shown]
-    if report.settings:
-        rows = [(name, _setting(value)) for name, value in report.settings.items()]
-        parts += ["## Settings", markdown_table(["Setting", "Value"], rows)]
-    return "\n\n".join(parts) + "\n"
+    pictures = {case: links[case] for case in report.cases if case in links}
+    return render("report.md.jinja", report=report, case_tables=case_tables, pictures=pictures, settings=settings)
 
 
-def _setting(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else str(value)
-
-
-def _case_table(report: Report, convention: Convention) -> str:
-    rows = []
-    for case, scores in report.cases.items():
-        rows.append([case, *(" / ".join(format_score(score)) for score in scores[convention])])
-    return markdown_table(["Case", *(markdown_cell(name) for name in report.class_names)], rows)
+def _case_tables(report: Report) -> Iterator[CaseTable]:
+    """Dice and HD95 by case and class, a table for each convention."""
+    units: Mapping[Convention, str] = {"standard": "millimetres", "samed": "voxels"}
+    for convention, unit in units.items():
+        rows = [
+            [case, *(" / ".join(format_metric(m, score[m]) for m in MAIN_METRICS) for score in scores[convention])]
+            for case, scores in report.cases.items()
+        ]
+        yield f"{convention} (Dice / HD95 in {unit})", ["Case", *report.class_names], rows
 
 
 def picture_links(pictures: Iterable[str]) -> dict[str, str]:
-    """Case -> path below the report's folder; cases may have characters in them that links may not."""
+    """Case -> path below the report's folder, without the characters that links must not have."""
     links: dict[str, str] = {}
     taken: set[str] = set()
     for case in pictures:
-        # Cut, since what is written goes by a longer name until it is complete.
+        # Cut, because the temporary file has a longer name.
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", case)[:100]
         name, number = stem, 1
         while name.lower() in taken:

@@ -1,4 +1,4 @@
-"""Scores of cases in memory, or in mappings that read them one by one."""
+"""Score cases in memory, or in mappings that read them one by one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,28 +24,27 @@ def evaluate_cases(
     settings: Mapping[str, Any] | None = None,
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
 ) -> Report:
-    """Scores of every case and class in both conventions.
+    """Score every case and class in both conventions.
 
-    Each value is looked up once, case after case, and let go: mappings that read or predict on access keep
+    Each value is looked up once, case by case, and then dropped: mappings that read or predict on access keep
     one case in memory.
 
     Args:
         predictions: case -> (D, H, W) label map, as `Volume` or array; 0 is background.
-        references: the same cases. Millimetres come from their affines; where there is none, a voxel counts
-            as 1 mm and the report says so.
+        references: the same cases. Millimetres come from their affines; without one, a voxel counts as 1 mm and
+            the report says so.
         class_names: names of labels 1..K.
-        images: case -> scan; a picture is made of each case that has one.
+        images: case -> scan, to make pictures of these cases.
         window: intensities of black and white in the pictures; see `case_picture`.
-        settings: what the report should say about the run, as JSON values; `note` is printed on top,
-            `dataset` names the data in a model card.
+        settings: facts about the run for the report, as JSON values; `note` is printed on top, `dataset` names the
+            data in a model card.
         tolerance_mm: of the surface Dice; see `metrics.score_labels`.
 
     Raises:
-        InputError: the cases of predictions and references differ, there are none, names or tolerance are
-            unusable, or a pair has different grids or labels without a name.
+        InputError: predictions and references are of different cases, or empty; names or tolerance are unusable; or
+            a pair has different grids or labels without a name.
     """
-    names = checked_names(class_names)
-    tolerance_mm = checked_tolerance(tolerance_mm)
+    names, tolerance_mm = checked_names(class_names), checked_tolerance(tolerance_mm)
     _check_cases(predictions, references)
     scores: dict[str, CaseScores] = {}
     pictures: dict[str, bytes] = {}
@@ -72,7 +71,7 @@ def checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
     """Names of labels 1..K.
 
     Raises:
-        InputError: there are none, or two are equal.
+        InputError: the list is empty, or two names are equal.
     """
     names = tuple(class_names)
     if isinstance(class_names, str) or not names or len(set(names)) != len(names):
@@ -82,7 +81,7 @@ def checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
 
 def _check_cases(predictions: Mapping[str, Labels], references: Mapping[str, Labels]) -> None:
     if not references:
-        raise InputError("there is no case to evaluate: no reference was given; check the folder of references")
+        raise InputError("found no case to evaluate: no reference was given; check the folder of references")
     missing = [case for case in references if case not in predictions]
     extra = [case for case in predictions if case not in references]
     if missing or extra:
@@ -99,10 +98,10 @@ def _listed(cases: Sequence[str], *, most: int = 5) -> str:
 
 
 def score_pair(prediction: Volume, reference: Volume, *, num_classes: int, tolerance_mm: float) -> CaseScores:
-    """`metrics.score_case` of two label maps on one grid, in the reference's millimetres.
+    """Score two label maps on one grid with `metrics.score_case`, in the reference's millimetres.
 
-    Pictures and other volumes of a single slice are scored as (H, W): in 3-D each of their voxels is on the border, so
-    that what overlaps would count as surfaces that agree.
+    Pictures and other volumes of a single slice are scored as (H, W): in 3-D all of their voxels would lie on the
+    border, so that the overlap would count as surfaces that agree.
 
     Raises:
         InputError: the grids differ or a label has no name; the message ends with the files.
@@ -124,7 +123,7 @@ def score_pair(prediction: Volume, reference: Volume, *, num_classes: int, toler
 
 
 def _check_grids(prediction: Volume, reference: Volume) -> None:
-    """Refuse grids that lie elsewhere in space, which equal shapes would hide."""
+    """Refuse grids of equal shape at different places in space."""
     if apart_mm := grids_apart_mm(prediction, reference):
         raise InputError(
             f"prediction and reference must lie on one grid; found corners {apart_mm:.3g} mm apart. "

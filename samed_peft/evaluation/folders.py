@@ -1,9 +1,8 @@
-"""Scores of a folder of masks against a folder of references, matched by file name."""
+"""Score a folder of masks against a folder of references, matched by file name."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -23,10 +22,10 @@ from samed_peft.io import (
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance
 
 _CHANNEL = "_0000"
-"""nnU-Net's ending of a scan's name before the suffix; its masks have none."""
+"""Ending of nnU-Net's scans before the suffix; its masks lack it."""
 
 Files = Mapping[str, Sequence[Path]]
-"""Case -> the files of that name; one, where all is well."""
+"""Case -> the files of that name, of which there should be one."""
 
 
 def evaluate_folders(
@@ -38,7 +37,7 @@ def evaluate_folders(
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
     on_failure: Callable[[str, str], None],
 ) -> Report:
-    """Scores of the masks in one folder against those in another, one case in memory at a time.
+    """Score the masks in one folder against those in another, one case in memory at a time.
 
     Files belong together if their names without suffix are equal. A case that cannot be scored is left out and
     named in the report's settings under `failed_cases`.
@@ -50,11 +49,11 @@ def evaluate_folders(
             which is then read twice.
         images: folder of scans, for the pictures; as for nnU-Net, `a_0000` is the scan of `a`.
         tolerance_mm: of the surface Dice; see `metrics.score_labels`.
-        on_failure: is told case and reason as soon as a case fails.
+        on_failure: called with case and reason as soon as a case fails.
 
     Raises:
-        InputError: a folder is missing or has no label maps, no name is in both, no case is left, or none has an
-            image.
+        InputError: a folder is missing or has no label maps, no name is in both, every case failed, or no case has
+            an image.
     """
     tolerance_mm = checked_tolerance(tolerance_mm)
     predicted, referenced = list_files(predictions), list_files(references)
@@ -83,24 +82,25 @@ def evaluate_folders(
     if not scores:
         raise InputError(f"none of the {len(failed)} cases in {predictions} and {references} could be scored")
     without_image = [] if images is None else [case for case in scores if case not in scans]
-    settings: dict[str, Any] = {
+    lists = {"cases_without_spacing": without_spacing, "cases_without_image": without_image, "failed_cases": failed}
+    settings = {
         "predictions": _writable(str(predictions)),
         "references": _writable(str(references)),
         "surface_dice_tolerance_mm": tolerance_mm,
+        **{name: found for name, found in lists.items() if found},
     }
-    lists = {"cases_without_spacing": without_spacing, "cases_without_image": without_image, "failed_cases": failed}
-    return Report(names, scores, settings={**settings, **{k: v for k, v in lists.items() if v}}, pictures=pictures)
+    return Report(names, scores, settings=settings, pictures=pictures)
 
 
 def list_files(folder: Path, *, folders_too: bool = False) -> dict[str, list[Path]]:
-    """Case -> its files in `folder`, hidden ones and those of other kinds left out.
+    """List the files of each case in `folder`, without hidden ones and those of other kinds.
 
     Args:
-        folder: where to look; not in folders below it.
+        folder: where to look; folders below it are not searched.
         folders_too: count folders as well, which may be DICOM series.
 
     Raises:
-        InputError: the folder is missing, is a file, or holds none.
+        InputError: the folder is missing, is a file, or has no such files.
     """
     found: dict[str, list[Path]] = {}
     for path in list_folder(folder):
@@ -113,7 +113,7 @@ def list_files(folder: Path, *, folders_too: bool = False) -> dict[str, list[Pat
 
 
 def _writable(text: str) -> str:
-    """`text` with a question mark for each byte of a file name that is not UTF-8, which no report could hold."""
+    """`text` with a question mark for each byte of a file name that is not UTF-8, which reports cannot store."""
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
@@ -137,7 +137,7 @@ def _only(files: Files, case: str, folder: Path | None) -> Path:
 
 def _readable(references: Files) -> Iterator[Volume]:
     for path in (path for paths in references.values() for path in paths):
-        # A case that cannot be read fails by itself, with this message, when it is its turn.
+        # A case that cannot be read fails with this message when it is its turn.
         with contextlib.suppress(InputError, OSError):
             yield read_labels(path)
 

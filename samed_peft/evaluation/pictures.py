@@ -1,4 +1,4 @@
-"""Pictures of a case: image, reference where there is one, and prediction side by side."""
+"""Draw pictures of a case: image, reference if given, and prediction side by side."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,6 @@ from samed_peft.errors import InputError
 from samed_peft.io import Volume, grids_apart_mm, label_colour
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _COLUMN_INCHES = 3.2
@@ -21,17 +20,11 @@ _FILL, _EDGE = 0.35, 0.95
 
 @dataclass(frozen=True)
 class _View:
-    """How stored slices are turned for display."""
+    """How stored slices are shown: flipped along these axes (0 rows, 1 columns), with rows of this relative size."""
 
-    flip_rows: bool
-    flip_columns: bool
+    flipped: tuple[int, ...]
     note: str
     row_over_column: float
-
-    def turn(self, pixels: NDArray) -> NDArray:
-        rows = slice(None, None, -1) if self.flip_rows else slice(None)
-        columns = slice(None, None, -1) if self.flip_columns else slice(None)
-        return pixels[rows, columns]
 
 
 def case_picture(
@@ -43,7 +36,7 @@ def case_picture(
     window: tuple[float, float] | None = None,
     spacing_zyx_mm: tuple[float, float, float] | None = None,
 ) -> bytes:
-    """Up to three telling slices of a case: image, reference and prediction as overlays, and a legend.
+    """Draw up to three representative slices of a case: image, reference and prediction as overlays, and a legend.
 
     An image with an affine is shown the radiological way: anterior up, the patient's right on the viewer's
     left. Without one, slices are shown as stored, row 0 on top.
@@ -54,22 +47,25 @@ def case_picture(
         prediction: (D, H, W) labels.
         class_names: names of labels 1..K.
         window: intensities of black and white. None stands for [0, 1] if the image is normalized or a colour one
-            with nothing above 1, for [0, 255] in other colour images, else for the 0.5 and 99.5 percentiles of what
-            is shown.
+            with no value above 1, for [0, 255] in other colour images, else for the 0.5 and 99.5 percentiles of the
+            slices shown.
         spacing_zyx_mm: voxel size, for the aspect; None for the image's own.
 
     Returns:
         The bytes of a PNG.
 
     Raises:
-        InputError: the shapes differ or are not those above, or the grids lie elsewhere in space.
+        InputError: the shapes differ or are not those above, or the grids lie at different places in space.
     """
     scan, labels = _checked(image, {"reference": reference, "prediction": prediction})
-    rows = telling_slices(labels.get("reference"), labels["prediction"])
+    rows = representative_slices(labels.get("reference"), labels["prediction"])
     low, high = window or _window(scan, list(rows))
     view = _view(scan, spacing_zyx_mm or scan.spacing_zyx_mm)
     panels = [
-        [view.turn(pixels) for pixels in (_scaled(scan.array[z], low, high), *(array[z] for array in labels.values()))]
+        [
+            np.flip(pixels, view.flipped)
+            for pixels in (_scaled(scan.array[z], low, high), *(array[z] for array in labels.values()))
+        ]
         for z in rows
     ]
     titles = [f"slice {z}\n{reason}" for z, reason in rows.items()]
@@ -81,7 +77,7 @@ def case_picture(
 def _checked(
     image: Volume | NDArray, given: Mapping[str, Volume | NDArray | None]
 ) -> tuple[Volume, dict[str, NDArray]]:
-    """The image, and the arrays of those label maps that are there."""
+    """The image, and the arrays of the label maps that are given."""
     scan = image if isinstance(image, Volume) else Volume(np.asarray(image))
     labels = {
         role: volume.array if isinstance(volume, Volume) else np.asarray(volume)
@@ -105,13 +101,13 @@ def _checked(
     return scan, labels
 
 
-def telling_slices(reference: NDArray | None, prediction: NDArray) -> dict[int, str]:
-    """Up to three slices worth looking at, by index, each with the reason.
+def representative_slices(reference: NDArray | None, prediction: NDArray) -> dict[int, str]:
+    """Choose up to three slices worth looking at: index -> reason.
 
-    The slices with the most classes, the largest disagreement and the most foreground, kept apart.
+    They are the slices with the most classes, the largest disagreement and the most foreground, kept apart.
 
     Args:
-        reference: (D, H, W) labels; None if there is only a prediction, which then disagrees with nothing.
+        reference: (D, H, W) labels; None for a prediction alone, without disagreement.
         prediction: (D, H, W) labels.
     """
     maps = [prediction] if reference is None else [reference, prediction]
@@ -158,12 +154,13 @@ def _scaled(pixels: NDArray, low: float, high: float) -> NDArray[np.float32]:
 def _view(scan: Volume, spacing_zyx_mm: tuple[float, float, float]) -> _View:
     _, row_mm, column_mm = spacing_zyx_mm
     if scan.orientation is None:
-        return _View(False, False, "as stored, orientation unknown", row_mm / column_mm)
+        return _View((), "as stored, orientation unknown", row_mm / column_mm)
     x, y = scan.orientation[0], scan.orientation[1]
     if x in "LR" and y in "AP":
         note = "anterior up, patient's right on the left"
-        return _View(y == "A", x == "R", note, row_mm / column_mm)
-    return _View(False, False, f"as stored: rows run to {y}, columns to {x}", row_mm / column_mm)
+        flipped = (*((0,) if y == "A" else ()), *((1,) if x == "R" else ()))
+        return _View(flipped, note, row_mm / column_mm)
+    return _View((), f"as stored: rows run to {y}, columns to {x}", row_mm / column_mm)
 
 
 def _figure(
@@ -174,7 +171,7 @@ def _figure(
     view: _View,
     num_classes: int,
 ) -> "Figure":
-    """Grid of axes: one row for each slice; the image in the first of the columns, overlays in the others."""
+    """Draw one row for each slice, with the image in the first column and overlays in the others."""
     from matplotlib.figure import Figure
 
     height, width = panels[0][0].shape[:2]
@@ -191,25 +188,20 @@ def _figure(
             panel.imshow(pixels, cmap="gray", vmin=0, vmax=1, aspect=view.row_over_column)
             if overlay is not None:
                 panel.imshow(_overlay(overlay, colours), aspect=view.row_over_column, interpolation="nearest")
-            _clear(panel)
+            panel.set(xticks=[], yticks=[])
     for panel, title in zip(grid[0], columns, strict=True):
         panel.set_title(title, fontsize=10)
     figure.suptitle(view.note, fontsize=8, color="dimgray")
     return figure
 
 
-def _clear(panel: "Axes") -> None:
-    panel.set_xticks([])
-    panel.set_yticks([])
-
-
 def _palette(num_classes: int) -> NDArray[np.float64]:
-    """(K + 1, 3) colours in [0, 1]; index 0, background, is never shown."""
+    """(K + 1, 3) colours in [0, 1]; index 0, the background, is never shown."""
     return np.array([(0.0, 0.0, 0.0), *(label_colour(label) for label in range(1, num_classes + 1))])
 
 
 def _overlay(labels: NDArray, colours: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(H, W, 4) RGBA: classes filled faintly, with a firm outline."""
+    """(H, W, 4) RGBA: classes filled faintly, with an opaque outline."""
     whole = labels.astype(np.int64)
     padded = np.pad(whole, 1, mode="edge")
     neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
@@ -231,7 +223,7 @@ def _legend(figure: "Figure", panels: Sequence[Sequence[NDArray]], class_names: 
         handles=handles, loc="outside lower center", ncols=min(4 if len(panels[0]) > 2 else 3, len(shown)), fontsize=9
     )
     for text, label in zip(legend.get_texts(), shown, strict=True):
-        # Set afterwards: a leading underscore would hide the entry, a dollar sign be read as a formula.
+        # Set afterwards: a leading underscore would hide the entry, and a dollar sign start a formula.
         text.set_parse_math(False)
         text.set_text(class_names[label - 1])
 
@@ -240,6 +232,6 @@ def _png(figure: "Figure") -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()
-    # Without the writer's version, equal inputs give equal bytes.
+    # Without Matplotlib's version in the file, equal inputs give equal bytes.
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()

@@ -1,17 +1,19 @@
-"""What of an adapter is published: its own files and its scores, without places on this machine and names of cases.
+"""Select what to publish of an adapter: its files and scores, without paths of this machine and names of cases.
 
 Everything is made in memory; the files on disk are only read.
 """
 
+import io
 import json
 import os
 import platform
 import re
-import struct
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
+from safetensors import safe_open
 
 from samed_peft.adapters.folder import (
     ADAPTER_FILES,
@@ -22,38 +24,33 @@ from samed_peft.adapters.folder import (
     find_report,
     read_config,
 )
-from samed_peft.config import TINY_SAM, TINY_SAM_NOTE, SamedConfig, is_hub_id
+from samed_peft.adapters.places import is_place, published_base, without_place, without_places
+from samed_peft.config import TINY_SAM, TINY_SAM_NOTE, SamedConfig
 from samed_peft.errors import InputError
+from samed_peft.evaluation.artefacts import CaseTable, report_text
+from samed_peft.evaluation.report import Report
+from samed_peft.evaluation.stored import Means
+from samed_peft.evaluation.tables import column_titles
 from samed_peft.io import list_folder, naming_unreadable, read_json, read_text, tensor_shapes
+from samed_peft.metrics import CONVENTIONS, METRICS, format_metric
 
-_WORD = r"""[^\s|`"'<>()\[\]{},;]"""
-_REST = rf"{_WORD}*(?:(?: (?![/\\~])(?:(?![:=/\\]){_WORD})+){{1,3}}[/\\]{_WORD}*)*"
-"""To the end of a path: up to three words before a separator are taken for a part of it, to be safe."""
-_PLACE = re.compile(
-    rf"(?:file|smb|nfs|ssh|sftp|s3|gs)://{_REST}|[\w.+-]+@[\w.-]+:(?=[/~]){_REST}|"
-    rf"(?<![\w./<~\\-])(?:~[\w.-]*/|\$\w+/|/(?=[\w.@$%+-])|(?<!:)//(?=[\w.-]+/)|[A-Za-z]:[\\/]|"
-    rf"\\\\(?=[\w.-]+\\)){_REST}"
-)
-"""Absolute paths of any system in running text; fractions, units, web addresses and closing tags are none."""
-
-_SAFE_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-"""Of a PNG, what its pixels need; the others may say who made it from what, and when."""
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def published_files(directory: str | Path, *, pictures: bool = False, cases: bool = False) -> dict[str, bytes]:
-    """Name in the repository -> content, of all that is published of an adapter.
+    """Make the files that are published of an adapter: name in the repository -> content.
 
     A base on this machine is named by the last part of its path; its fingerprint identifies it. A report counts as
     the adapter's if it names the same classes and lies in its folder, or in the folder around it where the model card
     shows scores.
 
     Args:
-        directory: what `save_adapter` wrote.
+        directory: a folder that `save_adapter` wrote.
         pictures: also the report's pictures, under numbers unless `cases`, and without any text stored in them.
-        cases: keep the cases' names and their own scores; otherwise only means over cases are published.
+        cases: keep the names and scores of single cases; otherwise only means over cases are published.
 
     Raises:
-        InputError: the directory is no complete adapter, a file in it is damaged, or there are no pictures.
+        InputError: the directory is not a complete adapter, a file in it is damaged, or pictures are missing.
     """
     directory = Path(directory)
     _require_complete(directory)
@@ -62,12 +59,12 @@ def published_files(directory: str | Path, *, pictures: bool = False, cases: boo
     folder, report = find_report(directory, config)
     names = [] if cases else _case_names(report)
     published = {
-        WEIGHTS_FILE: _plain_weights(_read(directory / WEIGHTS_FILE)),
+        WEIGHTS_FILE: _plain_weights(directory / WEIGHTS_FILE),
         PEFT_FILE: _peft_settings(directory / PEFT_FILE),
         CONFIG_FILE: _settings(directory / CONFIG_FILE, config),
         CARD_FILE: _card(directory, config, names),
     }
-    if report:
+    if report is not None:
         published |= _report_files(folder, report, config, cases=cases)
     if pictures:
         published |= _pictures(folder / "pictures", named=cases)
@@ -94,30 +91,15 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
-def _plain_weights(data: bytes) -> bytes:
-    """A safetensors file without what others may have noted in its header."""
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    if not header.get("__metadata__", {}).keys() - {"format"}:
-        return data
-    header["__metadata__"] = {"format": "pt"}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+def _plain_weights(path: Path) -> bytes:
+    """A safetensors file without notes that other programs may have left in its header."""
+    data = _read(path)
+    with safe_open(path, framework="np") as file:
+        if not (file.metadata() or {}).keys() - {"format"}:
+            return data
+    from safetensors.torch import load, save  # imports PyTorch, which files without notes do not need
 
-
-def _is_place(text: str) -> bool:
-    return re.match(r"~[\w.-]*/|/|\\\\|[A-Za-z]:[\\/]|file:", text) is not None
-
-
-def _last_part(place: str) -> str:
-    # Both separators: an adapter made on Windows may be published elsewhere.
-    return re.split(r"[/\\]", place.rstrip("/\\"))[-1] or "base"
-
-
-def published_base(base: str) -> str:
-    """A base as others may know it: the name of a Hub repository, or the last part of a path."""
-    return base if base == TINY_SAM or is_hub_id(base) else _last_part(base)
+    return save(load(data), metadata={"format": "pt"})
 
 
 def _settings(path: Path, config: SamedConfig) -> bytes:
@@ -129,35 +111,19 @@ def _peft_settings(path: Path) -> bytes:
     values = read_json(path)
     if not isinstance(values, dict):
         raise InputError(f"expected an adapter's settings in {path}, found {type(values).__name__}; save it again")
-    clean = _without_places_in(values)
+    clean = without_place(values)
     base = values.get("base_model_name_or_path")
     if isinstance(base, str):
         clean["base_model_name_or_path"] = published_base(base)
     return _read(path) if clean == values else _json(clean)
 
 
-def _without_places_in(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_places_in(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_places_in(entry) for entry in value]
-    return _last_part(value) if isinstance(value, str) and _is_place(value) else value
-
-
 def _card(directory: Path, config: SamedConfig, cases: Iterable[str]) -> bytes:
     known = [config.base, os.path.abspath(directory), str(Path.home())]
     text = read_text(directory / CARD_FILE)
-    clean = without_places(text, [place for place in known if _is_place(place)])
+    clean = without_places(text, [place for place in known if is_place(place)])
     clean = _without_words(clean, [*_telling(cases, config), *_host_names()])
     return _read(directory / CARD_FILE) if clean == text else clean.encode()
-
-
-def without_places(text: str, known: Iterable[str] = ()) -> str:
-    """`text` with absolute paths reduced to their last part; those in `known` may have spaces in them."""
-    for place in sorted(known, key=len, reverse=True):
-        if len(place) > 3:  # not / and C:\
-            text = re.sub(re.escape(place) + _REST, lambda found: _last_part(found[0]), text)
-    return _PLACE.sub(lambda found: _last_part(found[0]), text)
 
 
 def _without_words(text: str, words: Iterable[str]) -> str:
@@ -167,7 +133,7 @@ def _without_words(text: str, words: Iterable[str]) -> str:
 
 
 def _telling(cases: Iterable[str], config: SamedConfig) -> list[str]:
-    """Names of cases that are no common words or numbers, longest first."""
+    """Names of cases that identify one, longest first; common words and numbers do not."""
     words = [case for case in cases if len(case) > 3 and re.search(r"\d", case) and case not in config.class_names]
     return sorted(words, key=len, reverse=True)
 
@@ -178,30 +144,23 @@ def _host_names() -> list[str]:
     return [name for name in sorted(names, key=len, reverse=True) if len(name) > 3 and re.search(r"[\d.-]", name)]
 
 
-def _report_files(folder: Path, report: Mapping[str, Any], config: SamedConfig, *, cases: bool) -> dict[str, bytes]:
-    try:
-        chosen = _published_report(report, config, cases=cases)
-        texts = {"report.json": _json(chosen), "report.md": _markdown(chosen).encode()}
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"expected a report of this package in {folder / 'report.json'}, found another ({error!r}); make it again, "
-            "or move it elsewhere"
-        ) from error
+def _case_names(report: Report | None) -> list[str]:
+    if report is None:
+        return []
+    others = ("cases_without_spacing", "cases_without_image", "failed_cases")
+    return [*report.cases, *(str(case) for key in others for case in report.settings.get(key, ()))]
+
+
+def _report_files(folder: Path, report: Report, config: SamedConfig, *, cases: bool) -> dict[str, bytes]:
+    chosen = _published_report(report, config, cases=cases)
+    values = chosen.to_dict() | {"n_cases": chosen.n_cases}
+    texts = {"report.json": _json(values), "report.md": report_text(chosen, _case_tables(chosen), links={}).encode()}
     return {name: text for name, text in texts.items() if (folder / name).is_file()}
 
 
-def _case_names(report: Mapping[str, Any]) -> list[str]:
-    if not report:
-        return []
-    settings = report["settings"]
-    others = [settings.get(key, ()) for key in ("cases_without_spacing", "cases_without_image", "failed_cases")]
-    rows = [str(row.get("case")) for row in report["cases"] if isinstance(row, dict)]
-    return rows + [str(case) for names in others for case in names]
-
-
-def _published_report(report: Mapping[str, Any], config: SamedConfig, *, cases: bool) -> dict[str, Any]:
-    """What is said of a report: a choice of what is known to be harmless, not what is left of it."""
-    found = report["settings"]
+def _published_report(report: Report, config: SamedConfig, *, cases: bool) -> Report:
+    """The means, and of the settings only those that are known to be harmless."""
+    found = report.settings
     settings = {key: found[key] for key in ("surface_dice_tolerance_mm",) if key in found}
     if "dataset" in found:
         dataset = without_places(str(found["dataset"]))
@@ -210,52 +169,20 @@ def _published_report(report: Mapping[str, Any], config: SamedConfig, *, cases: 
         settings["note"] = TINY_SAM_NOTE
     if cases and "failed_cases" in found:
         settings["failed_cases"] = dict.fromkeys(found["failed_cases"], "left out")
-    kept = ("mean", "mean_ci95", "classes")
-    scores = {name: _figures({key: report[name].get(key) for key in kept}) for name in ("standard", "samed")}
-    rows = list(report["cases"]) if cases else []
-    return {**scores, "cases": rows, "n_cases": len(report["cases"]), "settings": settings}
+    means = Means(report.n_cases, report.summary, report.intervals)
+    return Report(report.class_names, report.cases if cases else {}, settings=settings, means=means)
 
 
-def _figures(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that are numbers, lists of numbers or undefined, at any depth."""
-    figures: dict[str, Any] = {}
-    for name, value in scores.items():
-        entries = value if isinstance(value, list) else [value]
-        if isinstance(value, dict):
-            figures[name] = _figures(value)
-        elif all(entry is None or isinstance(entry, int | float) for entry in entries):
-            figures[name] = value
-    return figures
-
-
-def _markdown(report: Mapping[str, Any]) -> str:
-    """The published report to read, from nothing but itself."""
-    from samed_peft.evaluation.report import CONVENTION_NOTES, markdown_cell, markdown_table
-    from samed_peft.metrics import CONVENTIONS, METRICS, format_metric
-
-    def scores(found: Mapping[str, Any]) -> list[str]:
-        values = {key: found.get(key) for key in METRICS}
-        return [format_metric(key, value) for key, value in values.items()]
-
-    settings = report["settings"]
-    parts = ["# Evaluation", *([settings["note"]] if "note" in settings else [])]
-    parts.append(f"{report['n_cases']} cases" + (f" of {settings['dataset']}." if "dataset" in settings else "."))
-    for convention in CONVENTIONS:
-        summary = report[convention]
+def _case_tables(report: Report) -> Iterator[CaseTable]:
+    """All metrics by case and class, a table for each convention."""
+    for convention in CONVENTIONS if report.cases else ():
         rows = [
-            [markdown_cell(name), *scores(found), f"{found['n_valid']}/{found['n_cases']}"]
-            for name, found in summary["classes"].items()
+            [case, name, *(format_metric(metric, score[metric]) for metric in METRICS)]
+            for case, scores in report.cases.items()
+            for name, score in zip(report.class_names, scores[convention], strict=True)
         ]
-        rows.append(["mean", *scores(summary["mean"]), ""])
-        table = markdown_table(["Class", *METRICS, "n"], rows)
-        parts += [f"## {convention}", CONVENTION_NOTES[convention], table]
-        rows = [
-            [markdown_cell(row["case"]), markdown_cell(name), *scores(found[convention])]
-            for row in report["cases"]
-            for name, found in row["classes"].items()
-        ]
-        parts += [markdown_table(["Case", "Class", *METRICS], rows)] if rows else []
-    return "\n\n".join(parts) + "\n"
+        titles = column_titles([(convention, metric) for metric in METRICS])
+        yield convention, ["Case", "Class", *titles], rows
 
 
 def _pictures(folder: Path, *, named: bool) -> dict[str, bytes]:
@@ -269,16 +196,19 @@ def _pictures(folder: Path, *, named: bool) -> dict[str, bytes]:
 
 
 def _plain_png(path: Path) -> bytes:
-    """A PNG with its pixels alone."""
-    data = _read(path)
-    kept, position = [data[:8]], 8
-    while position < len(data) and kept[-1][4:8] != b"IEND":
-        (length,) = struct.unpack(">I", data[position : position + 4].rjust(4, b"\xff"))
-        chunk = data[position : position + 12 + length]
-        position += len(chunk)
-        if len(chunk) < 12 + length or zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:]):
-            break
-        kept += [chunk] if chunk[4:8] in _SAFE_CHUNKS else []
-    if data[:8] != b"\x89PNG\r\n\x1a\n" or kept[-1][4:8] != b"IEND":
-        raise InputError(f"expected a PNG in {path}, found something else or a part of one; make the report again")
-    return b"".join(kept)
+    """A PNG of the same pixels, without texts, dates and other notes."""
+    data, clean = _read(path), io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            picture.verify()  # all checksums but the last; the picture must then be opened again
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            picture.load()
+            picture.info = {key: value for key, value in picture.info.items() if key == "transparency"}
+            picture.save(clean, "PNG")
+        if _PNG_END not in data:
+            raise ValueError("the last part is incomplete")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"expected a PNG in {path}, found something else or a part of one; make the report again"
+        ) from error
+    return clean.getvalue()

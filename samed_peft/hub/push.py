@@ -1,4 +1,4 @@
-"""Sharing adapters on the Hugging Face Hub."""
+"""Share adapters on the Hugging Face Hub."""
 
 import contextlib
 import json
@@ -8,19 +8,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, HfApi, RepoUrl, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OIDCError
+from huggingface_hub.utils import validate_repo_id
 
 from samed_peft.adapters.folder import ADAPTER_FILES, first_line
 from samed_peft.errors import InputError
 from samed_peft.hub.content import published_files
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi, RepoUrl
-
 __all__ = ["ADAPTER_FILES", "WAITS_S", "check_repo_id", "push_to_hub", "send_files"]
 
 WAITS_S = (1.0, 4.0, 10.0)
-"""Seconds before each further try of a request that the Hub did not answer, or put off."""
+"""Seconds before each retry of a request that the Hub did not answer, or postponed."""
 
 _LONGEST_WAIT_S = 60.0
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
@@ -37,26 +39,26 @@ def push_to_hub(
     pictures: bool = False,
     cases: bool = False,
 ) -> str:
-    """Upload an adapter to the Hub in one commit; the repository is made if there is none.
+    """Upload an adapter to the Hub in one commit; a missing repository is created.
 
-    Sent are the adapter's four files and, where it was evaluated, `report.json` and `report.md`. Absolute paths are
-    cut to their last part, and of the report only means over cases are sent; see `hub_content.published_files`. Local
-    files are only read. What the Hub has already is not committed again, so that a push may be repeated.
+    The adapter's four files are sent and, if it was evaluated, `report.json` and `report.md`. Absolute paths are cut
+    to their last part, and of the report only means over cases are sent; see `content.published_files`. Local files
+    are only read. Files that the Hub already has are not committed again, so that a push may be repeated.
 
     Args:
-        directory: what `save_adapter` wrote.
+        directory: a folder that `save_adapter` wrote.
         repo_id: `owner/name`, or `name` for the token's own account.
-        private: make a new repository private, and refuse one that is public already; otherwise a new one is what
-            its owner's settings say, and one that exists stays as it is.
+        private: create the repository as private, and refuse an existing public one; otherwise a new one follows its
+            owner's defaults, and an existing one stays as it is.
         token: access token; None for HF_TOKEN or the one of `hf auth login`.
         pictures: also send the report's pictures; they show scans.
-        cases: send names and scores of single cases, too.
+        cases: also send names and scores of single cases.
 
     Returns:
         The address of the repository.
 
     Raises:
-        InputError: the directory is no complete adapter, `repo_id` is malformed, or the Hub cannot be reached or
+        InputError: the directory is not a complete adapter, `repo_id` is malformed, or the Hub cannot be reached or
             refuses.
     """
     files = published_files(directory, pictures=pictures, cases=cases)
@@ -71,14 +73,14 @@ def send_files(
     token: str | None = None,
     waits_s: Sequence[float] = WAITS_S,
 ) -> str:
-    """Commit files to a repository of the Hub, which is made if there is none.
+    """Commit files to a repository of the Hub; a missing one is created.
 
     Args:
         files: name in the repository -> content.
         repo_id: as for `push_to_hub`.
         private: as for `push_to_hub`.
         token: as for `push_to_hub`.
-        waits_s: seconds before each further try.
+        waits_s: seconds before each retry.
 
     Returns:
         The address of the repository.
@@ -86,8 +88,6 @@ def send_files(
     Raises:
         InputError: `repo_id` is malformed, or the Hub cannot be reached or refuses.
     """
-    from huggingface_hub import HfApi, constants
-
     check_repo_id(repo_id)
     if constants.is_offline_mode():
         raise InputError(f"nothing was sent to {repo_id}: HF_HUB_OFFLINE is set; unset it to reach the Hub")
@@ -99,12 +99,10 @@ def send_files(
     return str(repo)
 
 
-def _open_repository(api: "HfApi", repo_id: str, waits_s: Sequence[float], *, private: bool) -> "RepoUrl":
-    """The repository, made if there is none; one that should be private is."""
-    import httpx2
-
+def _open_repository(api: HfApi, repo_id: str, waits_s: Sequence[float], *, private: bool) -> RepoUrl:
+    """Create or find the repository; refuse a public one if it should be private."""
     make = partial(api.create_repo, repo_id, private=private or None, exist_ok=True)
-    # Without a connection there is no sense in waiting; later, it has been lost and may come back.
+    # Waiting does not help without any connection; one that is lost later may come back.
     repo = _retried(make, waits_s, hopeless=(httpx2.ConnectError,))
     if private and not _retried(partial(api.model_info, repo.repo_id), waits_s).private:
         raise InputError(
@@ -114,9 +112,7 @@ def _open_repository(api: "HfApi", repo_id: str, waits_s: Sequence[float], *, pr
     return repo
 
 
-def _commit(api: "HfApi", repo_id: str, files: Mapping[str, bytes], waits_s: Sequence[float]) -> None:
-    from huggingface_hub import CommitOperationAdd
-
+def _commit(api: HfApi, repo_id: str, files: Mapping[str, bytes], waits_s: Sequence[float]) -> None:
     def additions() -> list[CommitOperationAdd]:
         return [CommitOperationAdd(name, data) for name, data in files.items()]
 
@@ -124,7 +120,7 @@ def _commit(api: "HfApi", repo_id: str, files: Mapping[str, bytes], waits_s: Seq
     api.preupload_lfs_files(repo_id, uploaded[0], free_memory=False)  # the library repeats each of its requests
 
     def commit() -> None:
-        # A further try asks anew what is there: the answer alone may have been lost, and the commit be made.
+        # A retry asks again which files are there: the commit may have arrived and only the answer been lost.
         batch = uploaded.pop() if uploaded else additions()
         api.create_commit(repo_id, batch, commit_message="Upload SAMed adapter")
 
@@ -132,10 +128,7 @@ def _commit(api: "HfApi", repo_id: str, files: Mapping[str, bytes], waits_s: Seq
 
 
 def _retried(request: Callable[[], T], waits_s: Sequence[float], hopeless: tuple[type[Exception], ...] = ()) -> T:
-    """The answer to a request, which is repeated after each of the waits where the Hub is busy or falls silent."""
-    import httpx2
-    from huggingface_hub.errors import HfHubHTTPError
-
+    """Repeat a request after each of the waits while the Hub is busy or does not answer."""
     for wait_s in waits_s:
         try:
             return request()
@@ -155,13 +148,10 @@ def _retried(request: Callable[[], T], waits_s: Sequence[float], hopeless: tuple
 
 
 def _token(token: str | None) -> str:
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import OIDCError
-
     try:
         found = get_token() if token is None else token.strip()
     except OIDCError as error:
-        raise InputError(f"no token for the Hub could be had from HF_OIDC_RESOURCE: {first_line(error)}") from error
+        raise InputError(f"HF_OIDC_RESOURCE gave no token for the Hub: {first_line(error)}") from error
     if not found:
         raise InputError("expected a token for the Hub, found none; run hf auth login, or set HF_TOKEN")
     if not re.fullmatch(r"[\x21-\x7e]+", found):  # libraries would quote it in their errors
@@ -171,8 +161,7 @@ def _token(token: str | None) -> str:
 
 @contextlib.contextmanager
 def _clear_errors(repo_id: str, endpoint: str, token: str) -> Iterator[None]:
-    """Within `with`, failures come as InputErrors, and neither they nor logs show the token or signed addresses."""
-    import httpx2
+    """Turn failures into InputErrors; neither they nor logs show the token or signed addresses."""
 
     def conceal(text: str) -> str:
         return re.sub(r"\?\S+", "", text.replace(token, "***"))
@@ -188,7 +177,7 @@ def _clear_errors(repo_id: str, endpoint: str, token: str) -> Iterator[None]:
     except InputError:
         raise
     except (httpx2.HTTPError, OSError, ValueError, LookupError, RuntimeError) as error:
-        # Failures of uploads come wrapped; what is no error of HTTP comes from xet, or from answers that are none.
+        # Failures of uploads are wrapped; non-HTTP errors come from xet or from malformed responses.
         cause = error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
         problem = InputError(conceal(_problem(cause, repo_id, endpoint)))
         # A server may repeat the token in its answer, and addresses may be signed, which a traceback would show.
@@ -199,9 +188,6 @@ def _clear_errors(repo_id: str, endpoint: str, token: str) -> Iterator[None]:
 
 
 def _problem(error: Exception, repo_id: str, endpoint: str) -> str:
-    import httpx2
-    from huggingface_hub.errors import HfHubHTTPError
-
     advice = "files here are as they were, and the same push can be repeated"
     if isinstance(error, HfHubHTTPError):
         said = (error.server_message or "").splitlines()
@@ -231,14 +217,11 @@ def _refusal(status: int, repo_id: str, reason: str, advice: str) -> str:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Whether `repo_id` can name a repository, without asking the Hub.
+    """Check that `repo_id` can name a repository, without asking the Hub.
 
     Raises:
-        InputError: it cannot.
+        InputError: it is malformed.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

@@ -94,7 +94,7 @@ def finish_run(
         InputError: the Hub cannot be reached or refuses.
     """
     if report is not None:
-        write_card(adapter, report=report.to_dict(), training=run.training)
+        write_card(adapter, report=report, training=run.training)
         print(format_table(report), f"adapter, masks, report and pictures are in {run.output_dir}", sep="\n")
         if repo_id:
             print(push_to_hub(adapter, repo_id))

@@ -7,6 +7,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from samed_peft.adapters.card import model_card
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig, is_hub_id
+from samed_peft.evaluation import Report
 
 
 def _config(base="facebook/sam-vit-base", **changes):
@@ -18,10 +19,14 @@ def _front_matter(card):
     return yaml.safe_load(front)
 
 
-def _report(hd95=4.5):
-    scores = {"dice": 0.81884, "hd95": hd95}
-    summary = {"mean": scores, "classes": {"liver": {**scores, "n_valid": 3, "n_cases": 4}}}
-    return {"standard": summary, "samed": summary, "cases": [{}] * 4, "settings": {"dataset": "Synapse test"}}
+def _report(hd95=4.5, dataset="Synapse test"):
+    """Means of four cases, one of which has no liver."""
+    scores, ends = {"dice": 0.81884, "hd95": hd95}, {"dice": [0.8, 0.9], "hd95": [None, None]}
+    counts = {"n_valid": 3, "n_cases": 4, "n_absent": 1, "n_missed": 0, "n_spurious": 0}
+    summary = {"mean": scores, "mean_ci95": ends, "classes": {"liver": {**scores, **counts, "ci95": ends}}}
+    return Report.from_dict(
+        {"standard": summary, "samed": summary, "cases": [], "n_cases": 4, "settings": {"dataset": dataset}}
+    )
 
 
 def test_the_front_matter_is_what_the_hub_reads():
@@ -72,9 +77,7 @@ def test_method_and_data_are_named_and_cited():
         ("Synapse multi-organ CT (BTCV)", "landman2015btcv"),
         ("Medical Segmentation Decathlon, Hippocampus", "antonelli2022decathlon"),
     ):
-        report = _report()
-        report["settings"]["dataset"] = dataset
-        card = model_card(_config(), report=report, training={"epochs": 3})
+        card = model_card(_config(), report=_report(dataset=dataset), training={"epochs": 3})
         assert cited in card
         assert f"Trained on other cases of {dataset}" in card
 

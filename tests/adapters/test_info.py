@@ -12,6 +12,7 @@ from samed_peft.adapters.save_load import add_lora, save_adapter, write_card
 from samed_peft.cli import main
 from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
+from samed_peft.evaluation import Report
 from samed_peft.models.bases import load_sam
 
 CLASSES = ("left|lobe", "right lobe")
@@ -31,9 +32,11 @@ def adapter(saved, tmp_path):
 
 
 def report(**settings):
-    scores = {"dice": 0.81884, "hd95": None}
-    summary = {"mean": scores, "classes": {name: {**scores, "n_valid": 3, "n_cases": 4} for name in CLASSES}}
-    return {"standard": summary, "samed": summary, "cases": [{}] * 4, "settings": settings}
+    scores, ends = {"dice": 0.81884, "hd95": None}, {"dice": [0.8, 0.9], "hd95": [None, None]}
+    counts = {"n_valid": 3, "n_cases": 4, "n_absent": 1, "n_missed": 0, "n_spurious": 0}
+    classes = {name: {**scores, **counts, "ci95": ends} for name in CLASSES}
+    summary = {"mean": scores, "mean_ci95": ends, "classes": classes}
+    return {"standard": summary, "samed": summary, "cases": [], "n_cases": 4, "settings": settings}
 
 
 def test_what_an_adapter_is(adapter):
@@ -54,7 +57,7 @@ def test_what_an_adapter_is(adapter):
 @pytest.mark.parametrize("place", ["within", "around"])
 def test_scores(adapter, place):
     found = report(dataset="abdomens", epochs=3, seed=1)
-    write_card(adapter, report=found)
+    write_card(adapter, report=Report.from_dict(found))
     folder = adapter if place == "within" else adapter.parent
     (folder / "report.json").write_text(json.dumps(found))
     info = adapter_info(adapter)

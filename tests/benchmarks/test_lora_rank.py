@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ import lora_rank  # noqa: E402
 import rank_table  # noqa: E402
 
 from samed_peft.errors import InputError  # noqa: E402
+from samed_peft.evaluation import Report  # noqa: E402
+from samed_peft.metrics import METRICS  # noqa: E402
 from samed_peft.models.bases import load_sam  # noqa: E402
 
 
@@ -161,15 +164,16 @@ def results(*means, seeds=2, cases=6):
     for rank, mean in enumerate(means, start=1):
         for seed in range(seeds):
             dice = [mean + 0.01 * case + 0.002 * seed for case in range(cases)]
-            scores = {"standard": {"mean": {}, "classes": {"a": {"dice": float(np.mean(dice)), "hd95": 3.0}}}}
+            scores = [
+                {**dict.fromkeys(METRICS, math.nan), "dice": d, "hd95": math.nan if i else 3.0}
+                for i, d in enumerate(dice)
+            ]
+            by_case = {f"c{i}": {"standard": [s], "samed": [s], "presence": ["both"]} for i, s in enumerate(scores)}
             found.append({
-                **scores, "data": "d", "base": "tiny-sam", "seed": seed, "kind": "rank", "variant": f"rank {rank}",
+                **Report(("a",), by_case).to_dict(),
+                "data": "d", "base": "tiny-sam", "seed": seed, "kind": "rank", "variant": f"rank {rank}",
                 "config": {"rank": rank}, "trainable_parameters": 1000 * rank, "stored_bytes": 4e6,
                 "seconds_per_step": 0.1, "peak_resident_gb": 1.0, "peak_gpu_gb": None,
-                "cases": [
-                    {"case": f"c{i}", "classes": {"a": {"standard": {"dice": d, "hd95": None if i else 3.0}}}}
-                    for i, d in enumerate(dice)
-                ],
             })  # fmt: skip
     return found
 

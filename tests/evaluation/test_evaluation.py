@@ -16,8 +16,8 @@ from samed_peft.errors import InputError
 from samed_peft.evaluation import Report, case_picture, evaluate_cases, format_table, write_report
 from samed_peft.evaluation.artefacts import csv_text
 from samed_peft.evaluation.charts import box_plots
-from samed_peft.evaluation.pictures import telling_slices
-from samed_peft.evaluation.report import interval_rows
+from samed_peft.evaluation.pictures import representative_slices
+from samed_peft.evaluation.tables import interval_rows
 from samed_peft.io import Volume
 from samed_peft.metrics import score_case, score_masks
 
@@ -111,6 +111,7 @@ def _documented(report):
             for key in set(scores) - kept:
                 del scores[key]
     for case in report["cases"]:
+        del case["presence"]
         case["classes"] = {
             name: {convention: {key: score[key] for key in ("dice", "hd95")} for convention, score in both.items()}
             for name, both in case["classes"].items()
@@ -227,13 +228,13 @@ def test_slices_that_tell_something_are_chosen():
     )
     prediction = reference.copy()
     prediction[15, :5, :5] = 1
-    assert telling_slices(reference, prediction) == {
+    assert representative_slices(reference, prediction) == {
         2: "most classes",
         8: "most foreground",
         15: "largest disagreement",
     }
-    assert telling_slices(reference[:1], reference[:1]) == {0: "no label in either"}
-    assert list(telling_slices(reference[2:3], reference[2:3])) == [0]
+    assert representative_slices(reference[:1], reference[:1]) == {0: "no label in either"}
+    assert list(representative_slices(reference[2:3], reference[2:3])) == [0]
 
 
 def _pixels(png):
@@ -296,8 +297,8 @@ def test_a_picture_needs_no_reference():
     alone = _pixels(case_picture(scan, None, labels, class_names=NAMES))
     beside = _pixels(case_picture(scan, labels, labels, class_names=NAMES))
     assert alone.shape[1] / beside.shape[1] == pytest.approx(2 / 3, abs=0.02)
-    assert telling_slices(None, labels) == {1: "most classes", 2: "most foreground"}
-    assert telling_slices(None, np.zeros_like(labels)) == {3: "no label"}
+    assert representative_slices(None, labels) == {1: "most classes", 2: "most foreground"}
+    assert representative_slices(None, np.zeros_like(labels)) == {3: "no label"}
     with pytest.raises(InputError, match=r"image of \(6, 8, 8\), a prediction of \(5, 8, 8\)"):
         case_picture(scan, None, labels[:5], class_names=NAMES)
 

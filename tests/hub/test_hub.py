@@ -22,12 +22,13 @@ from huggingface_hub import constants
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
+from samed_peft.adapters.places import without_places
 from samed_peft.adapters.save_load import add_lora, load_adapter, save_adapter, write_card
 from samed_peft.cli import main
 from samed_peft.config import SYNAPSE_CLASSES, TINY_SAM, SamedConfig
 from samed_peft.errors import InputError
-from samed_peft.evaluation import evaluate_cases, write_report
-from samed_peft.hub.content import published_files, without_places
+from samed_peft.evaluation import Report, evaluate_cases, write_report
+from samed_peft.hub.content import published_files
 from samed_peft.hub.push import ADAPTER_FILES, push_to_hub, send_files
 from samed_peft.models.bases import load_sam, recorded_base
 
@@ -76,7 +77,7 @@ def run_folder(tmp_path_factory):
     settings = {"dataset": "/srv/scans/hospital", "base": base, "failed_cases": {"patient-0044": f"{folder}/x: bad"}}
     report = evaluate_cases(volumes, volumes, class_names=SYNAPSE_CLASSES, images=images, settings=settings)
     write_report(report, folder)
-    write_card(folder / "adapter", report=report.to_dict())
+    write_card(folder / "adapter", report=report)
     return folder
 
 
@@ -224,6 +225,7 @@ def test_scores_are_sent_as_means_over_cases(adapter):
     assert report["settings"] == {"surface_dice_tolerance_mm": 2.0, "dataset": "hospital"}
     assert "2 cases of hospital." in files["report.md"].decode()
     assert "| liver | 1.0000 |" in files["report.md"].decode()
+    assert Report.from_dict(report).to_dict() == report
 
 
 def test_cases_are_sent_on_demand_and_places_never(adapter):
@@ -274,14 +276,17 @@ def test_pictures_have_pixels_and_numbers_only(adapter):
     assert content_of(folder) == before
 
 
-@pytest.mark.parametrize("damage", ["no PNG", "cut", "none"])
+@pytest.mark.parametrize("damage", ["no PNG", "cut", "no end", "other checksum", "none"])
 def test_pictures_that_are_none_are_refused(adapter, damage):
     folder = adapter.parent / "pictures"
     data = (folder / "patient-0042.png").read_bytes()
     if damage == "none":
         shutil.rmtree(folder)
     else:
-        (folder / "patient-0042.png").write_bytes(b"GIF89a" if damage == "no PNG" else data[: len(data) // 2])
+        middle = len(data) // 2
+        other = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        damaged = {"no PNG": b"GIF89a", "cut": data[:middle], "no end": data[:-3], "other checksum": other}
+        (folder / "patient-0042.png").write_bytes(damaged[damage])
     with pytest.raises(InputError, match="found none; leave pictures out" if damage == "none" else "expected a PNG in"):
         published_files(adapter, pictures=True)
 

@@ -75,6 +75,6 @@ def test_cases_without_a_partner_are_refused(golden_model, tmp_path):
     for images, references in (({"a": scan}, {"a": labels, "b": labels}), ({"a": scan, "b": scan}, {"a": labels})):
         with pytest.raises(InputError, match=r"must be of the same cases; found no .* of b"):
             score_held_out(golden_model, images, references, tmp_path, accelerator=Accelerator(cpu=True), settings={})
-    with pytest.raises(InputError, match="there is no case to evaluate"):
+    with pytest.raises(InputError, match="found no case to evaluate"):
         score_held_out(golden_model, {}, {}, tmp_path, accelerator=Accelerator(cpu=True), settings={})
     assert not (tmp_path / "report.json").exists()
