@@ -12,14 +12,6 @@ _CONVENTIONS = {
     "standard": "`standard`: millimetres; undefined scores are left out of the means.",
     "samed": "`samed`: voxels, absent organs scored as in the code of SAMed.",
 }
-_USES_NO = {
-    "bitfit": ("rank", "targets"),
-    "decoder": ("rank", "targets"),
-    "full": ("rank", "targets"),
-    "ia3": ("rank",),
-}
-"""Settings that mean nothing to a method and are left out of its card."""
-
 _CITATIONS = {
     "samed": """\
 @article{zhang2023samed,
@@ -76,7 +68,8 @@ def model_card(
         _front_matter(config, report),
         f"# SAMed adapter of {base}",
         f"An adapter that makes the Segment Anything Model `{base}` segment {_counted(config)} in medical scans, slice "
-        f"by slice and without prompts, as proposed by SAMed (arXiv 2304.13785). Method: {METHODS[config.method]}.",
+        "by slice and without prompts, as proposed by SAMed (arXiv 2304.13785). "
+        f"Method: {METHODS[config.method].summary}.",
         *_warnings(config),
         "## How to use",
         _usage(config),
@@ -205,7 +198,8 @@ def _usage(config: SamedConfig) -> str:
 def _settings(config: SamedConfig) -> list[tuple[str, Any]]:
     values = config.to_dict()
     values["base"] = _base_label(config)
-    for name in ("class_names", *_USES_NO.get(config.method, ())):  # classes have a table of their own
+    unused = {"rank", "targets"} - set(METHODS[config.method].options)
+    for name in ("class_names", *unused):  # classes have a table of their own
         del values[name]
     listed = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
     return [(name, value) for name, value in listed.items() if value is not None]

@@ -1,11 +1,26 @@
-"""What the two configurations share: checked types, and plain JSON values."""
+"""What the two configs share: described fields, checked types, and plain JSON values."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from types import UnionType
-from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from samed_peft.errors import InputError
+
+T = TypeVar("T")
+
+
+def described(help: str, default: Any = dataclasses.MISSING) -> Any:
+    """A field of a config with the text that its option and its documentation show."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def documented(kind: type[T]) -> type[T]:
+    """Add each field's text to a config's docstring."""
+    texts = [f"    {field.name}: {field.metadata['help']}." for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    kind.__doc__ = "\n".join([inspect.cleandoc(kind.__doc__ or ""), "", "Attributes:", *texts])
+    return kind
 
 
 def short(value: Any) -> str:
@@ -23,7 +38,8 @@ def require(condition: bool, message: str) -> None:
 def _is_of(value: Any, kind: Any) -> bool:
     """Whether a value is of an annotated type: a plain one, a tuple or dict of some, or a choice of these.
 
-    Whole numbers pass for floats, truth values for no number.
+    Whole numbers pass for floats, truth values for no number. `huggingface_hub.dataclasses.strict` checks assignments
+    only, which a frozen dataclass's `__init__` goes around, and would refuse 1 for a float and a list for a tuple.
     """
     if get_origin(kind) in (Union, UnionType):
         return any(_is_of(value, choice) for choice in get_args(kind))
@@ -33,15 +49,13 @@ def _is_of(value: Any, kind: Any) -> bool:
     if get_origin(kind) is dict:
         key, item = get_args(kind)
         return isinstance(value, dict) and all(_is_of(k, key) and _is_of(v, item) for k, v in value.items())
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
     return isinstance(value, kind)
 
 
 class JsonFields:
-    """Checked types, and to and from plain JSON values, shared by the two configurations."""
+    """Checked types, and conversion to and from plain JSON values."""
 
     def _check_types(self) -> None:
         for name, kind in get_type_hints(type(self)).items():

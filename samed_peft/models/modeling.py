@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers.models.sam.modeling_sam import (
 )
 
 from samed_peft.config import SamedConfig
+from samed_peft.errors import InputError
 from samed_peft.models.attention import SamEncoderLayer
 from samed_peft.models.checkpoints import fuse_qkv, resize_positions, semantic_config, split_qkv
 from samed_peft.models.losses import dice_ce_loss
@@ -97,7 +98,7 @@ class SamForSemanticSegmentation(PreTrainedModel):
     Pixels are in [0, 1]: SAMed applies no mean or deviation.
 
     Attributes:
-        samed_config: the settings that prediction needs.
+        samed_config: everything that prediction needs; read it with `config_of`.
         base_sha256: fingerprint of the base's frozen weights.
         base_revision: commit of a base from the Hub.
         initial_updates: what an adapter took out of the base's weights when it was new (PiSSA, OLoRA).
@@ -195,3 +196,20 @@ class SamForSemanticSegmentation(PreTrainedModel):
     @property
     def _no_mask(self) -> Tensor:
         return self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+
+
+class Configured(Protocol):
+    """A model that carries its config: a `SamForSemanticSegmentation`, with an adapter, merged or compiled."""
+
+    samed_config: SamedConfig | None
+
+
+def config_of(model: Configured) -> SamedConfig:
+    """The config that a model carries, complete with the fingerprint and revision of its base.
+
+    Raises:
+        InputError: it was built by hand and has none.
+    """
+    if model.samed_config is None:
+        raise InputError("the model has no samed_config; get it from load_sam, add_lora or load_adapter")
+    return model.samed_config

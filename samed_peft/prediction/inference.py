@@ -27,7 +27,7 @@ from samed_peft.datasets.preprocessing import (
 )
 from samed_peft.errors import InputError
 from samed_peft.io import Volume, write_mask
-from samed_peft.models.modeling import SamForSemanticSegmentation
+from samed_peft.models.modeling import SamForSemanticSegmentation, config_of
 from samed_peft.models.precision import hold_frozen_weights, product_dtype
 from samed_peft.prediction.compiled import CompiledSegmenter
 from samed_peft.prediction.pipeline import overlap
@@ -79,9 +79,7 @@ def settings_of(model: Segmenter) -> SamedConfig:
     Raises:
         InputError: it was built by hand and does not say.
     """
-    if model.samed_config is None:
-        raise InputError("the model has no samed_config; get it from load_sam, add_lora or load_adapter")
-    return model.samed_config
+    return config_of(model)
 
 
 def predict_volume(

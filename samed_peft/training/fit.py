@@ -17,6 +17,7 @@ from samed_peft.datasets.rows import warn_of_absent_classes
 from samed_peft.errors import RunInterruptedError
 from samed_peft.io import Volume
 from samed_peft.models.bases import load_sam
+from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import hold_frozen_weights, product_dtype
 from samed_peft.training import state
 from samed_peft.training.adalora import share_out_ranks
@@ -77,7 +78,7 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
         sam.activation_checkpointing_enable()
     model = add_lora(sam, run.config)
     hold_frozen_weights(model, product_dtype(accelerator))
-    config = sam.samed_config or run.config  # with the base's fingerprint and revision
+    config = config_of(sam)  # with the base's fingerprint and revision
     optimizer = build_optimizer(model, weight_decay=training.weight_decay, lora_plus_ratio=training.lora_plus_ratio)
     per_epoch = steps_per_epoch(len(run.rows), training, accelerator)
     share_out_ranks(model, optimizer, steps=per_epoch * training.stop_epoch)
@@ -106,9 +107,9 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
                 accelerator.log({"validation/dice": dice}, step=step.number)
                 progress = progress.validated(dice, epoch=step.epoch)
                 if accelerator.is_main_process and progress.best_epoch == step.epoch:
-                    save_adapter(model, out / "adapter_best", config=config, training=training)
+                    save_adapter(model, out / "adapter_best", training=training)
             if step.ends_epoch and accelerator.is_main_process:
-                save_adapter(model, out / "adapter", config=config, training=training)
+                save_adapter(model, out / "adapter", training=training)
             stopping = stop_signal.on_any_process(accelerator)
             if stopping or step.ends_epoch or step.number % training.checkpoint_steps == 0:
                 state.save_checkpoint(out / "checkpoints", *trained, progress=progress, accelerator=accelerator)

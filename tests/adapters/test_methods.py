@@ -12,8 +12,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
 from samed_peft.adapters.save_load import add_lora, load_adapter, save_adapter
-from samed_peft.config import METHODS, SamedConfig, TrainingConfig
-from samed_peft.config.methods import DECODER_IN_FULL
+from samed_peft.config import METHODS, SamedConfig, Storage, TrainingConfig, methods_with
 from samed_peft.conversion.exports import export_peft_fused, export_samed
 from samed_peft.conversion.samed_format import read_samed
 from samed_peft.errors import InputError
@@ -31,9 +30,8 @@ from samed_peft.training.adalora import allocation_tensors, share_out_ranks
 from samed_peft.training.batches import TrainingSlices
 
 CONFIG = SamedConfig("tiny-sam", ("body", "head"), image_size=64, window=None)
-WITHOUT_EXTRAS = [method for method in METHODS if method != "qlora"]  # that one has a file of its own
-EVERY = [(m, "full") for m in WITHOUT_EXTRAS] + [(m, "lora") for m in WITHOUT_EXTRAS if m not in DECODER_IN_FULL]
-STORED_AS_LORA = ("pissa", "olora", "adalora")
+WITHOUT_EXTRAS = [name for name, method in METHODS.items() if method.extra is None]  # QLoRA has a file of its own
+EVERY = [(m, "full") for m in WITHOUT_EXTRAS] + [(m, "lora") for m in WITHOUT_EXTRAS if m in methods_with("decoder")]
 
 
 def fresh(config=CONFIG):
@@ -70,7 +68,7 @@ def test_saved_loaded_and_merged_logits_are_the_same(method, decoder, pixels, tm
     loaded = load_adapter(tmp_path / "adapter")
     stock = load_sam(config.base, class_names=config.class_names, image_size=64)
     by_peft = logits(PeftModel.from_pretrained(stock, tmp_path / "adapter").eval(), pixels)
-    if method in STORED_AS_LORA:  # other matrices with the same product
+    if METHODS[method].storage is not Storage.AS_TRAINED:  # other matrices with the same product
         torch.testing.assert_close(logits(loaded, pixels), expected, atol=1e-6, rtol=0)
         assert by_peft.equal(logits(loaded, pixels))
     else:
@@ -194,7 +192,7 @@ def test_the_file_of_biases_holds_no_others(tmp_path):
         ({"layers": (-1,)}, "layers must be numbers from 0"),
         ({"layers": (6,)}, "layers must be numbers from 0 to 5 for this base; found 6"),
         ({"rank_pattern": {"q_proj": 0}}, "ranks of at least 1"),
-        ({"rank_pattern": {"q_proj(": 2}}, "expression that is none"),
+        ({"rank_pattern": {"q_proj(": 2}}, "must have regular expressions; found .q_proj\\("),
         ({"rank_pattern": {"q_proj": "2"}}, "rank_pattern must be"),
         ({"method": "ia3", "alpha": 4}, "alpha means nothing to ia3"),
         ({"method": "adalora", "rank_pattern": {"q_proj": 2}}, "rank_pattern means nothing to adalora"),

@@ -213,7 +213,7 @@ def test_a_model_for_other_classes_is_refused(golden_config):
 def test_the_adapter_is_found_where_the_base_has_moved(saved, tmp_path):
     shutil.copy(GOLDEN / "sam_base.pth", tmp_path / "moved.pth")
     edit_config(saved, base="gone/elsewhere/sam.pth")
-    recorded = r"gone/elsewhere/sam\.pth is neither .*; it is what .*samed_config\.json records: .* base, or --base"
+    recorded = r"gone/elsewhere/sam\.pth is neither .*; .*samed_config\.json records it: .* base, or --base"
     with pytest.raises(InputError, match=recorded):
         load_adapter(saved)
     with pytest.raises(InputError, match=r"base moved\.pth is neither .*sam-vit-base$"):

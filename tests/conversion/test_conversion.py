@@ -95,6 +95,12 @@ def test_round_trip_to_samed_is_equal_to_the_bit(converted, tmp_path):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_equal_adapters_are_exported_as_equal_files(samed_adapter, tmp_path):
+    export_samed(samed_adapter, tmp_path / "one.pth")
+    export_samed(shutil.copytree(samed_adapter, tmp_path / "copy"), tmp_path / "two.pth")
+    assert (tmp_path / "one.pth").read_bytes() == (tmp_path / "two.pth").read_bytes()
+
+
 def test_what_is_converted_can_be_trained_on(converted):
     model = load_adapter(converted[1], trainable=True)
     model(pixel_values=golden_pixels()).logits.square().mean().backward()
