@@ -20,7 +20,7 @@ from samed_peft.models.bases import load_sam
 from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import hold_frozen_weights, product_dtype
 from samed_peft.training import state
-from samed_peft.training.adalora import share_out_ranks
+from samed_peft.training.adalora import prune_ranks
 from samed_peft.training.batches import TrainingSlices
 from samed_peft.training.loop import Step, build_optimizer, steps_per_epoch, training_steps
 from samed_peft.training.resources import StepClock, write_resources
@@ -81,7 +81,7 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     config = config_of(sam)  # with the base's fingerprint and revision
     optimizer = build_optimizer(model, weight_decay=training.weight_decay, lora_plus_ratio=training.lora_plus_ratio)
     per_epoch = steps_per_epoch(len(run.rows), training, accelerator)
-    share_out_ranks(model, optimizer, steps=per_epoch * training.stop_epoch)
+    prune_ranks(model, optimizer, steps=per_epoch * training.stop_epoch)
     trained = prepared, optimizer = accelerator.prepare(model, optimizer)
     seed = training.seed if training.augment else None
     slices = TrainingSlices(run.rows, image_size=config.image_size, label_size=sam.logits_size, seed=seed)

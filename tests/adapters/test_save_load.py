@@ -11,11 +11,13 @@ from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from samed_peft.adapters.folder import read_config
 from samed_peft.adapters.save_load import add_lora, load_adapter, save_adapter
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.models.bases import load_sam
 from samed_peft.models.checkpoints import load_meta_checkpoint
+from samed_peft.models.modeling import config_of
 
 
 @pytest.fixture
@@ -79,6 +81,17 @@ def test_only_adapter_files_are_saved(saved, golden_model):
     config = json.loads((saved / "samed_config.json").read_text())
     assert config["class_names"] == list(SYNAPSE_CLASSES)
     assert config["base_sha256"] == golden_model.base_sha256
+
+
+def test_a_model_carries_the_config_that_is_saved(fresh_model, golden_config, tmp_path):
+    save_adapter(fresh_model, tmp_path / "adapter")
+    saved = read_config(tmp_path / "adapter")
+    assert saved == config_of(fresh_model) == config_of(fresh_model.get_base_model())
+    assert saved == dataclasses.replace(golden_config, base_sha256=fresh_model.base_sha256)
+    assert saved.base_sha256 is not None
+    fresh_model.get_base_model().samed_config = None
+    with pytest.raises(InputError, match="has no samed_config; get it from load_sam, add_lora or load_adapter"):
+        save_adapter(fresh_model, tmp_path / "other")
 
 
 @pytest.mark.parametrize("trainable", [False, True])
