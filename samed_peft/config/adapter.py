@@ -6,7 +6,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from samed_peft.config.fields import JsonFields, described, documented, require, short
+from samed_peft.config.fields import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    JsonFields,
+    described,
+    documented,
+    require,
+    short,
+)
 from samed_peft.config.methods import ATTENTION_TARGETS, DECODER_TARGETS, METHODS, MLP_TARGETS, methods_with
 
 SYNAPSE_CLASSES = (
@@ -59,6 +68,9 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
+_TARGETS = (*ATTENTION_TARGETS, *MLP_TARGETS)
+
+
 @documented
 @dataclass(frozen=True)
 class SamedConfig(JsonFields):
@@ -72,53 +84,64 @@ class SamedConfig(JsonFields):
     class_names: tuple[str, ...] = described("names of labels 1..K; background (0) is left out")
     base_revision: str | None = described("commit or tag of `base` on the Hub", None)
     base_sha256: str | None = described("fingerprint of the base weights, filled in by `load_sam`", None)
-    image_size: int = described("pixels per side that the encoder sees; a multiple of its patch size", 512)
+    image_size: int = described("pixels per side that the encoder sees; a multiple of its patch size", 512, POSITIVE)
     input_size: int | None = described(
-        "pixels per side of SAMed's low-resolution bottleneck at prediction (224), or None", None
+        "pixels per side of SAMed's low-resolution bottleneck at prediction (224), or None", None, POSITIVE
     )
     window: tuple[float, float] | None = described(
         "(low, high) intensities clipped to and scaled to [0, 1], or None for 0.5-99.5 percentiles per scan",
         CT_WINDOW_HU,
+        ("be (low, high) with low < high", lambda window: len(window) == 2 and window[0] < window[1]),
     )
     orientation: str | None = described(
-        "axis codes of the (x, y, z) voxel axes of the training scans, such as LAS, or None", None
+        "axis codes of the (x, y, z) voxel axes of the training scans, such as LAS, or None",
+        None,
+        ("be three letters, one each of L or R, A or P, S or I, LAS for example,", _is_orientation),
     )
     channel: int | None = described(
-        "number of the channel it was trained on, of 4-D scans or of files named as nnU-Net's, or None", None
+        "number of the channel it was trained on, of 4-D scans or of files named as nnU-Net's, or None",
+        None,
+        NOT_NEGATIVE,
     )
     preset: str = described("name of the published recipe that this config follows", "samed")
-    method: str = described(f"how the encoder is adapted: {_listed(METHODS)}", "lora")
+    method: str = described(
+        f"how the encoder is adapted: {_listed(METHODS)}",
+        "lora",
+        (f"be one of {_listed(METHODS)}", METHODS.__contains__),
+    )
     rank: int = described("rank of the low-rank updates", 4)
     alpha: int | None = described(
-        "numerator of LoRA's scaling alpha / rank; None for no scaling, as in SAMed (2 / sqrt(rank) for rslora)", None
+        "numerator of LoRA's scaling alpha / rank; None for no scaling, as in SAMed (2 / sqrt(rank) for rslora)",
+        None,
+        AT_LEAST_1,
     )
     targets: tuple[str, ...] = described(
         "linear layers that are adapted, of q_proj, k_proj, v_proj and proj of attention, lin1 and lin2 of MLPs",
         ("q_proj", "v_proj"),
+        (f"be some of {_listed(_TARGETS)}", lambda names: 0 < len(names) == len(set(names) & set(_TARGETS))),
     )
     layers: tuple[int, ...] | None = described(
-        "numbers of the encoder's layers that are adapted, counted from 0; None for all", None
+        "numbers of the encoder's layers that are adapted, counted from 0; None for all",
+        None,
+        ("be numbers from 0 on", lambda layers: bool(layers) and min(layers) >= 0),
     )
     rank_pattern: dict[str, int] | None = described(  # noqa: RUF009
         "ranks of layers whose names end in a regular expression, such as 'layers.11.attn.q_proj=8'", None
     )
     decoder: str = described(
-        '"full" trains the whole mask decoder, as SAMed; "lora" adapts its frozen transformer, as SAMed_s', "full"
+        '"full" trains the whole mask decoder, as SAMed; "lora" adapts its frozen transformer, as SAMed_s',
+        "full",
+        ("be full or lora", ("full", "lora").__contains__),
     )
-    dropout: float = described("dropout in front of LoRA's A", 0.0)
+    dropout: float = described("dropout in front of LoRA's A", 0.0, ("be in [0, 1)", lambda share: 0 <= share < 1))
 
     def __post_init__(self) -> None:
-        self._check_types()
+        super().__post_init__()
         names = self.class_names
         require(
             1 <= len(names) <= 255 and len(set(names)) == len(names) and all(names),
             f"class_names must be 1 to 255 different names, background left out; "
             f"found {len(names)}: {short(list(names))}",
-        )
-        require(self.image_size > 0, f"image_size must be positive; found {self.image_size}")
-        require(
-            self.input_size is None or self.input_size > 0,
-            f"input_size must be positive or None; found {self.input_size}",
         )
         if self.input_size is not None and self.input_size > self.image_size:
             warnings.warn(
@@ -126,52 +149,27 @@ class SamedConfig(JsonFields):
                 "twice for nothing; leave input_size out",
                 stacklevel=3,
             )
-        require(
-            self.window is None or (len(self.window) == 2 and self.window[0] < self.window[1]),
-            f"window must be (low, high) with low < high, or None; found {self.window}",
-        )
-        require(self.channel is None or self.channel >= 0, f"channel must not be negative; found {self.channel}")
-        require(
-            self.orientation is None or _is_orientation(self.orientation),
-            f"orientation must be three letters, one each of L or R, A or P, S or I, LAS for example; "
-            f"found {self.orientation!r}",
-        )
+        self._check_rank_pattern()
         self._check_method()
 
     def _check_method(self) -> None:
-        require(self.method in METHODS, f"method must be one of {_listed(METHODS)}; found {self.method!r}")
         method = METHODS[self.method]
-        require(self.alpha is None or self.alpha > 0, f"alpha must be at least 1 or None; found {self.alpha}")
         require(
             self.rank >= method.min_rank,
             f"rank must be at least {method.min_rank} for {self.method}, {method.summary}; found {self.rank}",
         )
-        allowed = (*ATTENTION_TARGETS, *MLP_TARGETS)
-        require(
-            bool(self.targets) and set(self.targets) <= set(allowed) and len(set(self.targets)) == len(self.targets),
-            f"targets must be some of {_listed(allowed)}; found {list(self.targets)}",
-        )
-        require(
-            self.layers is None or (bool(self.layers) and min(self.layers) >= 0),
-            f"layers must be numbers from 0 on, or None; found {self.layers}",
-        )
-        require(self.decoder in ("full", "lora"), f"decoder must be full or lora; found {self.decoder!r}")
-        require(0 <= self.dropout < 1, f"dropout must be in [0, 1); found {self.dropout}")
-        self._check_rank_pattern()
         for name in ("alpha", "rank_pattern", "dropout", "layers"):
             require(
                 not vars(self)[name] or name in method.options,
                 f"{name} means nothing to {self.method}, only to {_listed(methods_with(name))}; leave it out",
             )
-        require(
-            self.decoder == "full" or "decoder" in method.options,
-            f"decoder must be full with {self.method}; found {self.decoder!r}",
-        )
-        require(
-            self.decoder == "full" or bool(set(self.targets) & set(DECODER_TARGETS)),
-            f"decoder lora adapts {_listed(DECODER_TARGETS)}, of which targets must have one; "
-            f"found {list(self.targets)}",
-        )
+        if self.decoder == "lora":
+            require("decoder" in method.options, f"decoder must be full with {self.method}; found 'lora'")
+            require(
+                bool(set(self.targets) & set(DECODER_TARGETS)),
+                f"decoder lora adapts {_listed(DECODER_TARGETS)}, of which targets must have one; "
+                f"found {list(self.targets)}",
+            )
 
     def _check_rank_pattern(self) -> None:
         for pattern, rank in (self.rank_pattern or {}).items():

@@ -1,19 +1,27 @@
-"""What the two configs share: described fields, checked types, and plain JSON values."""
+"""What the two configs share: described and checked fields, and plain JSON values."""
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from samed_peft.errors import InputError
 
 T = TypeVar("T")
+Rule = tuple[str, Callable[[Any], bool]]
+"""What a value must do, as its error says it, and whether it does."""
+
+AT_LEAST_1: Rule = ("be at least 1", lambda value: value >= 1)
+NOT_NEGATIVE: Rule = ("not be negative", lambda value: value >= 0)
+POSITIVE: Rule = ("be positive", lambda value: 0 < value < math.inf)
 
 
-def described(help: str, default: Any = dataclasses.MISSING) -> Any:
-    """A field of a config with the text that its option and its documentation show."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def described(help: str, default: Any = dataclasses.MISSING, must: Rule | None = None) -> Any:
+    """A field of a config with the text that its option and its documentation show, and a rule for values."""
+    return dataclasses.field(default=default, metadata={"help": help, "must": must})
 
 
 def documented(kind: type[T]) -> type[T]:
@@ -55,18 +63,23 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 class JsonFields:
-    """Checked types, and conversion to and from plain JSON values."""
+    """Checked fields, and conversion to and from plain JSON values."""
 
-    def _check_types(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            value = vars(self)[name]
+    def __post_init__(self) -> None:
+        types = get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            name, value, kind = field.name, vars(self)[field.name], types[field.name]
             shown = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
             require(_is_of(value, kind), f"{name} must be {shown}; found {short(value)}")
+            if field.metadata["must"] is not None and value is not None:
+                text, is_met = field.metadata["must"]
+                or_none = " or be None" if type(None) in get_args(kind) else ""
+                require(is_met(value), f"{name} must {text}{or_none}; found {short(value)}")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values (tuples become lists)."""
-        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -1,9 +1,8 @@
 """How an adapter is trained: `TrainingConfig`."""
 
-import math
 from dataclasses import dataclass
 
-from samed_peft.config.fields import JsonFields, described, documented, require
+from samed_peft.config.fields import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, JsonFields, described, documented, require
 
 
 @documented
@@ -15,41 +14,35 @@ class TrainingConfig(JsonFields):
         InputError: a value is out of range.
     """
 
-    learning_rate: float = described("peak rate of AdamW", 0.005)
+    learning_rate: float = described("peak rate of AdamW", 0.005, POSITIVE)
     lora_plus_ratio: float = described(
-        "learning rate of LoRA's B over that of all else (LoRA+, arXiv 2402.12354); 1 for none", 1.0
+        "learning rate of LoRA's B over that of all else (LoRA+, arXiv 2402.12354); 1 for none", 1.0, POSITIVE
     )
-    weight_decay: float = described("decoupled weight decay", 0.1)
-    warmup_steps: int = described("optimizer steps of linear warm-up; 0 for none", 250)
+    weight_decay: float = described("decoupled weight decay", 0.1, NOT_NEGATIVE)
+    warmup_steps: int = described("optimizer steps of linear warm-up; 0 for none", 250, NOT_NEGATIVE)
     decay_power: float = described("exponent of the polynomial decay", 0.9)
-    epochs: int = described("horizon of the decay", 200)
-    stop_epoch: int = described("epochs actually run; SAMed stops at 160 of 200", 160)
-    batch_size: int = described("slices per process and micro-batch (SAMed: 12 on each of 2 GPUs)", 24)
-    accumulation_steps: int = described("micro-batches per optimizer step", 1)
-    dice_weight: float = described("share of the Dice loss; cross entropy has the rest", 0.8)
+    epochs: int = described("horizon of the decay", 200, AT_LEAST_1)
+    stop_epoch: int = described("epochs actually run; SAMed stops at 160 of 200", 160, AT_LEAST_1)
+    batch_size: int = described("slices per process and micro-batch (SAMed: 12 on each of 2 GPUs)", 24, AT_LEAST_1)
+    accumulation_steps: int = described("micro-batches per optimizer step", 1, AT_LEAST_1)
+    dice_weight: float = described(
+        "share of the Dice loss; cross entropy has the rest", 0.8, ("be in [0, 1]", lambda share: 0 <= share <= 1)
+    )
     augment: bool = described("whether slices are flipped and rotated", True)
     gradient_checkpointing: bool = described("recompute encoder layers in the backward pass to save memory", False)
-    num_workers: int = described("processes that load slices, at most one a core; 2 keep ahead of a GPU", 2)
-    checkpoint_steps: int = described(
-        "optimizer steps between two resumable checkpoints; one is written after each epoch too", 200
+    num_workers: int = described(
+        "processes that load slices, at most one a core; 2 keep ahead of a GPU", 2, NOT_NEGATIVE
     )
-    validate_epochs: int = described("epochs between two validations; 0 for none", 0)
-    seed: int = described("seed of initialisation, order and augmentation", 1234)
+    checkpoint_steps: int = described(
+        "optimizer steps between two resumable checkpoints; one is written after each epoch too", 200, AT_LEAST_1
+    )
+    validate_epochs: int = described("epochs between two validations; 0 for none", 0, NOT_NEGATIVE)
+    seed: int = described("seed of initialisation, order and augmentation", 1234, NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
-        self._check_types()
-        for name in ("epochs", "stop_epoch", "batch_size", "accumulation_steps", "checkpoint_steps"):
-            value = vars(self)[name]
-            require(value >= 1, f"{name} must be at least 1; found {value}")
-        for name in ("warmup_steps", "num_workers", "validate_epochs", "seed", "weight_decay"):
-            value = vars(self)[name]
-            require(value >= 0, f"{name} must not be negative; found {value}")
-        for name in ("learning_rate", "lora_plus_ratio"):
-            value = vars(self)[name]
-            require(value > 0 and math.isfinite(value), f"{name} must be positive; found {value}")
+        super().__post_init__()
         require(
             self.stop_epoch <= self.epochs,
             f"stop_epoch ({self.stop_epoch}) must not exceed epochs ({self.epochs}); give stop_epoch, --stop_epoch on "
             "the command line, too",
         )
-        require(0 <= self.dice_weight <= 1, f"dice_weight must be in [0, 1]; found {self.dice_weight}")
