@@ -1,23 +1,28 @@
 """Attach, store and merge adapters of any method in `METHODS`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
+from samed_peft.adapters.folder import WEIGHTS_FILE
 from samed_peft.config import METHODS, SamedConfig, Storage
 from samed_peft.config.methods import adapted_layers
 from samed_peft.errors import InputError
 from samed_peft.io import save_tensors
 from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import dequantize_layers
+
+PEFT_PREFIX = "base_model.model."
+"""Start of all names within a `PeftModel`."""
 
 
 def new_peft_config(config: SamedConfig, *, trained_in_full: Sequence[str], num_layers: int) -> PeftConfig:
@@ -35,8 +40,11 @@ def new_peft_config(config: SamedConfig, *, trained_in_full: Sequence[str], num_
     if absent:
         raise InputError(f"layers must be numbers from 0 to {num_layers - 1} for this base; found {absent[0]}")
     method = METHODS[config.method]
-    targets = adapted_layers(config) if "targets" in method.options else DUMMY_TARGET_MODULES
-    return method.build(config, {"target_modules": targets, "modules_to_save": list(trained_in_full)})
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.peft_type)](
+        target_modules=adapted_layers(config) if "targets" in method.options else DUMMY_TARGET_MODULES,
+        modules_to_save=[*method.trained_in_full, *trained_in_full],
+        **method.peft_values(config),
+    )
 
 
 def initial_updates(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
@@ -88,37 +96,38 @@ def merged(model: PeftModel) -> nn.Module:
     return model.merge_and_unload()
 
 
-def save_as_lora(model: PeftModel, weights: Path) -> None:
+def save_as_lora(model: PeftModel, folder: Path) -> None:
     """Write an adapter as plain LoRA on the base's own weights, which any program can take.
 
     PiSSA and OLoRA train W - B0 A0 + B A, W being the base's weights: LoRA of twice the rank, [B, -B0] and [A; A0].
     AdaLoRA trains B E A with a diagonal E, partly zero: LoRA of the ranks that are left, E multiplied into A.
+    """
+    pairs = {name: lora_pair(layer) for name, layer in lora_layers(model).items()}
+    for name, (a0, b0) in model.initial_updates.items():
+        a, b = pairs[name]
+        pairs[name] = torch.cat([a, a0.to(a.device)]), torch.cat([b, -b0.to(b.device)], dim=1)
+    trained = model.peft_config["default"]
+    copied = ("lora_dropout", "target_modules", "modules_to_save", "base_model_name_or_path")
+    write_lora(pairs, adapter_tensors(model), folder, **{name: vars(trained)[name] for name in copied})
+
+
+def write_lora(
+    pairs: Mapping[str, tuple[Tensor, Tensor]], others: Mapping[str, Tensor], folder: Path, **options: Any
+) -> None:
+    """Write PEFT's two files of LoRA whose products are added as they are, each layer with a rank of its own.
 
     Args:
-        model: with LoRA of any kind.
-        weights: the file; `adapter_config.json` goes beside it.
+        pairs: A (r, in) and B (out, r) of each layer by its name in a `PeftModel`.
+        others: the adapter's further tensors; LoRA among them is left out.
+        folder: where to.
+        options: fields of `LoraConfig`.
     """
-    trained = model.peft_config["default"]
-    tensors = {name: tensor for name, tensor in adapter_tensors(model).items() if ".lora_" not in name}
-    ranks = {}
-    for name, layer in lora_layers(model).items():
-        a, b = lora_pair(layer)
-        if name in model.initial_updates:
-            a0, b0 = (start.to(a.device) for start in model.initial_updates[name])
-            a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
-        ranks[re.escape(name.removeprefix("base_model.model."))] = len(a)
-    save_tensors(tensors, weights, metadata={"format": "pt"})
+    tensors = {name: tensor for name, tensor in others.items() if ".lora_" not in name}
+    for name, (a, b) in pairs.items():
+        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    save_tensors(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    ranks = {re.escape(name.removeprefix(PEFT_PREFIX)): len(a) for name, (a, _) in pairs.items()}
     most = max(ranks.values())
     different = {name: rank for name, rank in ranks.items() if rank != most}
-    LoraConfig(
-        r=most,
-        lora_alpha=most,
-        lora_dropout=trained.lora_dropout,
-        target_modules=trained.target_modules,
-        modules_to_save=trained.modules_to_save,
-        rank_pattern=different,
-        alpha_pattern=different,
-        base_model_name_or_path=trained.base_model_name_or_path,
-        inference_mode=True,
-    ).save_pretrained(str(weights.parent))
+    scaling = {"lora_alpha": most, "rank_pattern": different, "alpha_pattern": different}
+    LoraConfig(r=most, inference_mode=True, **scaling, **options).save_pretrained(str(folder))

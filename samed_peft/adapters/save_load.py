@@ -118,7 +118,7 @@ def save_adapter(
         model: from `add_lora` or `load_adapter`.
         directory: where to; an adapter already there is replaced.
         config: in place of the one that the model carries; the fingerprint of the model's base is added.
-        training: settings shown in the model card.
+        training: shown in the model card.
         dtype: of the stored weights; "float16" and "bfloat16" halve the file and round the weights.
 
     Raises:
@@ -131,7 +131,7 @@ def save_adapter(
             own = {name: tensor for name, tensor in model.state_dict().items() if ".original_module." not in name}
             model.save_pretrained(folder, state_dict=own, save_embedding_layers=False)
         else:
-            save_as_lora(model, folder / WEIGHTS_FILE)
+            save_as_lora(model, folder)
         if dtype != "float32":
             _store_as(folder / WEIGHTS_FILE, DTYPES[dtype])
         write_json(folder / CONFIG_FILE, config.to_dict())

@@ -11,6 +11,7 @@ from samed_peft.config.fields import (
     NOT_NEGATIVE,
     POSITIVE,
     JsonFields,
+    Rule,
     described,
     documented,
     require,
@@ -40,7 +41,7 @@ TINY_SAM = "tiny-sam"
 """Base name of the small SAM that ships with this package; it does not replace SAM."""
 
 TINY_SAM_NOTE = (
-    "The base is no SAM but the tiny stand-in that ships with samed_peft; these scores say nothing about SAM."
+    "The base is not SAM but the tiny stand-in that ships with samed_peft; these scores say nothing about SAM."
 )
 """Shown with all figures of the tiny SAM."""
 
@@ -70,6 +71,10 @@ def _listed(names: Iterable[str]) -> str:
 
 _TARGETS = (*ATTENTION_TARGETS, *MLP_TARGETS)
 
+_WINDOW: Rule = ("be (low, high) with low < high", lambda window: len(window) == 2 and window[0] < window[1])
+_ORIENTATION: Rule = ("be three letters, one each of L or R, A or P, S or I, LAS for example,", _is_orientation)
+_LAYERS: Rule = ("be numbers from 0 on", lambda layers: bool(layers) and min(layers) >= 0)
+
 
 @documented
 @dataclass(frozen=True)
@@ -89,41 +94,29 @@ class SamedConfig(JsonFields):
         "pixels per side of SAMed's low-resolution bottleneck at prediction (224), or None", None, POSITIVE
     )
     window: tuple[float, float] | None = described(
-        "(low, high) intensities clipped to and scaled to [0, 1], or None for 0.5-99.5 percentiles per scan",
-        CT_WINDOW_HU,
-        ("be (low, high) with low < high", lambda window: len(window) == 2 and window[0] < window[1]),
+        "(low, high) clipped to and scaled to [0, 1]; None for each scan's 0.5-99.5 percentiles", CT_WINDOW_HU, _WINDOW
     )
     orientation: str | None = described(
-        "axis codes of the (x, y, z) voxel axes of the training scans, such as LAS, or None",
-        None,
-        ("be three letters, one each of L or R, A or P, S or I, LAS for example,", _is_orientation),
+        "axis codes of the (x, y, z) voxel axes of the training scans, such as LAS, or None", None, _ORIENTATION
     )
     channel: int | None = described(
-        "number of the channel it was trained on, of 4-D scans or of files named as nnU-Net's, or None",
-        None,
-        NOT_NEGATIVE,
+        "number of the channel to train on, of 4-D scans or of files named as nnU-Net's, or None", None, NOT_NEGATIVE
     )
     preset: str = described("name of the published recipe that this config follows", "samed")
     method: str = described(
-        f"how the encoder is adapted: {_listed(METHODS)}",
-        "lora",
-        (f"be one of {_listed(METHODS)}", METHODS.__contains__),
+        f"how to adapt the encoder: {_listed(METHODS)}", "lora", (f"be one of {_listed(METHODS)}", METHODS.__contains__)
     )
     rank: int = described("rank of the low-rank updates", 4)
     alpha: int | None = described(
-        "numerator of LoRA's scaling alpha / rank; None for no scaling, as in SAMed (2 / sqrt(rank) for rslora)",
-        None,
-        AT_LEAST_1,
+        "LoRA is scaled by alpha / rank; None for no scaling, as in SAMed (2 / sqrt(rank) for rslora)", None, AT_LEAST_1
     )
     targets: tuple[str, ...] = described(
-        "linear layers that are adapted, of q_proj, k_proj, v_proj and proj of attention, lin1 and lin2 of MLPs",
+        "adapted linear layers, of q_proj, k_proj, v_proj and proj of attention, lin1 and lin2 of MLPs",
         ("q_proj", "v_proj"),
         (f"be some of {_listed(_TARGETS)}", lambda names: 0 < len(names) == len(set(names) & set(_TARGETS))),
     )
     layers: tuple[int, ...] | None = described(
-        "numbers of the encoder's layers that are adapted, counted from 0; None for all",
-        None,
-        ("be numbers from 0 on", lambda layers: bool(layers) and min(layers) >= 0),
+        "numbers of the adapted layers of the encoder, counted from 0; None for all", None, _LAYERS
     )
     rank_pattern: dict[str, int] | None = described(  # noqa: RUF009
         "ranks of layers whose names end in a regular expression, such as 'layers.11.attn.q_proj=8'", None

@@ -7,9 +7,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # PEFT takes seconds to import, which options and checks do not need
-    from peft import PeftConfig
-
+if TYPE_CHECKING:
     from samed_peft.config.adapter import SamedConfig
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "proj")
@@ -22,7 +20,7 @@ _OF_ADAPTER = ("rank", "alpha", *_LAYERS, "rank_pattern", "dropout", "decoder")
 _LORA = (*_OF_ADAPTER, "lora_plus_ratio")
 
 METHOD_FIELDS = ("method", *_OF_ADAPTER)
-"""Fields of `SamedConfig` that define what is adapted, and how."""
+"""Fields of `SamedConfig` that define the adaptation."""
 
 
 class Storage(StrEnum):
@@ -39,21 +37,25 @@ class Method:
 
     Attributes:
         summary: one line for users.
-        build: makes PEFT's config from ours and from PEFT's `target_modules` and `modules_to_save`.
+        peft_values: fields of PEFT's config, besides the modules, from ours.
+        peft_type: PEFT's name of the kind of adapter.
         options: fields of `SamedConfig` and `TrainingConfig` that it uses; "decoder" if it can adapt the decoder too.
         storage: how its weights are written.
         plain_lora: whether its file holds LoRA as formats of other programs can.
         min_rank: smallest rank.
+        trained_in_full: modules of the encoder that are trained and saved whole.
         quantized: whether the encoder's linear layers are packed into 4 bits.
         extra: extra of this package that it needs.
     """
 
     summary: str
-    build: "Callable[[SamedConfig, Mapping[str, Any]], PeftConfig]"
+    peft_values: "Callable[[SamedConfig], dict[str, Any]]"
+    peft_type: str = "LORA"
     options: tuple[str, ...] = _LORA
     storage: Storage = Storage.AS_TRAINED
     plain_lora: bool = False
     min_rank: int = 1
+    trained_in_full: tuple[str, ...] = ()
     quantized: bool = False
     extra: str | None = None
 
@@ -73,61 +75,40 @@ def adapted_layers(config: "SamedConfig") -> str:
     return rf"({encoder}|mask_decoder\.transformer\.(layers\.\d+\.({kinds})|final_attn_token_to_image)\.({names}))"
 
 
-def _lora(config: "SamedConfig", modules: Mapping[str, Any], **different: Any) -> "PeftConfig":
-    from peft import LoraConfig
-
+def _lora(config: "SamedConfig", **different: Any) -> dict[str, Any]:
     ranks = config.rank_pattern or {}
-    values = {
-        "r": config.rank,
-        "lora_alpha": config.alpha or config.rank,
-        "lora_dropout": config.dropout,
-        "rank_pattern": ranks,
-        "alpha_pattern": {} if config.alpha else ranks,
-    }
-    return LoraConfig(**{**values, **modules, **different})
+    common = {"r": config.rank, "lora_alpha": config.alpha or config.rank, "lora_dropout": config.dropout}
+    return common | {"rank_pattern": ranks, "alpha_pattern": {} if config.alpha else ranks} | different
 
 
-def _rslora(config: "SamedConfig", modules: Mapping[str, Any]) -> "PeftConfig":
+def _rslora(config: "SamedConfig") -> dict[str, Any]:
     # Its alpha must not depend on the rank; 2 scales nothing at SAMed's rank of 4.
-    return _lora(config, modules, use_rslora=True, lora_alpha=config.alpha or 2, alpha_pattern={})
+    return _lora(config, use_rslora=True, lora_alpha=config.alpha or 2, alpha_pattern={})
 
 
-def _adalora(config: "SamedConfig", modules: Mapping[str, Any]) -> "PeftConfig":
-    from peft import AdaLoraConfig
-
+def _adalora(config: "SamedConfig") -> dict[str, Any]:
     start = max(config.rank + 1, round(1.5 * config.rank))  # 1.5 times, as in its paper
-    return AdaLoraConfig(
-        init_r=start,
-        target_r=config.rank,
-        lora_alpha=start if config.alpha is None else config.alpha * start / config.rank,
-        lora_dropout=config.dropout,
-        total_step=1,  # until training says how long it is
-        **modules,
-    )
+    return {
+        "init_r": start,
+        "target_r": config.rank,
+        "lora_alpha": start if config.alpha is None else config.alpha * start / config.rank,
+        "lora_dropout": config.dropout,
+        "total_step": 1,  # until training says how long it is
+    }
 
 
-def _vera(config: "SamedConfig", modules: Mapping[str, Any]) -> "PeftConfig":
-    from peft import VeraConfig
-
-    return VeraConfig(r=config.rank, vera_dropout=config.dropout, **modules)
+def _vera(config: "SamedConfig") -> dict[str, Any]:
+    return {"r": config.rank, "vera_dropout": config.dropout}
 
 
-def _oft(config: "SamedConfig", modules: Mapping[str, Any]) -> "PeftConfig":
-    from peft import OFTConfig
-
-    return OFTConfig(r=0, oft_block_size=config.rank, module_dropout=config.dropout, **modules)
+def _oft(config: "SamedConfig") -> dict[str, Any]:
+    return {"r": 0, "oft_block_size": config.rank, "module_dropout": config.dropout}
 
 
-def _ia3(config: "SamedConfig", modules: Mapping[str, Any]) -> "PeftConfig":
-    from peft import IA3Config
-
+def _ia3(config: "SamedConfig") -> dict[str, Any]:
     # In an MLP the factors scale the activations between its two layers: the inputs of the second.
     between = adapted_layers(replace(config, targets=("lin2",), decoder="full"))
-    return IA3Config(feedforward_modules=between if "lin2" in config.targets else [], **modules)
-
-
-def _full(config: "SamedConfig", modules: Mapping[str, Any]) -> "PeftConfig":
-    return _lora(config, modules, modules_to_save=["vision_encoder", *modules["modules_to_save"]])
+    return {"feedforward_modules": between if "lin2" in config.targets else []}
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -153,6 +134,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "LoRA whose ranks are pruned in training where they matter least; the rank is the mean left "
             "(arXiv 2303.10512)",
             _adalora,
+            "ADALORA",
             options=tuple(name for name in _LORA if name != "rank_pattern"),
             storage=Storage.RANKS_LEFT,
             plain_lora=True,
@@ -161,18 +143,25 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "vera": Method(
             "trained vectors between fixed random matrices that all layers share (arXiv 2310.11454)",
             _vera,
+            "VERA",
             options=("rank", *_LAYERS, "dropout", "decoder"),
         ),
         "oft": Method(  # without "decoder": PEFT's OFT takes the decoder's inputs, of four axes, for images
             "block-diagonal rotations of the inputs; the rank is the size of a block (arXiv 2306.07280)",
             _oft,
+            "OFT",
             options=("rank", *_LAYERS, "dropout"),
             min_rank=2,
         ),
-        "ia3": Method("a factor for each output (arXiv 2205.05638)", _ia3, options=(*_LAYERS, "decoder")),
+        "ia3": Method("a factor for each output (arXiv 2205.05638)", _ia3, "IA3", options=(*_LAYERS, "decoder")),
         "bitfit": Method("biases of the encoder (arXiv 2106.10199)", partial(_lora, bias="all"), options=()),
         "decoder": Method("a frozen encoder, mask decoder alone (a baseline)", _lora, options=()),
-        "full": Method("all weights (a baseline; its adapter holds the whole encoder)", _full, options=()),
+        "full": Method(
+            "all weights (a baseline; its adapter holds the whole encoder)",
+            _lora,
+            options=(),
+            trained_in_full=("vision_encoder",),
+        ),
     }
 )
 """What `SamedConfig.method` can be, in the order that users see."""

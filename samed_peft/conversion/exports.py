@@ -9,15 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import SamModel
 
 from samed_peft.adapters.folder import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
-from samed_peft.adapters.methods import adapter_tensors, lora_layers, lora_pair
+from samed_peft.adapters.methods import adapter_tensors, lora_layers, lora_pair, write_lora
 from samed_peft.adapters.save_load import load_adapter
-from samed_peft.config import SamedConfig
 from samed_peft.conversion.samed_format import require_plain_lora, write_tensors
 from samed_peft.errors import InputError
 from samed_peft.io import (
@@ -27,12 +23,10 @@ from samed_peft.io import (
     require_replaceable,
     require_writable,
     require_writable_file,
-    save_tensors,
     save_torch_weights,
     write_json,
 )
 from samed_peft.models.bases import open_sam
-from samed_peft.models.checkpoints import resize_positions, semantic_config
 from samed_peft.models.modeling import SamForSemanticSegmentation, config_of
 
 _SAM_FILE = "config.json"
@@ -41,8 +35,7 @@ _FUSED_FILES = "|".join(re.escape(name) for name in (WEIGHTS_FILE, PEFT_FILE, CO
 _MOST_ONNX_BYTES = (2 << 30) - (64 << 20)
 """An ONNX file is one protobuf message of at most 2 GiB, some of which the graph needs."""
 
-_ENCODER_LAYERS = r"vision_encoder\.layers\.{}\.attn\.qkv"
-_LORA_NAME = "base_model.model.vision_encoder.layers.{index}.attn.qkv.lora_{letter}.weight"
+_QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def _require_sam_target(directory: Path) -> None:
@@ -81,12 +74,7 @@ def convert_sam(source: str | Path, directory: str | Path, *, image_size: int | 
     _require_sam_target(Path(directory))
     sam = open_sam(str(source))
     if image_size is not None:
-        config = semantic_config(sam.config, num_labels=None, image_size=image_size)
-        state = resize_positions(sam.state_dict(), config)
-        with torch.device("meta"):
-            sam = SamModel(config)
-        sam.load_state_dict(state, assign=True)
-        sam.tie_weights()
+        sam = SamForSemanticSegmentation.from_sam(sam, image_size=image_size).to_sam()
     with atomic_dir(directory) as folder:
         sam.save_pretrained(folder)
 
@@ -130,31 +118,23 @@ def export_peft_fused(source: str | Path, directory: str | Path, *, base: str | 
     """
     _require_fused_target(Path(directory), source)
     adapted = load_adapter(source, base=base)
-    config = config_of(adapted)
-    require_plain_lora(adapted, source, targets=("q_proj", "k_proj", "v_proj"))
-    tensors = {}
-    for index, projections in _encoder_layers(adapted).items():
-        a, b = _fused(projections, width=adapted.get_base_model().config.vision_config.hidden_size)
-        tensors[_LORA_NAME.format(index=index, letter="A")] = a
-        tensors[_LORA_NAME.format(index=index, letter="B")] = b
-    saved = adapter_tensors(adapted).items()
-    tensors |= {key: value for key, value in saved if not (".lora_" in key and ".vision_encoder." in key)}
-    rank = next(iter(tensors.values())).shape[0]
-    decoder_rank, decoder_alpha = _decoder_rank_and_alpha(adapted) if config.decoder == "lora" else (0, 0)
-    decoder = [rf"mask_decoder\.transformer\..+\.({'|'.join(config.targets)})"] if config.decoder == "lora" else []
-    fused = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules="|".join((_ENCODER_LAYERS.format(_numbers(config)), *decoder)),
-        rank_pattern=dict.fromkeys(decoder, decoder_rank),
-        alpha_pattern=dict.fromkeys(decoder, decoder_alpha),
-        modules_to_save=list(adapted.peft_config["default"].modules_to_save or ()),
-        inference_mode=True,
-    )
+    config, sam_config = config_of(adapted), adapted.get_base_model().config
+    require_plain_lora(adapted, source, targets=_QKV)
+    layers = lora_layers(adapted)
+    pairs = {name: lora_pair(layer) for name, layer in layers.items() if ".mask_decoder." in name}
+    if len({(*a.shape[:1], layers[name].scaling["default"]) for name, (a, _) in pairs.items()}) > 1:
+        raise InputError("the decoder's layers differ in rank or alpha; export the adapter with --format merged")
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in layers if ".vision_encoder." in name):
+        parts = {part: lora_pair(layers[f"{name}.{part}"]) for part in _QKV if f"{name}.{part}" in layers}
+        pairs[f"{name}.qkv"] = _fused(parts, width=sam_config.vision_config.hidden_size)
+    numbers = r"\d+" if config.layers is None else f"({'|'.join(map(str, config.layers))})"
+    targets = rf"vision_encoder\.layers\.{numbers}\.attn\.qkv"
+    if config.decoder == "lora":
+        targets += rf"|mask_decoder\.transformer\..+\.({'|'.join(config.targets)})"
+    trained_in_full = list(adapted.peft_config["default"].modules_to_save or ())
     with atomic_dir(directory) as folder:
-        save_tensors(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        fused.save_pretrained(folder)
-        adapted.get_base_model().config.save_pretrained(folder)
+        write_lora(pairs, adapter_tensors(adapted), folder, target_modules=targets, modules_to_save=trained_in_full)
+        sam_config.save_pretrained(folder)
         write_json(folder / CONFIG_FILE, config.to_dict())
 
 
@@ -167,40 +147,10 @@ def _require_fused_target(directory: Path, source: str | Path) -> None:
     require_writable(directory)
 
 
-def _numbers(config: SamedConfig) -> str:
-    return r"\d+" if config.layers is None else f"({'|'.join(map(str, config.layers))})"
-
-
-def _decoder_rank_and_alpha(adapted: PeftModel) -> tuple[int, float]:
-    """LoRA's rank in the decoder, and the alpha that gives its scaling; rsLoRA divides by the root of the rank.
-
-    Raises:
-        InputError: layers differ.
-    """
-    layers = [layer for name, layer in lora_layers(adapted).items() if ".mask_decoder." in name]
-    found = {(layer.r["default"], layer.scaling["default"] * layer.r["default"]) for layer in layers}
-    if len(found) != 1:
-        raise InputError("the decoder's layers differ in rank or alpha; export the adapter with --format merged")
-    return found.pop()
-
-
-def _encoder_layers(adapted: PeftModel) -> dict[int, dict[str, LoraLayer]]:
-    layers: dict[int, dict[str, LoraLayer]] = {}
-    for name, layer in lora_layers(adapted).items():
-        if match := re.search(r"\.vision_encoder\.layers\.(\d+)\..*?(\w+)$", name):
-            layers.setdefault(int(match[1]), {})[match[2]] = layer
-    return layers
-
-
-def _fused(projections: Mapping[str, LoraLayer], *, width: int) -> tuple[Tensor, Tensor]:
-    """A (n r, width) and B (3 width, n r) of n adapted projections."""
-    rows = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
-    pairs = {name: lora_pair(projections[name]) for name in rows if name in projections}
-    rank = len(next(iter(pairs.values()))[0])
-    b = torch.zeros(3 * width, rank * len(pairs))
-    for column, (name, (_, block)) in enumerate(pairs.items()):
-        b[rows[name] * width : (rows[name] + 1) * width, column * rank : (column + 1) * rank] = block
-    return torch.cat([a for a, _ in pairs.values()]), b
+def _fused(pairs: Mapping[str, tuple[Tensor, Tensor]], *, width: int) -> tuple[Tensor, Tensor]:
+    """A (n r, width) and B (3 width, n r) of `qkv` from those of n adapted projections."""
+    b = torch.block_diag(*(pairs[name][1] if name in pairs else torch.zeros(width, 0) for name in _QKV))
+    return torch.cat([pairs[name][0] for name in _QKV if name in pairs]), b
 
 
 class _Logits(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import SamConfig
 
 from samed_peft.adapters.checks import check_tensors, require_adapter_target
-from samed_peft.adapters.methods import adapter_tensors, lora_layers, lora_pair
+from samed_peft.adapters.methods import PEFT_PREFIX, adapter_tensors, lora_layers, lora_pair
 from samed_peft.adapters.save_load import UNUSED_PROMPTS, add_lora, load_adapter, save_adapter
 from samed_peft.config import METHODS, SYNAPSE_CLASSES, SamedConfig
 from samed_peft.errors import InputError
@@ -27,7 +27,6 @@ from samed_peft.models.bases import load_sam, recorded_base
 from samed_peft.models.checkpoints import MOST_OUTPUTS, POSITIONS, rename_meta_keys
 from samed_peft.models.modeling import SamForSemanticSegmentation, config_of
 
-_PEFT_PREFIX = "base_model.model."
 _DECODER_ATTENTIONS = {"sa": "self_attn", "cti": "cross_attn_token_to_image", "cit": "cross_attn_image_to_token"}
 _TRANSFORMER = "mask_decoder.transformer"
 _FIRST_A, _TOKENS = "w_a_000", "mask_decoder.mask_tokens.weight"
@@ -125,7 +124,7 @@ def read_samed(
     own_prompts = _own_prompts(tensors, sam)
     adapted = add_lora(sam, config, also_save=own_prompts)
     expected = adapter_tensors(adapted)
-    unused = [key for key in tensors if key not in expected and key.startswith(f"{_PEFT_PREFIX}prompt_encoder.")]
+    unused = [key for key in tensors if key not in expected and key.startswith(f"{PEFT_PREFIX}prompt_encoder.")]
     tensors = {key: tensor for key, tensor in tensors.items() if key not in unused}
     check_tensors(tensors, expected, path)
     set_peft_model_state_dict(adapted, tensors)
@@ -228,12 +227,12 @@ def _adapter_tensors(state: Mapping[str, Tensor], config: SamConfig, decoder: st
                 tensors[f"{module}.lora_{letter}.weight"] = left.pop(key)
     renamed = rename_meta_keys(left)
     tensors |= {key: value for key, value in renamed.items() if key != POSITIONS and "shared_embedding" not in key}
-    return {f"{_PEFT_PREFIX}{key}": value.float() for key, value in tensors.items()}
+    return {f"{PEFT_PREFIX}{key}": value.float() for key, value in tensors.items()}
 
 
 def _own_prompts(tensors: Mapping[str, Tensor], sam: SamForSemanticSegmentation) -> list[str]:
     """Parts of the prompt encoder that differ from the base's; no loss of SAMed reaches them, so none should."""
-    base = {f"{_PEFT_PREFIX}{key}": value for key, value in sam.state_dict().items()}
+    base = {f"{PEFT_PREFIX}{key}": value for key, value in sam.state_dict().items()}
     differing = [key for key in tensors if key in base and not torch.equal(tensors[key], base[key])]
     return [part for part in UNUSED_PROMPTS if any(f"{part}." in key for key in differing)]
 
@@ -259,12 +258,12 @@ def write_tensors(source: str | Path, *, base: str | None = None) -> dict[str, T
     layers, lora = lora_layers(adapted), {}
     for key_a, key_b, module in _lora_keys(sam_config, config.decoder):
         # SAMed's code has no scaling: it is multiplied into B.
-        lora[key_a], lora[key_b] = lora_pair(layers[f"{_PEFT_PREFIX}{module}"])
+        lora[key_a], lora[key_b] = lora_pair(layers[f"{PEFT_PREFIX}{module}"])
     kinds = list(dict.fromkeys(key[:-4] for key in lora))  # w_a, w_b, ...: all A of a kind come before its B
     ordered = {key: lora[key] for key in sorted(lora, key=lambda key: kinds.index(key[:-4]))}
     last = {key: ordered.pop(key) for key in list(ordered) if key.startswith("fati")}
     whole = dict(adapted.get_base_model().state_dict())
-    whole |= {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in adapter_tensors(adapted).items()}
+    whole |= {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in adapter_tensors(adapted).items()}
     rest = {key: whole[name] for key, name in _meta_names(sam_config, decoder=config.decoder).items()}
     return {key: tensor.float().clone().contiguous() for key, tensor in (ordered | rest | last).items()}
 

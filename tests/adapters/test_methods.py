@@ -1,4 +1,4 @@
-"""Every method: what is trained, save -> load -> the same logits, merged the same; ranks, layers, LoRA+, AdaLoRA."""
+"""Every method: trained weights, save -> load -> the same logits, merged the same; ranks, layers, LoRA+, AdaLoRA."""
 
 import contextlib
 import dataclasses
@@ -211,7 +211,7 @@ def test_the_file_of_biases_holds_no_others(tmp_path):
         ({"decoder": "lora", "targets": ("lin1",)}, "of which targets must have one"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(fields, message):
+def test_options_that_contradict_each_other_are_refused(fields, message):
     with pytest.raises(InputError, match=message):
         fresh(dataclasses.replace(CONFIG, **fields))
 

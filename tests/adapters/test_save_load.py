@@ -1,4 +1,4 @@
-"""Adapters: what is trainable, what is saved, save -> load -> the same logits, and what is refused."""
+"""Adapters: trainable and saved weights, save -> load -> the same logits, refused files."""
 
 import dataclasses
 import json
@@ -250,7 +250,7 @@ def test_config_survives_the_journey(saved, golden_config, golden_model):
         ('{"peft_type": ["LORA"]}', "found .'LORA'."),
     ],
 )
-def test_settings_of_peft_that_are_none_are_refused(saved, content, message):
+def test_files_without_a_config_of_peft_are_refused(saved, content, message):
     (saved / "adapter_config.json").write_text(content)
     with pytest.raises(InputError, match=message):
         load_adapter(saved)
@@ -277,7 +277,7 @@ def test_settings_of_peft_that_are_none_are_refused(saved, content, message):
         ({"lora_dropout": "x"}, "PEFT cannot use"),
     ],
 )
-def test_settings_that_peft_cannot_use_are_refused(saved, changes, message):
+def test_values_that_peft_cannot_use_are_refused(saved, changes, message):
     path = saved / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(InputError, match=message):

@@ -79,7 +79,7 @@ def test_logits_are_those_of_the_original(converted):
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
-def test_settings_are_read_from_the_file(converted):
+def test_the_config_is_read_from_the_file(converted):
     preset, directory = converted
     config = load_adapter(directory).samed_config
     assert (config.preset, config.rank, config.class_names) == (preset, 4, SYNAPSE_CLASSES)

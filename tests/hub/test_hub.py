@@ -290,7 +290,7 @@ def test_the_tiny_sam_and_its_note_are_named(adapter):
     edit_json(adapter / "samed_config.json", base=TINY_SAM)
     files = published_files(adapter)
     assert json.loads(files["samed_config.json"])["base"] == TINY_SAM
-    assert b"The base is no SAM" in files["report.md"]
+    assert b"The base is not SAM" in files["report.md"]
 
 
 @pytest.mark.parametrize(
