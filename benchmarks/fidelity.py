@@ -32,7 +32,7 @@ from samed_peft.datasets.preprocessing import resize_image, resize_label, slice_
 from samed_peft.evaluation.tables import markdown_table
 from samed_peft.io import Volume, load_torch_weights, write_json
 from samed_peft.metrics import score_case, score_masks
-from samed_peft.prediction.inference import settings_of
+from samed_peft.models.modeling import config_of
 from samed_peft.training import build_optimizer, train_step
 from samed_peft.training.augmentation import augment
 from samed_peft.training.loop import learning_rate
@@ -169,7 +169,7 @@ def mask_of(path: Path) -> np.ndarray:
 @torch.inference_mode()
 def margins(model: torch.nn.Module, volume: np.ndarray, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the gap between the logits of the two likeliest classes, voxel by voxel, in some slices."""
-    size = settings_of(model).image_size
+    size = config_of(model).image_size
     for index in indices:
         pixels = torch.from_numpy(slice_to_pixels(volume[index], image_size=size, input_size=224))
         logits = model(pixel_values=pixels.expand(1, 3, -1, -1)).logits

@@ -23,13 +23,6 @@ from samed_peft.metrics import CONVENTIONS
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 _TAGS = ["samed", "segment-anything", "medical", "image-segmentation"]
-_USES_NO = {
-    "bitfit": ("rank", "targets"),
-    "decoder": ("rank", "targets"),
-    "full": ("rank", "targets"),
-    "ia3": ("rank",),
-}
-"""Fields of the config that mean nothing to a method and are left out of its card."""
 
 
 def model_card(config: SamedConfig, *, report: Report | None = None, training: Mapping[str, Any] | None = None) -> str:
@@ -50,7 +43,7 @@ def model_card(config: SamedConfig, *, report: Report | None = None, training: M
         base=published_base(config.base),
         has_public_base=is_hub_id(config.base) or config.base == TINY_SAM,
         is_tiny=config.base == TINY_SAM,
-        method=METHODS[config.method],
+        method=METHODS[config.method].summary,
         counted_classes="one class" if number == 1 else f"{number} classes",
         classes_table=_table(["Label", "Class"], dict(enumerate(config.class_names, start=1))),
         dataset=markdown_text(dataset),
@@ -126,7 +119,8 @@ def _eval_results(report: Report) -> list[EvalResult]:
 
 def _settings(config: SamedConfig) -> dict[str, Any]:
     values = config.to_dict() | {"base": published_base(config.base)}
-    for name in ("class_names", *_USES_NO.get(config.method, ())):  # classes have a table of their own
+    unused = {"rank", "targets"} - set(METHODS[config.method].options)
+    for name in ("class_names", *unused):  # classes have a table of their own
         del values[name]
     listed = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
     return {name: value for name, value in listed.items() if value is not None}

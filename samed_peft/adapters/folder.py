@@ -1,4 +1,4 @@
-"""Where an adapter's files are, on this disk or on the Hub, and what it says of itself; without PyTorch."""
+"""Find an adapter's files on this disk or on the Hub, and read its config and report; without PyTorch."""
 
 import os
 from collections.abc import Mapping
@@ -23,18 +23,18 @@ CARD_FILE = "README.md"
 REPORT_FILE = "report.json"
 
 ADAPTER_FILES = (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE)
-"""What makes an adapter; checkpoints and whatever else lies beside it are no part of it."""
+"""All files of an adapter; checkpoints and other files beside it do not belong to it."""
 
 
 def read_config(folder: Path) -> SamedConfig:
-    """`samed_config.json` of an adapter directory.
+    """Read `samed_config.json` of an adapter directory.
 
     Raises:
         InputError: the file is missing or damaged.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(
-            f"{folder} is no adapter directory: it lacks {CONFIG_FILE}; save_adapter writes one, and SAMed's own "
+            f"{folder} is not an adapter directory: it lacks {CONFIG_FILE}; save_adapter writes one, and SAMed's own "
             ".pth files must be converted first"
         )
     try:
@@ -44,7 +44,7 @@ def read_config(folder: Path) -> SamedConfig:
 
 
 def adapter_folder(source: str | Path, *, revision: str | None = None) -> Path:
-    """Where an adapter's files are; those of a Hub id are fetched, or found in the cache without a connection.
+    """The folder of an adapter's files; those of a Hub id are fetched, or found in the cache when offline.
 
     Args:
         source: folder or Hub id.
@@ -77,17 +77,17 @@ def _fetch_problem(source: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError) or (
         isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
     ):
-        return f"{problem}it is not there, or not for you; check its name, and your token if it is private"
+        return f"{problem}it does not exist or is private; check its name, and your token if it is private"
     return f"{problem}{first_line(error)}; check its name, your connection and HF_TOKEN, or give its folder"
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its kind where it has none."""
+    """The first line of an error's text, or its type if the text is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def find_report(directory: Path, config: SamedConfig) -> "tuple[Path, Report | None]":
-    """The folder of the adapter's report, and the report; None if the adapter was not evaluated.
+    """Find the folder of the adapter's report, and the report; None if the adapter was not evaluated.
 
     A report counts as the adapter's if it names the same classes and lies in its folder, or in the folder around it
     where the model card shows scores.

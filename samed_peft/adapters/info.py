@@ -47,7 +47,7 @@ def adapter_info(source: str | Path, *, revision: str | None = None) -> dict[str
         "source": str(source),
         "classes": {str(label): name for label, name in enumerate(config.class_names, start=1)},
         "config": config.to_dict(),
-        "method": METHODS[config.method],
+        "method": METHODS[config.method].summary,
         "peft_type": peft.get("peft_type"),
         "files": {name: (folder / name).stat().st_size for name in ADAPTER_FILES if (folder / name).is_file()},
         "parameters": {
@@ -89,10 +89,11 @@ def _base(config: SamedConfig) -> str:
 
 def _adapted(config: SamedConfig) -> str:
     decoder = {"full": "mask decoder in full", "lora": "mask decoder with LoRA"}[config.decoder]
-    if config.method in ("bitfit", "decoder", "full"):
+    options = METHODS[config.method].options
+    if "targets" not in options:
         return decoder
     layers = "all layers" if config.layers is None else f"layers {', '.join(map(str, config.layers))}"
-    rank = "" if config.method == "ia3" else f"rank {config.rank}, "
+    rank = f"rank {config.rank}, " if "rank" in options else ""
     return f"{rank}{', '.join(config.targets)} of {layers}; {decoder}"
 
 

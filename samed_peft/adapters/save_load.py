@@ -1,4 +1,4 @@
-"""LoRA and its relatives on SAM's encoder through PEFT; adapters saved, checked and loaded."""
+"""Add adapters to a SAM through PEFT, save them, and load them after checking their files."""
 
 import dataclasses
 import warnings
@@ -20,20 +20,13 @@ from samed_peft.adapters.checks import (
     unusable,
 )
 from samed_peft.adapters.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, adapter_folder, read_config
-from samed_peft.adapters.methods import (
-    adapter_tensors,
-    initial_updates,
-    is_kept_as_lora,
-    merged,
-    peft_settings,
-    save_as_lora,
-)
-from samed_peft.config import SamedConfig, TrainingConfig
+from samed_peft.adapters.methods import adapter_tensors, initial_updates, merged, new_peft_config, save_as_lora
+from samed_peft.config import METHODS, SamedConfig, Storage, TrainingConfig
 from samed_peft.errors import InputError
 from samed_peft.evaluation.report import Report
 from samed_peft.io import atomic_dir, load_tensors, require_replaceable, save_tensors, write_json, write_text
 from samed_peft.models.bases import load_sam
-from samed_peft.models.modeling import SamForSemanticSegmentation
+from samed_peft.models.modeling import SamForSemanticSegmentation, config_of
 from samed_peft.models.precision import DTYPES, quantize_layers
 
 UNUSED_PROMPTS = (
@@ -41,7 +34,7 @@ UNUSED_PROMPTS = (
     "prompt_encoder.not_a_point_embed",
     "prompt_encoder.mask_embed",
 )
-"""Parts of the prompt encoder that no segmentation without prompts runs, and no loss reaches."""
+"""Parts of the prompt encoder that segmentation without prompts does not run, so no loss reaches them."""
 
 _IOU_HEAD = "iou_prediction_head"
 
@@ -50,25 +43,25 @@ def add_lora(model: SamForSemanticSegmentation, config: SamedConfig, *, also_sav
     """Make a SAM adaptable as SAMed does: LoRA in the encoder, mask decoder and `no_mask_embed` trained in full.
 
     The rest of the encoder and the IoU head, which no loss reaches, are frozen. With `config.decoder` "lora", as in
-    SAMed_s, the decoder's transformer is frozen and has LoRA as well. `config.method` puts another method in LoRA's
-    place.
+    SAMed_s, the decoder's transformer is frozen and has LoRA as well. `config.method` can replace LoRA by any other
+    of `METHODS`. The model carries `config`, completed with the base's fingerprint and revision.
 
     Args:
         model: from `load_sam`; it is changed in place.
         config: method, rank, alpha, targets, layers, decoder and dropout; classes and size must be the model's.
-        also_save: frozen parts, of `UNUSED_PROMPTS`, that the adapter has its own weights for.
+        also_save: frozen parts, of `UNUSED_PROMPTS`, that the adapter stores weights of.
 
     Raises:
         InputError: the model was loaded with other classes or another image size than `config` names, or does not
             have one of its layers.
     """
     _check_fits(model, config)
-    settings = peft_settings(
+    peft_config = new_peft_config(
         config,
         trained_in_full=["no_mask_embed", *_decoder_parts(model, config), *also_save],
         num_layers=model.config.vision_config.num_hidden_layers,
     )
-    adapted = _attach(model, settings, config)
+    adapted = _attach(model, peft_config, config)
     model.initial_updates = initial_updates(adapted)
     return adapted
 
@@ -88,11 +81,11 @@ def _attach(model: SamForSemanticSegmentation, peft_config: PeftConfig, config: 
         base_sha256=model.base_sha256,
         base_revision=config.base_revision or model.base_revision,
     )
-    if config.method == "qlora":
+    if METHODS[config.method].quantized:
         quantize_layers(model.vision_encoder.layers)
-    peft_config.base_model_name_or_path = None  # PEFT warns where it finds a name other than its own guess
+    peft_config.base_model_name_or_path = None  # PEFT warns of any name but its own guess
     with warnings.catch_warnings():
-        # PEFT 0.21 asks Transformers 5.23 by a name that is on its way out; users can do nothing about it.
+        # PEFT 0.21 uses a name that Transformers 5.23 deprecates; users can do nothing about it.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         adapted = get_peft_model(model, peft_config)
     adapted.peft_config["default"].base_model_name_or_path = config.base
@@ -101,8 +94,8 @@ def _attach(model: SamForSemanticSegmentation, peft_config: PeftConfig, config: 
 
 
 def _freeze_unused(model: PeftModel) -> None:
-    # PEFT unfreezes whole modules_to_save, and with "all" biases those of what they stand in for; a trainable weight
-    # without gradient stops data-parallel training.
+    # PEFT unfreezes whole modules_to_save, and with "all" biases those of the originals behind them; a trainable
+    # weight without gradient stops data-parallel training.
     unused = [f".{part}." for part in (_IOU_HEAD, "original_module", *UNUSED_PROMPTS)]
     for name, parameter in model.named_parameters():
         if any(part in name for part in unused):
@@ -113,7 +106,7 @@ def save_adapter(
     model: PeftModel,
     directory: str | Path,
     *,
-    config: SamedConfig,
+    config: SamedConfig | None = None,
     training: TrainingConfig | None = None,
     dtype: str = "float32",
 ) -> None:
@@ -124,21 +117,21 @@ def save_adapter(
     Args:
         model: from `add_lora` or `load_adapter`.
         directory: where to; an adapter already there is replaced.
-        config: what the adapter is; the fingerprint of the model's base is added.
-        training: settings shown in the model card.
-        dtype: numbers in the file; "float16" and "bfloat16" halve it, and cost the accuracy of their last digits.
+        config: in place of the one that the model carries; the fingerprint of the model's base is added.
+        training: shown in the model card.
+        dtype: of the stored weights; "float16" and "bfloat16" halve the file and round the weights.
 
     Raises:
         InputError: the directory holds something else than an adapter, or a weight is too large for `dtype`.
     """
-    config = dataclasses.replace(config, base_sha256=model.base_sha256)
+    config = dataclasses.replace(config or config_of(model), base_sha256=model.base_sha256)
     require_replaceable(directory, ADAPTER_FOLDER)
     with atomic_dir(Path(directory)) as folder:
-        if is_kept_as_lora(model):
-            save_as_lora(model, folder / WEIGHTS_FILE)
+        if METHODS[config_of(model).method].storage is Storage.AS_TRAINED:
+            own = {name: tensor for name, tensor in model.state_dict().items() if ".original_module." not in name}
+            model.save_pretrained(folder, state_dict=own, save_embedding_layers=False)
         else:
-            held = {name: tensor for name, tensor in model.state_dict().items() if ".original_module." not in name}
-            model.save_pretrained(folder, state_dict=held, save_embedding_layers=False)
+            save_as_lora(model, folder)
         if dtype != "float32":
             _store_as(folder / WEIGHTS_FILE, DTYPES[dtype])
         write_json(folder / CONFIG_FILE, config.to_dict())
@@ -154,9 +147,9 @@ def _store_as(file: Path, dtype: torch.dtype) -> None:
 
 
 def write_card(directory: Path, *, report: Report | None = None, training: TrainingConfig | None = None) -> None:
-    """Write the model card of an adapter directory anew, with the scores of a report if one is given."""
-    settings = None if training is None else training.to_dict()
-    write_text(directory / CARD_FILE, model_card(read_config(directory), report=report, training=settings))
+    """Rewrite the model card of an adapter directory, with the scores of a report if given."""
+    trained = None if training is None else training.to_dict()
+    write_text(directory / CARD_FILE, model_card(read_config(directory), report=report, training=trained))
 
 
 def load_adapter(
@@ -168,18 +161,18 @@ def load_adapter(
     device: str | torch.device | None = None,
     revision: str | None = None,
 ) -> PeftModel | SamForSemanticSegmentation:
-    """A model with a saved adapter, ready for `predict_volume`.
+    """Load a SAM with a saved adapter, ready for `predict_volume`.
 
     Args:
         source: adapter directory, or Hub id.
-        base: the SAM it belongs to, where it is not to be had under its recorded name.
+        base: base SAM, if it is not at the recorded location.
         merge: add the low-rank updates to the base's weights and return the plain model.
         trainable: leave the adapter trainable, in training mode.
         device: where to put the model.
         revision: branch, tag or commit of an adapter on the Hub.
 
     Raises:
-        InputError: `source` is no adapter, a file is damaged, or base, rank, classes or sizes do not match.
+        InputError: `source` is not an adapter, a file is damaged, or base, rank, classes or sizes do not match.
     """
     folder = adapter_folder(source, revision=revision)
     config = read_config(folder)

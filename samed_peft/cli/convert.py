@@ -1,4 +1,4 @@
-"""`samed convert`: checkpoints of other programs become ours."""
+"""`samed convert`: convert checkpoints of other programs."""
 
 import argparse
 
@@ -22,14 +22,16 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
         "checkpoint of SAMed or SAMed_s becomes an adapter of that base.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--checkpoint", required=True, help="the .pth; of a SAM also a Hub id or folder, to resize it")
+    parser.add_argument("--checkpoint", required=True, help="the .pth; for a SAM also a Hub id or folder")
     parser.add_argument("--base", help="SAM the checkpoint was trained on: Hub id, folder or Meta .pth")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--image_size", type=int, help="pixels the encoder sees; SAMed's default is 512")
     parser.add_argument("--input_size", type=int, help="bottleneck at prediction; SAMed's test uses 224")
     parser.add_argument("--class_names", type=names, help="a,b,c; by default Synapse's eight organs")
     parser.add_argument("--orientation", help="axis codes of the training scans; raw BTCV is LAS")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the file; default float32")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the stored weights; default float32"
+    )
     parser.set_defaults(run=run)
 
 

@@ -23,7 +23,7 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     parser.add_argument("--adapter", required=True, help="adapter folder or Hub id")
     parser.add_argument("--output", required=True, help="new file (samed, onnx) or folder (merged, peft-fused)")
     parser.add_argument("--format", required=True, choices=("samed", "merged", "peft-fused", "onnx"))
-    parser.add_argument("--base", help="its SAM, where it is not to be had under its recorded name")
+    parser.add_argument("--base", help="base SAM, if it is not at the recorded location")
     parser.set_defaults(run=run)
 
 

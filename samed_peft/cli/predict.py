@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
     from samed_peft import prediction
     from samed_peft.io import FolderKind, require_highdicom, require_replaceable
+    from samed_peft.models.modeling import config_of
 
     names = ("batch_size", "dtype", "flips", "keep_largest", "overlay", "overwrite", "compile")
     options = prediction.PredictionOptions(**{name: vars(args)[name] for name in names})
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=args.device == "cpu")
     place = {name: vars(args)[name] for name in ("base", "dtype", "device", "revision")}
     model = prediction.load_segmenter(args.adapter, accelerator=accelerator, **place)
-    channel = prediction.settings_of(model).channel if args.channel is None else args.channel
+    channel = config_of(model).channel if args.channel is None else args.channel
     scans = prediction.plan_masks(sources, args.output, channel=channel, dicom_seg=args.dicom_seg)
     outcome = prediction.predict_files(model, scans, options=options, accelerator=accelerator)
     accelerator.end_training()

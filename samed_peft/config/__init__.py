@@ -9,7 +9,7 @@ from samed_peft.config.adapter import (
     SamedConfig,
     is_hub_id,
 )
-from samed_peft.config.methods import METHOD_FIELDS, METHODS
+from samed_peft.config.methods import METHOD_FIELDS, METHODS, Method, Storage, methods_with
 from samed_peft.config.options import add_options, from_options, lower_stop_epoch, option_values
 from samed_peft.config.training import TrainingConfig
 
@@ -21,11 +21,14 @@ __all__ = [
     "SYNAPSE_NAME",
     "TINY_SAM",
     "TINY_SAM_NOTE",
+    "Method",
     "SamedConfig",
+    "Storage",
     "TrainingConfig",
     "add_options",
     "from_options",
     "is_hub_id",
     "lower_stop_epoch",
+    "methods_with",
     "option_values",
 ]

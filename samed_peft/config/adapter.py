@@ -1,4 +1,4 @@
-"""What an adapter is."""
+"""What an adapter is: `SamedConfig`."""
 
 import re
 import warnings
@@ -6,8 +6,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from samed_peft.config import methods
-from samed_peft.config.fields import JsonFields, require, short
+from samed_peft.config.fields import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    JsonFields,
+    Rule,
+    described,
+    documented,
+    require,
+    short,
+)
+from samed_peft.config.methods import ATTENTION_TARGETS, DECODER_TARGETS, METHODS, MLP_TARGETS, methods_with
 
 SYNAPSE_CLASSES = (
     "spleen",
@@ -28,12 +38,12 @@ CT_WINDOW_HU = (-125.0, 275.0)
 """Hounsfield units that SAMed (arXiv 2304.13785) clips to before scaling to [0, 1]."""
 
 TINY_SAM = "tiny-sam"
-"""Name of the small SAM that ships with this package, wherever a base is asked for. It is no substitute for SAM."""
+"""Base name of the small SAM that ships with this package; it does not replace SAM."""
 
 TINY_SAM_NOTE = (
-    "The base is no SAM but the tiny stand-in that ships with samed_peft; these scores say nothing about SAM."
+    "The base is not SAM but the tiny stand-in that ships with samed_peft; these scores say nothing about SAM."
 )
-"""Stands wherever figures of the tiny SAM are shown."""
+"""Shown with all figures of the tiny SAM."""
 
 
 def is_hub_id(base: str) -> bool:
@@ -59,125 +69,100 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
-_OF_DECODER = ("q_proj", "k_proj", "v_proj")
-"""Targets that the mask decoder's attention has too."""
+_TARGETS = (*ATTENTION_TARGETS, *MLP_TARGETS)
+
+_WINDOW: Rule = ("be (low, high) with low < high", lambda window: len(window) == 2 and window[0] < window[1])
+_ORIENTATION: Rule = ("be three letters, one each of L or R, A or P, S or I, LAS for example,", _is_orientation)
+_LAYERS: Rule = ("be numbers from 0 on", lambda layers: bool(layers) and min(layers) >= 0)
 
 
+@documented
 @dataclass(frozen=True)
 class SamedConfig(JsonFields):
     """What an adapter is: everything needed, besides its weights, to predict with it.
-
-    Attributes:
-        base: Hub id, local folder or Meta `.pth` of the SAM that is adapted.
-        class_names: names of labels 1..K; background (0) is left out.
-        base_revision: commit or tag of `base` on the Hub.
-        base_sha256: fingerprint of the base weights, filled in when the adapter is saved.
-        image_size: pixels per side that the encoder sees; a multiple of its patch size.
-        input_size: pixels per side of SAMed's low-resolution bottleneck at prediction (224), or None.
-        window: (low, high) intensities clipped to and scaled to [0, 1], or None for 0.5-99.5 percentiles per scan.
-        orientation: axis codes of the (x, y, z) voxel axes of the training scans, "LAS" for example, or None.
-        channel: number of the channel it was trained on, of 4-D scans or of files named as nnU-Net's, or None.
-        preset: name of the published recipe these settings follow.
-        method: how the encoder is adapted, of `METHODS`.
-        rank: rank of the low-rank updates.
-        alpha: numerator of LoRA's scaling alpha / rank; None for no scaling, as in SAMed (2 / sqrt(rank) for rslora).
-        targets: linear layers that are adapted, of q_proj, k_proj, v_proj and proj of attention, lin1 and lin2 of MLPs.
-        layers: numbers of the encoder's layers that are adapted, counted from 0; None for all.
-        rank_pattern: ranks of layers whose names end in a regular expression, such as 'layers.11.attn.q_proj=8'.
-        decoder: "full" trains the whole mask decoder, as SAMed; "lora" adapts its frozen transformer, as SAMed_s.
-        dropout: dropout in front of LoRA's A.
 
     Raises:
         InputError: a value is out of range.
     """
 
-    base: str
-    class_names: tuple[str, ...]
-    base_revision: str | None = None
-    base_sha256: str | None = None
-    image_size: int = 512
-    input_size: int | None = None
-    window: tuple[float, float] | None = CT_WINDOW_HU
-    orientation: str | None = None
-    channel: int | None = None
-    preset: str = "samed"
-    method: str = "lora"
-    rank: int = 4
-    alpha: int | None = None
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
-    layers: tuple[int, ...] | None = None
-    rank_pattern: dict[str, int] | None = None
-    decoder: str = "full"
-    dropout: float = 0.0
+    base: str = described("Hub id, local folder or Meta `.pth` of the SAM that is adapted")
+    class_names: tuple[str, ...] = described("names of labels 1..K; background (0) is left out")
+    base_revision: str | None = described("commit or tag of `base` on the Hub", None)
+    base_sha256: str | None = described("fingerprint of the base weights, filled in by `load_sam`", None)
+    image_size: int = described("pixels per side that the encoder sees; a multiple of its patch size", 512, POSITIVE)
+    input_size: int | None = described(
+        "pixels per side of SAMed's low-resolution bottleneck at prediction (224), or None", None, POSITIVE
+    )
+    window: tuple[float, float] | None = described(
+        "(low, high) clipped to and scaled to [0, 1]; None for each scan's 0.5-99.5 percentiles", CT_WINDOW_HU, _WINDOW
+    )
+    orientation: str | None = described(
+        "axis codes of the (x, y, z) voxel axes of the training scans, such as LAS, or None", None, _ORIENTATION
+    )
+    channel: int | None = described(
+        "number of the channel to train on, of 4-D scans or of files named as nnU-Net's, or None", None, NOT_NEGATIVE
+    )
+    preset: str = described("name of the published recipe that this config follows", "samed")
+    method: str = described(
+        f"how to adapt the encoder: {_listed(METHODS)}", "lora", (f"be one of {_listed(METHODS)}", METHODS.__contains__)
+    )
+    rank: int = described("rank of the low-rank updates", 4)
+    alpha: int | None = described(
+        "LoRA is scaled by alpha / rank; None for no scaling, as in SAMed (2 / sqrt(rank) for rslora)", None, AT_LEAST_1
+    )
+    targets: tuple[str, ...] = described(
+        "adapted linear layers, of q_proj, k_proj, v_proj and proj of attention, lin1 and lin2 of MLPs",
+        ("q_proj", "v_proj"),
+        (f"be some of {_listed(_TARGETS)}", lambda names: 0 < len(names) == len(set(names) & set(_TARGETS))),
+    )
+    layers: tuple[int, ...] | None = described(
+        "numbers of the adapted layers of the encoder, counted from 0; None for all", None, _LAYERS
+    )
+    rank_pattern: dict[str, int] | None = described(  # noqa: RUF009
+        "ranks of layers whose names end in a regular expression, such as 'layers.11.attn.q_proj=8'", None
+    )
+    decoder: str = described(
+        '"full" trains the whole mask decoder, as SAMed; "lora" adapts its frozen transformer, as SAMed_s',
+        "full",
+        ("be full or lora", ("full", "lora").__contains__),
+    )
+    dropout: float = described("dropout in front of LoRA's A", 0.0, ("be in [0, 1)", lambda share: 0 <= share < 1))
 
     def __post_init__(self) -> None:
-        self._check_types()
+        super().__post_init__()
         names = self.class_names
         require(
             1 <= len(names) <= 255 and len(set(names)) == len(names) and all(names),
             f"class_names must be 1 to 255 different names, background left out; "
             f"found {len(names)}: {short(list(names))}",
         )
-        require(self.image_size > 0, f"image_size must be positive; found {self.image_size}")
-        require(
-            self.input_size is None or self.input_size > 0,
-            f"input_size must be positive or None; found {self.input_size}",
-        )
         if self.input_size is not None and self.input_size > self.image_size:
             warnings.warn(
-                f"input_size ({self.input_size}) is larger than image_size ({self.image_size}), so that it is no "
-                "bottleneck: slices are resized twice for nothing; leave input_size out",
+                f"input_size ({self.input_size}) is larger than image_size ({self.image_size}), so slices are resized "
+                "twice for nothing; leave input_size out",
                 stacklevel=3,
             )
-        require(
-            self.window is None or (len(self.window) == 2 and self.window[0] < self.window[1]),
-            f"window must be (low, high) with low < high, or None; found {self.window}",
-        )
-        require(self.channel is None or self.channel >= 0, f"channel must not be negative; found {self.channel}")
-        require(
-            self.orientation is None or _is_orientation(self.orientation),
-            f"orientation must be three letters, one each of L or R, A or P, S or I, LAS for example; "
-            f"found {self.orientation!r}",
-        )
+        self._check_rank_pattern()
         self._check_method()
 
     def _check_method(self) -> None:
-        """What is adapted, and how."""
-        known = _listed(methods.METHODS)
-        require(self.method in methods.METHODS, f"method must be one of {known}; found {self.method!r}")
-        require(self.alpha is None or self.alpha > 0, f"alpha must be at least 1 or None; found {self.alpha}")
-        require(self.rank > 0, f"rank must be at least 1; found {self.rank}")
-        require(self.method != "oft" or self.rank > 1, "rank, the size of oft's blocks, must be at least 2; found 1")
-        allowed = (*methods.ATTENTION_TARGETS, *methods.MLP_TARGETS)
+        method = METHODS[self.method]
         require(
-            bool(self.targets) and set(self.targets) <= set(allowed) and len(set(self.targets)) == len(self.targets),
-            f"targets must be some of {_listed(allowed)}; found {list(self.targets)}",
+            self.rank >= method.min_rank,
+            f"rank must be at least {method.min_rank} for {self.method}, {method.summary}; found {self.rank}",
         )
-        require(
-            self.layers is None or (bool(self.layers) and min(self.layers) >= 0),
-            f"layers must be numbers from 0 on, or None; found {self.layers}",
-        )
-        require(self.decoder in ("full", "lora"), f"decoder must be full or lora; found {self.decoder!r}")
-        require(0 <= self.dropout < 1, f"dropout must be in [0, 1); found {self.dropout}")
-        self._check_rank_pattern()
-        for name, having in (
-            ("alpha", methods.LOW_RANK),
-            ("rank_pattern", methods.WITH_RANK_PATTERN),
-            ("dropout", methods.WITH_DROPOUT),
-            ("layers", [method for method in methods.METHODS if method not in methods.WITHOUT_LAYERS]),
-        ):
+        for name in ("alpha", "rank_pattern", "dropout", "layers"):
             require(
-                not vars(self)[name] or self.method in having,
-                f"{name} means nothing to {self.method}, only to {_listed(having)}; leave it out",
+                not vars(self)[name] or name in method.options,
+                f"{name} means nothing to {self.method}, only to {_listed(methods_with(name))}; leave it out",
             )
-        require(
-            self.decoder == "full" or self.method not in methods.DECODER_IN_FULL,
-            f"decoder must be full with {self.method}; found {self.decoder!r}",
-        )
-        require(
-            self.decoder == "full" or bool(set(self.targets) & set(_OF_DECODER)),
-            f"decoder lora adapts {_listed(_OF_DECODER)}, of which targets must have one; found {list(self.targets)}",
-        )
+        if self.decoder == "lora":
+            require("decoder" in method.options, f"decoder must be full with {self.method}; found 'lora'")
+            require(
+                bool(set(self.targets) & set(DECODER_TARGETS)),
+                f"decoder lora adapts {_listed(DECODER_TARGETS)}, of which targets must have one; "
+                f"found {list(self.targets)}",
+            )
 
     def _check_rank_pattern(self) -> None:
         for pattern, rank in (self.rank_pattern or {}).items():
@@ -185,7 +170,7 @@ class SamedConfig(JsonFields):
             try:
                 re.compile(pattern)
             except re.error as error:
-                require(False, f"rank_pattern has an expression that is none, {pattern!r}: {error}")
+                require(False, f"rank_pattern must have regular expressions; found {pattern!r}: {error}")
 
     @property
     def num_labels(self) -> int:

@@ -1,11 +1,34 @@
-"""What the two configurations share: checked types, and plain JSON values."""
+"""What the two configs share: described and checked fields, and plain JSON values."""
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping
 from types import UnionType
-from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from samed_peft.errors import InputError
+
+T = TypeVar("T")
+Rule = tuple[str, Callable[[Any], bool]]
+"""What a value must do, as its error says it, and whether it does."""
+
+AT_LEAST_1: Rule = ("be at least 1", lambda value: value >= 1)
+NOT_NEGATIVE: Rule = ("not be negative", lambda value: value >= 0)
+POSITIVE: Rule = ("be positive", lambda value: 0 < value < math.inf)
+
+
+def described(help: str, default: Any = dataclasses.MISSING, must: Rule | None = None) -> Any:
+    """A field of a config with the text that its option and its documentation show, and a rule for values."""
+    return dataclasses.field(default=default, metadata={"help": help, "must": must})
+
+
+def documented(kind: type[T]) -> type[T]:
+    """Add each field's text to a config's docstring."""
+    texts = [f"    {field.name}: {field.metadata['help']}." for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    kind.__doc__ = "\n".join([inspect.cleandoc(kind.__doc__ or ""), "", "Attributes:", *texts])
+    return kind
 
 
 def short(value: Any) -> str:
@@ -23,7 +46,8 @@ def require(condition: bool, message: str) -> None:
 def _is_of(value: Any, kind: Any) -> bool:
     """Whether a value is of an annotated type: a plain one, a tuple or dict of some, or a choice of these.
 
-    Whole numbers pass for floats, truth values for no number.
+    Whole numbers pass for floats, truth values for no number. `huggingface_hub.dataclasses.strict` checks assignments
+    only, which a frozen dataclass's `__init__` goes around, and would refuse 1 for a float and a list for a tuple.
     """
     if get_origin(kind) in (Union, UnionType):
         return any(_is_of(value, choice) for choice in get_args(kind))
@@ -33,26 +57,29 @@ def _is_of(value: Any, kind: Any) -> bool:
     if get_origin(kind) is dict:
         key, item = get_args(kind)
         return isinstance(value, dict) and all(_is_of(k, key) and _is_of(v, item) for k, v in value.items())
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
     return isinstance(value, kind)
 
 
 class JsonFields:
-    """Checked types, and to and from plain JSON values, shared by the two configurations."""
+    """Checked fields, and conversion to and from plain JSON values."""
 
-    def _check_types(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            value = vars(self)[name]
+    def __post_init__(self) -> None:
+        types = get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            name, value, kind = field.name, vars(self)[field.name], types[field.name]
             shown = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
             require(_is_of(value, kind), f"{name} must be {shown}; found {short(value)}")
+            if field.metadata["must"] is not None and value is not None:
+                text, is_met = field.metadata["must"]
+                or_none = " or be None" if type(None) in get_args(kind) else ""
+                require(is_met(value), f"{name} must {text}{or_none}; found {short(value)}")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values (tuples become lists)."""
-        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -1,8 +1,7 @@
-"""Fields of a configuration as options of the command line."""
+"""Fields of a config as options of the command line."""
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Sequence
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -13,19 +12,18 @@ ConfigT = TypeVar("ConfigT", bound=JsonFields)
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type[ConfigT], names: Sequence[str] | None = None) -> None:
-    """Add options `--field` for fields of a configuration; their help is its docstring.
+    """Add options `--field` for fields of a config, with the text that `described` gave them.
 
     Args:
         parser: gets the options.
-        kind: configuration.
-        names: fields; by default all, which must have plain defaults then.
+        kind: class of the config.
+        names: fields; by default all, each of which needs a default then.
     """
-    described = dict(re.findall(r"^ +(\w+): (.+)\.$", kind.__doc__ or "", flags=re.MULTILINE))
     types = get_type_hints(kind)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if names is not None and field.name not in names:
             continue
-        flag, shown = f"--{field.name}", described[field.name].replace("%", "%%") + " (default: %(default)s)"
+        flag, shown = f"--{field.name}", field.metadata["help"].replace("%", "%%") + " (default: %(default)s)"
         if types[field.name] is bool:
             parser.add_argument(flag, default=field.default, action=argparse.BooleanOptionalAction, help=shown)
             continue
@@ -39,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type[ConfigT], names: Seq
 
 
 def _plain(kind: Any) -> Any:
-    """A field's type, without the None that it may be as well."""
+    """A field's type without `| None`."""
     choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     return next(choice for choice in choices if choice is not type(None))
 
@@ -52,7 +50,7 @@ def _pair(text: str) -> tuple[str, int]:
 
 
 def option_values(args: argparse.Namespace, kind: type[ConfigT], names: Sequence[str]) -> dict[str, Any]:
-    """Values of options of `add_options` as the fields of a configuration take them."""
+    """Values of options of `add_options` as the fields of a config take them."""
     types, values = get_type_hints(kind), {}
     for name in names:
         value, several = vars(args)[name], get_origin(_plain(types[name]))
@@ -61,12 +59,12 @@ def option_values(args: argparse.Namespace, kind: type[ConfigT], names: Sequence
 
 
 def lower_stop_epoch(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Let `--epochs` alone shorten a run: where `--stop_epoch` is left at its default, `epochs` is its limit."""
+    """Let `--epochs` alone shorten a run: it limits `--stop_epoch` unless that was given."""
     if args.stop_epoch == parser.get_default("stop_epoch"):
         args.stop_epoch = min(args.stop_epoch, args.epochs)
 
 
 def from_options(args: argparse.Namespace, kind: type[ConfigT]) -> ConfigT:
-    """The configuration that options of `add_options` give."""
+    """The config that options of `add_options` give."""
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     return kind(**option_values(args, kind, names))

@@ -1,4 +1,4 @@
-"""The three published variants of SAMed: settings, and what they scored."""
+"""The three published variants of SAMed: options and scores."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,8 +15,8 @@ class Preset:
     Attributes:
         base: the SAM it adapts.
         decoder: `SamedConfig.decoder`.
-        training: settings of its training, two GPUs' batches in one.
-        mixed_precision: Accelerate's name of the precision it was trained in; None leaves it to Accelerate's settings.
+        training: its `TrainingConfig`, with the batches of two GPUs in one.
+        mixed_precision: Accelerate's name of the precision it was trained in; None for Accelerate's default.
         dice: Dice in % by organ and their "mean", `samed` convention; organs only where they were published.
         hd95: mean HD95 in voxels.
     """

@@ -1,4 +1,4 @@
-"""Adapters for programs that know nothing of this package: plain SAMs, stock PEFT on the fused projection, ONNX."""
+"""Export adapters for other programs: SAMed, plain SAMs, stock PEFT on the fused projection, ONNX."""
 
 import json
 import re
@@ -9,15 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import SamModel
 
 from samed_peft.adapters.folder import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
+from samed_peft.adapters.methods import adapter_tensors, lora_layers, lora_pair, write_lora
 from samed_peft.adapters.save_load import load_adapter
-from samed_peft.config import SamedConfig
 from samed_peft.conversion.samed_format import require_plain_lora, write_tensors
 from samed_peft.errors import InputError
 from samed_peft.io import (
@@ -27,13 +23,11 @@ from samed_peft.io import (
     read_json,
     require_replaceable,
     require_writable_file,
-    save_tensors,
     save_torch_weights,
     write_json,
 )
 from samed_peft.models.bases import open_sam
-from samed_peft.models.checkpoints import resize_positions, semantic_config
-from samed_peft.models.modeling import SamForSemanticSegmentation
+from samed_peft.models.modeling import SamForSemanticSegmentation, config_of
 
 _SAM_FILE = "config.json"
 _SAM_FOLDER = FolderKind(
@@ -44,10 +38,9 @@ _FUSED_FOLDER = FolderKind(
     allowed="|".join(re.escape(name) for name in (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, _SAM_FILE)),
 )
 _MOST_ONNX_BYTES = (2 << 30) - (64 << 20)
-"""An ONNX file is one protobuf message, which ends at 2 GiB; the graph needs some of it."""
+"""An ONNX file is one protobuf message of at most 2 GiB, some of which the graph needs."""
 
-_ENCODER_LAYERS = r"vision_encoder\.layers\.{}\.attn\.qkv"
-_LORA_NAME = "base_model.model.vision_encoder.layers.{index}.attn.qkv.lora_{letter}.weight"
+_QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def _require_sam_target(directory: Path) -> None:
@@ -73,18 +66,13 @@ def convert_sam(source: str | Path, directory: str | Path, *, image_size: int | 
         image_size: pixels per side to resize positions for, as SAMed does; None keeps the SAM's own.
 
     Raises:
-        InputError: `source` is no SAM, the directory holds something else, or `image_size` is no positive multiple of
-            the patch.
+        InputError: `source` is not a SAM, the directory holds something else, or `image_size` is not a positive
+            multiple of the patch.
     """
     _require_sam_target(Path(directory))
     sam = open_sam(str(source))
     if image_size is not None:
-        config = semantic_config(sam.config, num_labels=None, image_size=image_size)
-        state = resize_positions(sam.state_dict(), config)
-        with torch.device("meta"):
-            sam = SamModel(config)
-        sam.load_state_dict(state, assign=True)
-        sam.tie_weights()
+        sam = SamForSemanticSegmentation.from_sam(sam, image_size=image_size).to_sam()
     with atomic_dir(directory) as folder:
         sam.save_pretrained(folder)
 
@@ -93,7 +81,7 @@ def export_merged(source: str | Path, directory: str | Path, *, base: str | None
     """Write base and adapter as one plain SAM, whose outputs 0..K are the class maps.
 
     Raises:
-        InputError: `source` is no adapter, or the directory holds something else than a SAM.
+        InputError: `source` is not an adapter, or the directory holds something else than a SAM.
     """
     _require_sam_target(Path(directory))
     merged = load_adapter(source, base=base, merge=True)
@@ -105,7 +93,7 @@ def export_samed(source: str | Path, file: str | Path, *, base: str | None = Non
     """Write an adapter as SAMed's `.pth`, which its `test.py --lora_ckpt` loads.
 
     Raises:
-        InputError: SAMed's format has no place for this adapter, or `file` exists.
+        InputError: SAMed's format cannot hold this adapter, or `file` exists.
     """
     require_writable_file(file, replace=False)
     save_torch_weights(write_tensors(source, base=base), file)
@@ -130,78 +118,34 @@ def export_peft_fused(source: str | Path, directory: str | Path, *, base: str | 
         raise InputError(f"{directory} is the adapter to be exported, which must not be lost; choose another folder")
     require_replaceable(directory, _FUSED_FOLDER)
     adapted = load_adapter(source, base=base)
-    config = adapted.samed_config
-    assert config is not None, "load_adapter fills it"
-    lora = adapted.peft_config["default"]
-    require_plain_lora(adapted, source, targets=("q_proj", "k_proj", "v_proj"))
-    tensors = {}
-    for index, projections in _encoder_layers(adapted).items():
-        a, b = _fused(projections, width=adapted.get_base_model().config.vision_config.hidden_size)
-        tensors[_LORA_NAME.format(index=index, letter="A")] = a
-        tensors[_LORA_NAME.format(index=index, letter="B")] = b
-    saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    tensors |= {key: value for key, value in saved.items() if not (".lora_" in key and ".vision_encoder." in key)}
-    rank = next(iter(tensors.values())).shape[0]
-    decoder_rank, decoder_alpha = _decoder_rank_and_alpha(adapted) if config.decoder == "lora" else (0, 0)
-    decoder = [rf"mask_decoder\.transformer\..+\.({'|'.join(config.targets)})"] if config.decoder == "lora" else []
-    fused = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules="|".join((_ENCODER_LAYERS.format(_numbers(config)), *decoder)),
-        rank_pattern=dict.fromkeys(decoder, decoder_rank),
-        alpha_pattern=dict.fromkeys(decoder, decoder_alpha),
-        modules_to_save=list(lora.modules_to_save or ()),
-        inference_mode=True,
-    )
+    config, sam_config = config_of(adapted), adapted.get_base_model().config
+    require_plain_lora(adapted, source, targets=_QKV)
+    layers = lora_layers(adapted)
+    pairs = {name: lora_pair(layer) for name, layer in layers.items() if ".mask_decoder." in name}
+    if len({(*a.shape[:1], layers[name].scaling["default"]) for name, (a, _) in pairs.items()}) > 1:
+        raise InputError("the decoder's layers differ in rank or alpha; export the adapter with --format merged")
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in layers if ".vision_encoder." in name):
+        parts = {part: lora_pair(layers[f"{name}.{part}"]) for part in _QKV if f"{name}.{part}" in layers}
+        pairs[f"{name}.qkv"] = _fused(parts, width=sam_config.vision_config.hidden_size)
+    numbers = r"\d+" if config.layers is None else f"({'|'.join(map(str, config.layers))})"
+    targets = rf"vision_encoder\.layers\.{numbers}\.attn\.qkv"
+    if config.decoder == "lora":
+        targets += rf"|mask_decoder\.transformer\..+\.({'|'.join(config.targets)})"
+    trained_in_full = list(adapted.peft_config["default"].modules_to_save or ())
     with atomic_dir(directory) as folder:
-        save_tensors(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        fused.save_pretrained(folder)
-        adapted.get_base_model().config.save_pretrained(folder)
+        write_lora(pairs, adapter_tensors(adapted), folder, target_modules=targets, modules_to_save=trained_in_full)
+        sam_config.save_pretrained(folder)
         write_json(folder / CONFIG_FILE, config.to_dict())
 
 
-def _numbers(config: SamedConfig) -> str:
-    return r"\d+" if config.layers is None else f"({'|'.join(map(str, config.layers))})"
-
-
-def _decoder_rank_and_alpha(adapted: PeftModel) -> tuple[int, float]:
-    """LoRA's rank in the decoder, and the alpha that gives its scaling, which rsLoRA divides by the root of the rank.
-
-    Raises:
-        InputError: layers differ.
-    """
-    layers = [m for n, m in adapted.named_modules() if isinstance(m, LoraLayer) and ".mask_decoder." in n]
-    found = {(layer.r["default"], layer.scaling["default"] * layer.r["default"]) for layer in layers}
-    if len(found) != 1:
-        raise InputError("the decoder's layers differ in rank or alpha; export the adapter with --format merged")
-    return found.pop()
-
-
-def _encoder_layers(adapted: PeftModel) -> dict[int, dict[str, LoraLayer]]:
-    layers: dict[int, dict[str, LoraLayer]] = {}
-    for name, module in adapted.named_modules():
-        if isinstance(module, LoraLayer) and ".vision_encoder.layers." in name:
-            parts = name.split(".")
-            layers.setdefault(int(parts[parts.index("layers") + 1]), {})[parts[-1]] = module
-    return layers
-
-
-def _fused(projections: Mapping[str, LoraLayer], *, width: int) -> tuple[Tensor, Tensor]:
-    """A (n r, width) and B (3 width, n r) of n adapted projections."""
-    rows = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
-    names = [name for name in rows if name in projections]
-    parts_a = [projections[name].lora_A["default"].weight for name in names]
-    rank = len(parts_a[0])
-    b = torch.zeros(3 * width, rank * len(names))
-    for column, name in enumerate(names):
-        layer = projections[name]
-        block = layer.lora_B["default"].weight.detach() * layer.scaling["default"]
-        b[rows[name] * width : (rows[name] + 1) * width, column * rank : (column + 1) * rank] = block
-    return torch.cat(parts_a).detach(), b
+def _fused(pairs: Mapping[str, tuple[Tensor, Tensor]], *, width: int) -> tuple[Tensor, Tensor]:
+    """A (n r, width) and B (3 width, n r) of `qkv` from those of n adapted projections."""
+    b = torch.block_diag(*(pairs[name][1] if name in pairs else torch.zeros(width, 0) for name in _QKV))
+    return torch.cat([pairs[name][0] for name in _QKV if name in pairs]), b
 
 
 class _Logits(nn.Module):
-    """Pixels to logits, without the output class that ONNX does not know."""
+    """Pixels to logits, without the output class, which ONNX does not know."""
 
     def __init__(self, model: SamForSemanticSegmentation) -> None:
         super().__init__()
@@ -222,9 +166,9 @@ def export_onnx(source: str | Path, file: str | Path, *, base: str | None = None
         The largest difference of its logits from PyTorch's on random pixels.
 
     Raises:
-        InputError: `source` is no adapter, `file` exists, the extra `onnx` is not installed, the weights exceed what
-            one ONNX file can hold (2 GiB; ViT-H does), or the outputs differ by more than a thousandth of the
-            logits' range.
+        InputError: `source` is not an adapter, `file` exists, the extra `onnx` is not installed, the weights exceed
+            the 2 GiB of one ONNX file (ViT-H does), or the outputs differ by more than a thousandth of the logits'
+            range.
     """
     require_writable_file(file, replace=False)
     try:
@@ -234,14 +178,13 @@ def export_onnx(source: str | Path, file: str | Path, *, base: str | None = None
     except ImportError as error:
         raise InputError(f'{error.name} is not installed; pip install "samed_peft[onnx]"') from error
     merged = load_adapter(source, base=base, merge=True)
-    config = merged.samed_config
-    assert config is not None, "load_adapter fills it"
+    config = config_of(merged)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, config.image_size, config.image_size, generator=generator)
     weights = sum(tensor.nbytes for tensor in merged.state_dict().values())
     if weights > _MOST_ONNX_BYTES:
         raise InputError(
-            f"expected at most {_MOST_ONNX_BYTES} bytes of weights, which is what one ONNX file holds, found {weights} "
+            f"expected at most {_MOST_ONNX_BYTES} bytes of weights in one ONNX file, found {weights} "
             f"in {source}; export it with --format merged"
         )
     model = _onnx_model(merged, pixels)
@@ -261,7 +204,7 @@ def export_onnx(source: str | Path, file: str | Path, *, base: str | None = None
 
 
 def _onnx_model(merged: SamForSemanticSegmentation, pixels: Tensor) -> Any:
-    """The model in memory, so that no file of the exporter's is left behind."""
+    """The model in memory, so that the exporter leaves no file behind."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         program = torch.onnx.export(
@@ -273,5 +216,5 @@ def _onnx_model(merged: SamForSemanticSegmentation, pixels: Tensor) -> Any:
             dynamo=True,
             verbose=False,
         )
-    assert program is not None, "PyTorch's exporter through torch.export always returns one"
+    assert program is not None  # PyTorch's exporter through torch.export always returns one
     return program.model_proto

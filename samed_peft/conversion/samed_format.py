@@ -12,22 +12,21 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import Tensor
 from transformers import SamConfig
 
 from samed_peft.adapters.checks import ADAPTER_FOLDER, check_tensors
+from samed_peft.adapters.methods import PEFT_PREFIX, adapter_tensors, lora_layers, lora_pair
 from samed_peft.adapters.save_load import UNUSED_PROMPTS, add_lora, load_adapter, save_adapter
-from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
+from samed_peft.config import METHODS, SYNAPSE_CLASSES, SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.io import load_torch_weights, require_replaceable
 from samed_peft.models.bases import load_sam, recorded_base
 from samed_peft.models.checkpoints import MOST_OUTPUTS, POSITIONS, rename_meta_keys
-from samed_peft.models.modeling import SamForSemanticSegmentation
+from samed_peft.models.modeling import SamForSemanticSegmentation, config_of
 
-_PEFT_PREFIX = "base_model.model."
 _DECODER_ATTENTIONS = {"sa": "self_attn", "cti": "cross_attn_token_to_image", "cit": "cross_attn_image_to_token"}
 _TRANSFORMER = "mask_decoder.transformer"
 _FIRST_A, _TOKENS = "w_a_000", "mask_decoder.mask_tokens.weight"
@@ -51,7 +50,7 @@ def _lora_keys(config: SamConfig, decoder: str) -> list[tuple[str, str, str]]:
 
 
 def _meta_names(config: SamConfig, *, decoder: str) -> dict[str, str]:
-    """Meta's name -> Transformers' name of prompt encoder and mask decoder, in the order that SAMed saves them."""
+    """Meta's -> Transformers' names of prompt encoder and mask decoder, in the order that SAMed saves them."""
     part, grid = config.mask_decoder_config, config.prompt_encoder_config.image_embedding_size
     with torch.device("meta"):
         transformer = TwoWayTransformer(
@@ -75,12 +74,9 @@ def _meta_names(config: SamConfig, *, decoder: str) -> dict[str, str]:
         )
     state = {f"prompt_encoder.{key}": value for key, value in prompts.state_dict().items()}
     state |= {f"mask_decoder.{key}": value for key, value in masks.state_dict().items()}
-    numbers = {key: torch.tensor(number) for number, key in enumerate(state)}
-    ours = {int(number): key for key, number in rename_meta_keys(numbers).items() if "shared_embedding" not in key}
-    names = {key: ours[number] for number, key in enumerate(state)}
-    if decoder == "lora":
-        return {key: name for key, name in names.items() if "transformer" not in key}
-    return names
+    # Renaming keeps the order, and adds the second name of a tied weight at the end.
+    names = zip(state, rename_meta_keys(state), strict=False)
+    return {key: name for key, name in names if decoder == "full" or "transformer" not in key}
 
 
 def read_samed(
@@ -91,25 +87,22 @@ def read_samed(
     input_size: int | None = None,
     class_names: Sequence[str] | None = None,
     orientation: str | None = None,
-) -> tuple[PeftModel, SamedConfig]:
-    """SAMed's or SAMed_s' `.pth` on a base.
+) -> PeftModel:
+    """Load SAMed's or SAMed_s' `.pth` onto a base, in evaluation mode.
 
-    Rank, classes, layers and width are read from the file; the sizes in pixels leave no trace in it.
+    Rank, classes, layers and width are read from the file, which does not record the sizes in pixels.
 
     Args:
         path: the checkpoint.
         base: Hub id, `SamModel` folder or Meta `.pth` of the SAM it was trained on.
         image_size: pixels per side that the encoder sees.
         input_size: SAMed's bottleneck at prediction, 224 in its test, or None.
-        class_names: names of labels 1..K; by default Synapse's organs where there are eight.
+        class_names: names of labels 1..K; by default Synapse's organs if there are eight.
         orientation: axis codes of the scans it was trained on; raw BTCV is "LAS".
-
-    Returns:
-        The model in evaluation mode, and what to give to `save_adapter`.
 
     Raises:
         InputError: the file is damaged, holds Python objects or is not SAMed's; it belongs to a base of other depth,
-            width or positional encoding; `class_names` are not as many as its classes.
+            width or positional encoding; the numbers of `class_names` and of its classes differ.
     """
     path = Path(path)
     state = load_torch_weights(path)
@@ -130,13 +123,12 @@ def read_samed(
     tensors = _adapter_tensors(state, sam.config, decoder)
     own_prompts = _own_prompts(tensors, sam)
     adapted = add_lora(sam, config, also_save=own_prompts)
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    unused = [key for key in tensors if key not in expected and key.startswith(f"{_PEFT_PREFIX}prompt_encoder.")]
+    expected = adapter_tensors(adapted)
+    unused = [key for key in tensors if key not in expected and key.startswith(f"{PEFT_PREFIX}prompt_encoder.")]
     tensors = {key: tensor for key, tensor in tensors.items() if key not in unused}
     check_tensors(tensors, expected, path)
     set_peft_model_state_dict(adapted, tensors)
-    config = sam.samed_config or config
-    return adapted.eval(), config
+    return adapted.eval()
 
 
 def convert_samed(
@@ -148,19 +140,18 @@ def convert_samed(
         path: the checkpoint.
         base: the SAM it was trained on.
         directory: where to; an adapter already there is replaced.
-        dtype: numbers in the file; "float16" and "bfloat16" halve it.
+        dtype: of the stored weights; "float16" and "bfloat16" halve the file.
         options: as for `read_samed`.
 
     Raises:
         InputError: as `read_samed` and `save_adapter`.
     """
     require_replaceable(directory, ADAPTER_FOLDER)
-    adapted, config = read_samed(path, base, **options)
-    save_adapter(adapted, directory, config=config, dtype=dtype)
+    save_adapter(read_samed(path, base, **options), directory, dtype=dtype)
 
 
 def _check_samed(state: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse what lacks the tensors that rank and classes are read from."""
+    """Refuse files without the tensors that rank and classes are read from."""
     if _FIRST_A not in state or _TOKENS not in state:
         raise InputError(
             f"expected SAMed's checkpoint with {_FIRST_A} and {_TOKENS} in {path}, found "
@@ -169,8 +160,8 @@ def _check_samed(state: Mapping[str, Tensor], path: Path) -> None:
     for key in (_FIRST_A, _TOKENS):
         if state[key].ndim != 2 or not state[key].numel():
             raise InputError(
-                f"expected two dimensions in {key}, found shape {tuple(state[key].shape)} in {path}; the file is no "
-                "checkpoint of SAMed, or damaged"
+                f"expected two dimensions in {key}, found shape {tuple(state[key].shape)} in {path}; the file is not "
+                "a checkpoint of SAMed, or damaged"
             )
     tokens = len(state[_TOKENS])
     if not 2 <= tokens <= MOST_OUTPUTS:
@@ -186,7 +177,7 @@ def _encoder_layers(state: Mapping[str, Tensor]) -> int:
 
 
 def preset_name(decoder: str, *, width: int, layers: int) -> str:
-    """The published recipe that a checkpoint of this shape was trained by: SAMed_h is the one on ViT-H."""
+    """The published recipe that trained a checkpoint of this shape; SAMed_h adapts ViT-H."""
     if decoder == "lora":
         return "samed_s"
     return "samed_h" if (width, layers) == (1280, 32) else "samed"
@@ -226,7 +217,7 @@ def _check_base(state: Mapping[str, Tensor], sam: SamForSemanticSegmentation, pa
 
 
 def _adapter_tensors(state: Mapping[str, Tensor], config: SamConfig, decoder: str) -> dict[str, Tensor]:
-    """SAMed's tensors under PEFT's names; what has no place keeps its name and is reported by the caller."""
+    """SAMed's tensors under PEFT's names; unknown ones keep their names, which the caller reports."""
     tensors = {}
     left = dict(state)
     for key_a, key_b, module in _lora_keys(config, decoder):
@@ -235,79 +226,66 @@ def _adapter_tensors(state: Mapping[str, Tensor], config: SamConfig, decoder: st
                 tensors[f"{module}.lora_{letter}.weight"] = left.pop(key)
     renamed = rename_meta_keys(left)
     tensors |= {key: value for key, value in renamed.items() if key != POSITIONS and "shared_embedding" not in key}
-    return {f"{_PEFT_PREFIX}{key}": value.float() for key, value in tensors.items()}
+    return {f"{PEFT_PREFIX}{key}": value.float() for key, value in tensors.items()}
 
 
 def _own_prompts(tensors: Mapping[str, Tensor], sam: SamForSemanticSegmentation) -> list[str]:
     """Parts of the prompt encoder that differ from the base's; no loss of SAMed reaches them, so none should."""
-    base = {f"{_PEFT_PREFIX}{key}": value for key, value in sam.state_dict().items()}
+    base = {f"{PEFT_PREFIX}{key}": value for key, value in sam.state_dict().items()}
     differing = [key for key in tensors if key in base and not torch.equal(tensors[key], base[key])]
     return [part for part in UNUSED_PROMPTS if any(f"{part}." in key for key in differing)]
 
 
 def write_tensors(source: str | Path, *, base: str | None = None) -> dict[str, Tensor]:
-    """What SAMed's code would have saved of an adapter: the inverse of `read_samed`, in SAMed's order.
+    """The tensors that SAMed's code would have saved of an adapter, in its order: the inverse of `read_samed`.
 
     Args:
         source: adapter directory or Hub id.
         base: as in `load_adapter`.
 
     Raises:
-        InputError: SAMed's format has no place for this adapter.
+        InputError: SAMed's format cannot hold this adapter.
     """
     adapted = load_adapter(source, base=base)
-    config = adapted.samed_config
-    assert config is not None, "load_adapter fills it"
+    config, sam_config = config_of(adapted), adapted.get_base_model().config
     require_plain_lora(adapted, source, targets=("q_proj", "v_proj"))
     if set(config.targets) != {"q_proj", "v_proj"} or config.layers is not None:
         raise InputError(
             f"SAMed's format holds LoRA on q_proj and v_proj of all layers, found {', '.join(config.targets)} of "
             f"{'all' if config.layers is None else list(config.layers)} in {source}; export it with --format merged"
         )
-    sam_config = adapted.get_base_model().config
-    modules = {name.removeprefix(_PEFT_PREFIX): m for name, m in adapted.named_modules() if isinstance(m, LoraLayer)}
-    pairs = [(a, b, *_pair(modules[name])) for a, b, name in _lora_keys(sam_config, config.decoder)]
-    saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    layers, lora = lora_layers(adapted), {}
+    for key_a, key_b, module in _lora_keys(sam_config, config.decoder):
+        # SAMed's code has no scaling: it is multiplied into B.
+        lora[key_a], lora[key_b] = lora_pair(layers[f"{PEFT_PREFIX}{module}"])
+    kinds = list(dict.fromkeys(key[:-4] for key in lora))  # w_a, w_b, ...: all A of a kind come before its B
+    ordered = {key: lora[key] for key in sorted(lora, key=lambda key: kinds.index(key[:-4]))}
+    last = {key: ordered.pop(key) for key in list(ordered) if key.startswith("fati")}
     whole = dict(adapted.get_base_model().state_dict())
-    whole |= {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in saved.items()}
+    whole |= {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in adapter_tensors(adapted).items()}
     rest = {key: whole[name] for key, name in _meta_names(sam_config, decoder=config.decoder).items()}
-    groups: dict[str, dict[str, Tensor]] = {}
-    for key_a, key_b, a, b in pairs:
-        prefix = key_a.split("_")[0]
-        groups.setdefault(f"{prefix} a", {})[key_a] = a
-        groups.setdefault(f"{prefix} {'a' if prefix == 'fati' else 'b'}", {})[key_b] = b
-    last = groups.pop("fati a", {})
-    ordered = {key: tensor for group in groups.values() for key, tensor in group.items()} | rest | last
-    return {key: tensor.detach().float().clone().contiguous() for key, tensor in ordered.items()}
+    return {key: tensor.float().clone().contiguous() for key, tensor in (ordered | rest | last).items()}
 
 
 def require_plain_lora(adapted: PeftModel, source: str | Path, *, targets: Sequence[str]) -> None:
-    """Refuse adapters that other programs' formats have no place for.
+    """Refuse adapters that other programs' formats cannot hold.
 
     Raises:
         InputError: the encoder has no LoRA, another kind of it, on other layers, or of several ranks.
     """
-    lora = adapted.peft_config["default"]
-    layers = [(n, m) for n, m in adapted.named_modules() if isinstance(m, LoraLayer) and ".vision_encoder." in n]
-    method = adapted.samed_config.method
-    is_plain = isinstance(lora, LoraConfig) and not lora.use_dora and lora.bias == "none" and method != "qlora"
+    lora, method = adapted.peft_config["default"], config_of(adapted).method
+    layers = {name: layer for name, layer in lora_layers(adapted).items() if ".vision_encoder." in name}
+    is_plain = isinstance(lora, LoraConfig) and not lora.use_dora and lora.bias == "none" and METHODS[method].plain_lora
     if not is_plain or not layers:
         kind = f"{type(lora).__name__} of {method}" if layers else f"none ({method})"
         raise InputError(
             f"this format holds plain LoRA alone, found {kind} in {source}; export it with --format merged"
         )
-    others = {name.rpartition(".")[2] for name, _ in layers} - set(targets)
-    ranks = {layer.r["default"] for _, layer in layers}
+    others = {name.rpartition(".")[2] for name in layers} - set(targets)
+    ranks = {layer.r["default"] for layer in layers.values()}
     if others or len(ranks) > 1:
         found = f"some on {', '.join(sorted(others))}" if others else f"ranks {', '.join(map(str, sorted(ranks)))}"
         raise InputError(
             f"this format holds LoRA of one rank on {', '.join(targets)}, found {found} in {source}; "
             "export it with --format merged"
         )
-
-
-def _pair(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """A and B of a layer, PEFT's scaling multiplied into B, as SAMed has none."""
-    scaling = layer.scaling["default"]
-    b = layer.lora_B["default"].weight
-    return layer.lora_A["default"].weight, b if scaling == 1 else b * scaling

@@ -35,8 +35,9 @@ def save_torch_weights(tensors: "Mapping[str, Tensor]", path: str | Path) -> Non
     """Write tensors as a `.pth` file, in their order, for programs that read nothing else; atomically."""
     import torch
 
-    with atomic_file(path) as temporary:
-        torch.save(dict(tensors), temporary)
+    # Given a path, PyTorch would store the temporary name inside; equal weights shall make equal files.
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        torch.save(dict(tensors), file)
 
 
 def _require_finite(tensors: "Mapping[str, Tensor]", path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers.models.sam.modeling_sam import (
 )
 
 from samed_peft.config import SamedConfig
+from samed_peft.errors import InputError
 from samed_peft.models.attention import SamEncoderLayer
 from samed_peft.models.checkpoints import fuse_qkv, resize_positions, semantic_config, split_qkv
 from samed_peft.models.losses import dice_ce_loss
@@ -79,7 +80,7 @@ class SamForSemanticSegmentation(PreTrainedModel):
     Pixels are in [0, 1]: SAMed applies no mean or deviation.
 
     Attributes:
-        samed_config: the config that prediction needs.
+        samed_config: everything that prediction needs; read it with `config_of`.
         base_sha256: fingerprint of the base's frozen weights.
         base_revision: commit of a base from the Hub.
         initial_updates: the parts that a new PiSSA or OLoRA adapter subtracted from the base's weights.
@@ -173,3 +174,20 @@ class SamForSemanticSegmentation(PreTrainedModel):
         grid = torch.stack(torch.meshgrid(centre_x, centre_y, indexing="xy"), dim=-1)
         encoding = self.shared_image_embedding(grid).permute(2, 0, 1)
         return encoding.to(embeddings.dtype).expand(batch, -1, -1, -1)
+
+
+class Configured(Protocol):
+    """A model that carries its config: a `SamForSemanticSegmentation`, with an adapter, merged or compiled."""
+
+    samed_config: SamedConfig | None
+
+
+def config_of(model: Configured) -> SamedConfig:
+    """The config that a model carries, complete with the fingerprint and revision of its base.
+
+    Raises:
+        InputError: it was built by hand and has none.
+    """
+    if model.samed_config is None:
+        raise InputError("the model has no samed_config; get it from load_sam, add_lora or load_adapter")
+    return model.samed_config

@@ -5,7 +5,6 @@ from .held_out import score_held_out as score_held_out
 from .inference import load_segmenter as load_segmenter
 from .inference import predict_volume as predict_volume
 from .inference import segment_cases as segment_cases
-from .inference import settings_of as settings_of
 from .scans import Scan as Scan
 from .scans import list_scans as list_scans
 from .scans import plan_masks as plan_masks

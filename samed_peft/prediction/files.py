@@ -15,9 +15,10 @@ from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.io import DICOM_SEG_SUFFIX, Volume, read_volume, write_bytes, write_dicom_seg, write_mask
+from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import DTYPES
 from samed_peft.prediction.compiled import CompiledSegmenter
-from samed_peft.prediction.inference import Segmenter, predict_volume, settings_of
+from samed_peft.prediction.inference import Segmenter, predict_volume
 from samed_peft.prediction.pipeline import process_in_order
 from samed_peft.prediction.scans import Scan
 
@@ -131,7 +132,7 @@ def _predict_all(
 
     def write(scan: Scan, image: Volume, mask: np.ndarray) -> None:
         with _failures_noted(failed, scan, options):
-            _write_files(scan, image, mask, config=settings_of(model), overlay=options.overlay)
+            _write_files(scan, image, mask, config=config_of(model), overlay=options.overlay)
 
     hidden = None if accelerator.is_main_process else True  # None: shown in terminals only
     progress = tqdm(total=len(scans), desc="segmenting", unit="scan", disable=hidden)

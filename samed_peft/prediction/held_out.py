@@ -13,7 +13,8 @@ from samed_peft.evaluation.artefacts import write_report
 from samed_peft.evaluation.cases import evaluate_cases
 from samed_peft.evaluation.report import Report
 from samed_peft.io import Volume
-from samed_peft.prediction.inference import Segmenter, segment_cases, settings_of
+from samed_peft.models.modeling import config_of
+from samed_peft.prediction.inference import Segmenter, segment_cases
 
 
 def score_held_out(
@@ -44,7 +45,7 @@ def score_held_out(
     from samed_peft.metrics.gather import gather_scores  # `evaluate` takes seconds to import
 
     masks = segment_cases(model, images, directory / "predictions", accelerator=accelerator)
-    names = settings_of(model).class_names
+    names = config_of(model).class_names
     mine = list(images)[accelerator.process_index :: accelerator.num_processes]
     written = CaseVolumes.of_masks({case: masks[case] for case in mine})
     # References without a scan stay in: `evaluate_cases` refuses them.

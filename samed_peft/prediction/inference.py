@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from samed_peft.adapters.save_load import load_adapter
-from samed_peft.config import SamedConfig
 from samed_peft.datasets.preprocessing import (
     normalized_array,
     reorientation,
@@ -27,7 +26,7 @@ from samed_peft.datasets.preprocessing import (
 )
 from samed_peft.errors import InputError
 from samed_peft.io import Volume, write_mask
-from samed_peft.models.modeling import SamForSemanticSegmentation
+from samed_peft.models.modeling import SamForSemanticSegmentation, config_of
 from samed_peft.models.precision import cast_frozen_weights, product_dtype
 from samed_peft.prediction.compiled import CompiledSegmenter
 from samed_peft.prediction.pipeline import process_in_order
@@ -89,17 +88,6 @@ def _available_device(name: str, accelerator: Accelerator) -> torch.device:
     return device
 
 
-def settings_of(model: Segmenter) -> SamedConfig:
-    """Config of a model: sizes, window and orientation that its scans need, and names of its classes.
-
-    Raises:
-        InputError: the model was built by hand and has none.
-    """
-    if model.samed_config is None:
-        raise InputError("the model has no samed_config; get it from load_sam, add_lora or load_adapter")
-    return model.samed_config
-
-
 def predict_volume(
     model: Segmenter, volume: Volume, *, batch_size: int = 8, flips: bool = False, keep_largest: bool = False
 ) -> np.ndarray:
@@ -126,7 +114,7 @@ def predict_volume(
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; found {batch_size}")
-    config = settings_of(model)
+    config = config_of(model)
     warn_of_window(volume, config.window)
     there, back = reorientation(volume, config.orientation)
     array = reoriented(normalized_array(volume, config.window), there)
@@ -147,7 +135,7 @@ def predict_volume(
 @torch.inference_mode()
 def _predict_slices(model: Segmenter, slices: np.ndarray, *, flips: bool) -> np.ndarray:
     """Labels (B, H, W) uint8 of normalised slices (B, H, W) or (B, H, W, 3)."""
-    config = settings_of(model)
+    config = config_of(model)
     device = next(model.parameters()).device
     channels = slices[:, None] if slices.ndim == 3 else np.moveaxis(slices, -1, 1)
     sizes = (config.image_size,) if config.input_size is None else (config.input_size, config.image_size)
@@ -220,7 +208,7 @@ def segment_cases(
         case -> file, the same on every process, once all are written.
     """
     files = {case: directory / f"{case}.nii.gz" for case in images}
-    names = dict(enumerate(settings_of(model).class_names, start=1))
+    names = dict(enumerate(config_of(model).class_names, start=1))
     mine = list(images)[accelerator.process_index :: accelerator.num_processes]
 
     def compute(case: str, read: Callable[[], Volume]) -> Callable[[], None]:

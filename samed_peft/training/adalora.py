@@ -1,34 +1,34 @@
-"""AdaLoRA's share-out of ranks in training (arXiv 2303.10512), by PEFT's allocator; resumable to the bit."""
+"""Prune AdaLoRA's ranks during training (arXiv 2303.10512) by PEFT's allocator; resumable to the bit."""
 
 import torch
 from peft import AdaLoraModel
 from torch import Tensor, nn
 
 START_SHARE, END_SHARE = 0.1, 0.3
-"""Shares of all steps before the first rank is given up and after the last one was."""
+"""Shares of all steps before the first rank is pruned and until the last one is."""
 
 
 def _tuner(model: nn.Module) -> AdaLoraModel | None:
-    """PEFT's AdaLoRA within a model, with or without the wrapper of data-parallel training; None for other methods."""
+    """PEFT's AdaLoRA within a model, data-parallel or not; None for other methods and for AdaLoRA loaded as LoRA."""
     return next((module for module in model.modules() if isinstance(module, AdaLoraModel)), None)
 
 
-def share_out_ranks(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int) -> None:
-    """Have ranks given up after steps of an optimizer, so that the mean rank falls from 1.5 times to the one asked for.
+def prune_ranks(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int) -> None:
+    """Prune ranks after steps of an optimizer until the mean rank falls from 1.5 times `rank` to `rank`.
 
-    Nothing is done for other methods than AdaLoRA, nor in a single step, which has nothing to go by.
+    Does nothing for methods other than AdaLoRA, nor for a single step, which has no past gradients.
 
     Args:
         model: from `add_lora`, prepared or not.
-        optimizer: over its trainable weights, as it was before it was prepared.
+        optimizer: over its trainable weights, before it is prepared.
         steps: of the whole training, those before a resumption included.
     """
     tuner = _tuner(model)
     if tuner is None or steps < 2:
         return
-    settings = tuner.peft_config["default"]
-    settings.total_step = steps
-    settings.tinit, settings.tfinal = int(START_SHARE * steps), int(END_SHARE * steps)
+    schedule = tuner.peft_config["default"]
+    schedule.total_step = steps
+    schedule.tinit, schedule.tfinal = int(START_SHARE * steps), int(END_SHARE * steps)
     counted = optimizer.param_groups[0]["params"][0]
     before = 0
 
@@ -40,7 +40,7 @@ def share_out_ranks(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps
         before = done(stepping)
 
     def after_step(stepped: torch.optim.Optimizer, *_: object) -> None:
-        # A step that float16 overflowed in changes no weight, and its gradients would spoil what is gathered.
+        # After an overflow of float16 no weight has changed, and the gradients would spoil the averages.
         if done(stepped) > before:
             tuner.update_and_allocate(done(stepped))
 
@@ -63,23 +63,23 @@ def orthogonality(model: nn.Module) -> Tensor | None:
 
 
 def allocation_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What the allocator has gathered so far; empty for other methods."""
+    """The allocator's averages and ranks so far; empty for other methods."""
     tuner = _tuner(model)
     if tuner is None:
         return {}
     allocator = tuner.rankallocator
     kinds = {"ipt": allocator.exp_avg_ipt, "unc": allocator.exp_avg_unc}
-    tensors = {f"{name}|{kind}": tensor for kind, held in kinds.items() for name, tensor in held.items()}
+    tensors = {f"{name}|{kind}": tensor for kind, averages in kinds.items() for name, tensor in averages.items()}
     ranks = tuner.peft_config["default"].rank_pattern or {}
     return tensors | {f"{name}|ranks": torch.tensor(kept) for name, kept in ranks.items()}
 
 
 def restore_allocation(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Take up what `allocation_tensors` gave."""
+    """Restore the tensors of `allocation_tensors`."""
     tuner = _tuner(model)
     if tuner is None:
         return
-    allocator, settings = tuner.rankallocator, tuner.peft_config["default"]
+    allocator = tuner.rankallocator
     device = next(tuner.parameters()).device
     ranks = {}
     for key, tensor in tensors.items():
@@ -88,7 +88,7 @@ def restore_allocation(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             ranks[name] = tensor.tolist()
         elif kind == "ipt":
             allocator.exp_avg_ipt[name] = tensor.to(device)
-            allocator.ipt[name] = torch.zeros_like(tensor, device=device)  # made anew in each step
+            allocator.ipt[name] = torch.zeros_like(tensor, device=device)  # computed anew in each step
         else:
             allocator.exp_avg_unc[name] = tensor.to(device)
-    settings.rank_pattern = ranks or None
+    tuner.peft_config["default"].rank_pattern = ranks or None

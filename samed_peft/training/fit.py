@@ -16,9 +16,9 @@ from samed_peft.adapters.save_load import add_lora, save_adapter
 from samed_peft.datasets.rows import warn_of_absent_classes
 from samed_peft.errors import RunInterruptedError
 from samed_peft.models.bases import load_sam, recorded_base
+from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import cast_frozen_weights, product_dtype
-from samed_peft.prediction.inference import settings_of
-from samed_peft.training.adalora import share_out_ranks
+from samed_peft.training.adalora import prune_ranks
 from samed_peft.training.batches import TrainingSlices
 from samed_peft.training.loop import Step, build_optimizer, steps_per_epoch, training_steps
 from samed_peft.training.resources import write_resources
@@ -50,12 +50,12 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     model = _fresh_model(run, accelerator)
     optimizer = build_optimizer(model, weight_decay=training.weight_decay, lora_plus_ratio=training.lora_plus_ratio)
     total = steps_per_epoch(len(run.rows), training, accelerator) * training.stop_epoch
-    share_out_ranks(model, optimizer, steps=total)
+    prune_ranks(model, optimizer, steps=total)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     seed = training.seed if training.augment else None
     slices = TrainingSlices(run.rows, image_size=run.config.image_size, label_size=model.logits_size, seed=seed)
 
-    settings = run_settings(settings_of(model), training, data=run.data, accelerator=accelerator)
+    settings = run_settings(config_of(model), training, data=run.data, accelerator=accelerator)
     claim_run_folder(out, settings, resume=resume, accelerator=accelerator)
     progress = load_checkpoint(out / "checkpoints", model, optimizer, accelerator=accelerator)
     if accelerator.is_main_process:
@@ -107,13 +107,13 @@ def _validate_and_save(
     run: Run, model: PeftModel, step: Step, progress: Progress, accelerator: Accelerator
 ) -> Progress:
     """Validate if this epoch is due, and save the adapter: the best so far, and the last."""
-    config, training = settings_of(model), run.training
+    training = run.training
     if run.validation is not None and step.epoch % training.validate_epochs == 0:
         dice = mean_dice(model, *run.validation, accelerator=accelerator)
         accelerator.log({"validation/dice": dice}, step=step.number)
         progress = progress.validated(dice, epoch=step.epoch)
         if accelerator.is_main_process and progress.best_epoch == step.epoch:
-            save_adapter(model, run.output_dir / "adapter_best", config=config, training=training)
+            save_adapter(model, run.output_dir / "adapter_best", training=training)
     if accelerator.is_main_process:
-        save_adapter(model, run.output_dir / "adapter", config=config, training=training)
+        save_adapter(model, run.output_dir / "adapter", training=training)
     return progress

@@ -6,7 +6,8 @@ from accelerate import Accelerator
 
 from samed_peft.io import Volume
 from samed_peft.metrics import score_case, summarise
-from samed_peft.prediction.inference import Segmenter, predict_volume, settings_of
+from samed_peft.models.modeling import config_of
+from samed_peft.prediction.inference import Segmenter, predict_volume
 
 
 def mean_dice(
@@ -29,7 +30,7 @@ def mean_dice(
     """
     from samed_peft.metrics.gather import gather_scores  # `evaluate` takes seconds to import
 
-    class_names = settings_of(model).class_names
+    class_names = config_of(model).class_names
     scores = {}
     for case in list(images)[accelerator.process_index :: accelerator.num_processes]:
         with accelerator.autocast():

@@ -92,7 +92,7 @@ def test_the_command_needs_no_pytorch(adapter):
     ("damage", "message"),
     [
         (lambda a: shutil.rmtree(a), "neither an adapter directory nor a Hub id"),
-        (lambda a: (a / "samed_config.json").unlink(), "is no adapter directory: it lacks samed_config.json"),
+        (lambda a: (a / "samed_config.json").unlink(), "is not an adapter directory: it lacks samed_config.json"),
         (lambda a: (a / "adapter_model.safetensors").unlink(), "it lacks adapter_model.safetensors"),
         (lambda a: (a / "adapter_model.safetensors").write_bytes(b"\0" * 40), "expected a safetensors file"),
         (lambda a: (a / "adapter_config.json").write_text("[]"), "expected an adapter's settings"),

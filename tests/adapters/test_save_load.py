@@ -1,4 +1,4 @@
-"""Adapters: what is trainable, what is saved, save -> load -> the same logits, and what is refused."""
+"""Adapters: trainable and saved weights, save -> load -> the same logits, refused files."""
 
 import dataclasses
 import json
@@ -11,11 +11,13 @@ from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from samed_peft.adapters.folder import read_config
 from samed_peft.adapters.save_load import add_lora, load_adapter, save_adapter
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.models.bases import load_sam
 from samed_peft.models.checkpoints import load_meta_checkpoint
+from samed_peft.models.modeling import config_of
 
 
 @pytest.fixture
@@ -79,6 +81,17 @@ def test_only_adapter_files_are_saved(saved, golden_model):
     config = json.loads((saved / "samed_config.json").read_text())
     assert config["class_names"] == list(SYNAPSE_CLASSES)
     assert config["base_sha256"] == golden_model.base_sha256
+
+
+def test_a_model_carries_the_config_that_is_saved(fresh_model, golden_config, tmp_path):
+    save_adapter(fresh_model, tmp_path / "adapter")
+    saved = read_config(tmp_path / "adapter")
+    assert saved == config_of(fresh_model) == config_of(fresh_model.get_base_model())
+    assert saved == dataclasses.replace(golden_config, base_sha256=fresh_model.base_sha256)
+    assert saved.base_sha256 is not None
+    fresh_model.get_base_model().samed_config = None
+    with pytest.raises(InputError, match="has no samed_config; get it from load_sam, add_lora or load_adapter"):
+        save_adapter(fresh_model, tmp_path / "other")
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -213,7 +226,7 @@ def test_a_model_for_other_classes_is_refused(golden_config):
 def test_the_adapter_is_found_where_the_base_has_moved(saved, tmp_path):
     shutil.copy(GOLDEN / "sam_base.pth", tmp_path / "moved.pth")
     edit_config(saved, base="gone/elsewhere/sam.pth")
-    recorded = r"gone/elsewhere/sam\.pth is neither .*; it is what .*samed_config\.json records: .* base, or --base"
+    recorded = r"gone/elsewhere/sam\.pth is neither .*; .*samed_config\.json records it: .* base, or --base"
     with pytest.raises(InputError, match=recorded):
         load_adapter(saved)
     with pytest.raises(InputError, match=r"base moved\.pth is neither .*sam-vit-base$"):
@@ -237,7 +250,7 @@ def test_config_survives_the_journey(saved, golden_config, golden_model):
         ('{"peft_type": ["LORA"]}', "found .'LORA'."),
     ],
 )
-def test_settings_of_peft_that_are_none_are_refused(saved, content, message):
+def test_files_without_a_config_of_peft_are_refused(saved, content, message):
     (saved / "adapter_config.json").write_text(content)
     with pytest.raises(InputError, match=message):
         load_adapter(saved)
@@ -264,7 +277,7 @@ def test_settings_of_peft_that_are_none_are_refused(saved, content, message):
         ({"lora_dropout": "x"}, "PEFT cannot use"),
     ],
 )
-def test_settings_that_peft_cannot_use_are_refused(saved, changes, message):
+def test_values_that_peft_cannot_use_are_refused(saved, changes, message):
     path = saved / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(InputError, match=message):

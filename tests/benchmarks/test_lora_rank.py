@@ -205,7 +205,7 @@ def test_table_and_plots(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert (tmp_path / "lora_rank-d.md").read_text() == printed
     assert "2 seeds, 6 cases" in printed
-    assert "The base is no SAM" in printed
+    assert "The base is not SAM" in printed
     assert "| rank 3 | 0.726 (" in printed
     assert "| rank 3 | +0.200 (p " in printed
     assert {path.name for path in tmp_path.glob("*.png")} == {"lora_rank-d-ranks.png", "lora_rank-d-costs.png"}

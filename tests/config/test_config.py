@@ -2,10 +2,22 @@
 
 import argparse
 import json
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 
-from samed_peft.config import SYNAPSE_CLASSES, SamedConfig, TrainingConfig, add_options, from_options, lower_stop_epoch
+from samed_peft.config import (
+    METHOD_FIELDS,
+    METHODS,
+    SYNAPSE_CLASSES,
+    SamedConfig,
+    TrainingConfig,
+    add_options,
+    from_options,
+    lower_stop_epoch,
+)
+from samed_peft.config.fields import JsonFields, described
 from samed_peft.errors import InputError, NonFiniteLossError, RunInterruptedError, exit_on_error
 
 
@@ -83,6 +95,47 @@ def test_epochs_alone_shorten_a_run(options, stop_epoch):
     args = parser.parse_args(options)
     lower_stop_epoch(args, parser)
     assert from_options(args, TrainingConfig).stop_epoch == stop_epoch
+
+
+def shown(parser):
+    """Help without its line breaks."""
+    return " ".join(parser.format_help().split())
+
+
+def test_a_description_on_two_lines_is_shown_whole():
+    @dataclass(frozen=True)
+    class Config(JsonFields):
+        """A config."""
+
+        share: float = described("share of slices,\nat most 100 %", 0.5)
+
+    parser = argparse.ArgumentParser()
+    add_options(parser, Config)
+    assert "share of slices, at most 100 % (default: 0.5)" in shown(parser)
+
+
+@pytest.mark.parametrize(("kind", "names"), [(SamedConfig, METHOD_FIELDS), (TrainingConfig, None)])
+def test_options_and_documentation_have_the_texts_of_the_fields(kind, names):
+    parser = argparse.ArgumentParser()
+    add_options(parser, kind, names)
+    for field in fields(kind):
+        assert f"{field.name}: {field.metadata['help']}." in kind.__doc__
+        optional = names is None or field.name in names
+        assert (f"{field.metadata['help']} (default: {field.default})" in shown(parser)) is optional
+
+
+def test_the_readme_lists_each_method_by_its_record():
+    rows = []
+    for name, method in METHODS.items():
+        as_lora = name != "lora" and method.options == METHODS["lora"].options
+        options = "as `lora`" if as_lora else ", ".join(method.options)
+        extra = f'; needs `pip install "samed_peft[{method.extra}]"`' if method.extra else ""
+        rows.append(f"| `{name}` | {method.summary}{extra} | {options} | {method.storage} |")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert (
+        "\n".join(["| `--method` | what adapts the encoder | options | saved |", "| --- | --- | --- | --- |", *rows])
+        in readme
+    )
 
 
 def test_more_epochs_to_stop_at_than_there_are_is_refused():

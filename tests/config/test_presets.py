@@ -9,7 +9,7 @@ from samed_peft.config.presets import PRESETS
 README = Path(__file__).parents[2] / "README.md"
 
 
-def test_settings_are_the_published_ones():
+def test_presets_are_the_published_ones():
     samed, small, huge = (PRESETS[name].options for name in ("samed", "samed_s", "samed_h"))
     assert (samed["epochs"], samed["stop_epoch"], samed["decay_power"], samed["batch_size"]) == (200, 160, 0.9, 24)
     assert samed["mixed_precision"] is None

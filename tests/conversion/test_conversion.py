@@ -79,7 +79,7 @@ def test_logits_are_those_of_the_original(converted):
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
-def test_settings_are_read_from_the_file(converted):
+def test_the_config_is_read_from_the_file(converted):
     preset, directory = converted
     config = load_adapter(directory).samed_config
     assert (config.preset, config.rank, config.class_names) == (preset, 4, SYNAPSE_CLASSES)
@@ -93,6 +93,12 @@ def test_round_trip_to_samed_is_equal_to_the_bit(converted, tmp_path):
     before, after = load_torch_weights(GOLDEN / FILES[preset]), load_torch_weights(tmp_path / "out.pth")
     assert list(before) == list(after)
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_equal_adapters_are_exported_as_equal_files(samed_adapter, tmp_path):
+    export_samed(samed_adapter, tmp_path / "one.pth")
+    export_samed(shutil.copytree(samed_adapter, tmp_path / "copy"), tmp_path / "two.pth")
+    assert (tmp_path / "one.pth").read_bytes() == (tmp_path / "two.pth").read_bytes()
 
 
 def test_what_is_converted_can_be_trained_on(converted):

@@ -295,7 +295,7 @@ def test_the_tiny_sam_and_its_note_are_named(adapter):
     edit_json(adapter / "samed_config.json", base=TINY_SAM)
     files = published_files(adapter)
     assert json.loads(files["samed_config.json"])["base"] == TINY_SAM
-    assert b"The base is no SAM" in files["report.md"]
+    assert b"The base is not SAM" in files["report.md"]
 
 
 @pytest.mark.parametrize(
@@ -471,14 +471,14 @@ def test_an_adapter_comes_back_by_its_name_and_revision(hub, pushed, run_folder)
 def test_the_receiver_is_told_to_name_the_base(hub, adapter, monkeypatch, tmp_path):
     push_to_hub(adapter, REPO)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"sam_base\.pth is neither .*; it is what .* records: .* base, or --base"):
+    with pytest.raises(InputError, match=r"sam_base\.pth is neither .*; .* records it: .* base, or --base"):
         load_adapter(REPO)
 
 
 def test_a_private_adapter_is_fetched_with_the_token_alone(hub, adapter, monkeypatch):
     push_to_hub(adapter, REPO, private=True)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(InputError, match="it is not there, or not for you; check its name, and your token"):
+    with pytest.raises(InputError, match="it does not exist or is private; check its name, and your token"):
         load_adapter(REPO)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     load_adapter(REPO, base=str(GOLDEN / "sam_base.pth"))
