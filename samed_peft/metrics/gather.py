@@ -1,4 +1,4 @@
-"""The scores as an `evaluate.Metric` that gathers the cases of several processes."""
+"""Gather the scores of several processes with an `evaluate.Metric`."""
 
 import shutil
 import tempfile
@@ -27,10 +27,10 @@ Args:
 
 
 class SegmentationScores(evaluate.Metric):
-    """Mean scores per class and overall, in both conventions, over the cases of all processes.
+    """Average scores per class and overall, in both conventions, over the cases of all processes.
 
-    Each case is scored when it is added, and only its scores, a few numbers a class, travel between
-    processes: a volume written as an Arrow list would cost far more than its scores.
+    Each case is scored when it is added. Processes exchange scores alone, a few numbers per class: a volume written as
+    an Arrow list would cost far more.
 
     Args:
         class_names: names of labels 1..K, background left out.
@@ -91,14 +91,14 @@ class SegmentationScores(evaluate.Metric):
         super().add(case=case, presence=scores["presence"], **row)
 
     def compute(self, *, per_case: bool = False, **options: Any) -> dict[str, Any] | None:
-        """Means over all cases, as in `report.json`; None on every process but the first.
+        """Average over all cases, as in `report.json`; None on every process but the first.
 
         Args:
             per_case: add "cases", case -> its `CaseScores`.
             options: those of `evaluate.Metric.compute`.
         """
         if self.writer is None:
-            # A process that was given no case must still leave its file, or the first one waits for it.
+            # A process without cases must still write its file, since the first one waits for it.
             super().add_batch(**{name: [] for name in self._feature_names()})
         return super().compute(per_case=per_case, **options)
 
@@ -121,8 +121,8 @@ def gather_scores(
 ) -> dict[str, CaseScores]:
     """Gather the scores of the cases of all processes with `SegmentationScores`.
 
-    `evaluate` exchanges them through files, here in a temporary folder of the main process, which is removed
-    afterwards. Processes on another node do not see that folder; in that case Accelerate's `gather_object` is used.
+    `evaluate` exchanges them through files, here in a temporary folder that is removed afterwards. If some processes do
+    not see the main process's folder, being on other nodes, Accelerate's `gather_object` exchanges them instead.
 
     Args:
         scores: case -> scores, of the cases of this process; may be empty.

@@ -161,8 +161,7 @@ def _compared(
     """Measurements of a class that both masks contain."""
     crops = [labels[box] == label for labels, box in zip(pair, boxes, strict=True)]
     predicted, referenced = (int(np.count_nonzero(crop)) for crop in crops)
-    common = _overlap(boxes)
-    shared = int(np.count_nonzero((pair[0][common] == label) & (pair[1][common] == label)))
+    shared = int(np.count_nonzero(crops[0] & (pair[1][boxes[0]] == label)))
     first, second = (border_voxels(crop) + [side.start for side in box] for crop, box in zip(crops, boxes, strict=True))
     # Voxels of 1 mm: both conventions read one set of distances.
     distances = {unit: surface_distances(first, second, spacing=unit) for unit in {*units.values()}}
@@ -170,12 +169,6 @@ def _compared(
         convention: Comparison(predicted, referenced, shared, distances[unit], tolerance)
         for convention, unit in units.items()
     }
-
-
-def _overlap(boxes: tuple[Box, Box]) -> Box:
-    """The box common to both; empty along some axis if they are apart."""
-    sides = zip(*boxes, strict=True)
-    return tuple(slice(max(a.start, b.start), max(a.start, b.start, min(a.stop, b.stop))) for a, b in sides)
 
 
 def _label_maps(prediction: ArrayLike, reference: ArrayLike, *, num_classes: int) -> Pair:

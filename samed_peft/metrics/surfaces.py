@@ -1,7 +1,7 @@
-"""Distances between the surfaces of two masks, with medpy's values at a fraction of its time.
+"""Measure distances between the surfaces of two masks: medpy's values at a fraction of its time.
 
-medpy erodes and transforms whole arrays, once for each metric. Here each mask is looked at inside its own bounding
-box, and only the voxels on its border are kept; every metric then reads the same two lists of distances.
+medpy erodes and transforms whole arrays, once for each metric. Here only the border voxels inside each mask's bounding
+box are kept, and every metric reads the same distances.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class SurfaceDistances:
-    """From each border voxel of one mask to the nearest one of the other, in both directions.
+    """Distances from each border voxel of one mask to the nearest one of the other, in both directions.
 
     Attributes:
-        all: (N,) distances, those of the prediction's border voxels and those of the reference's together.
+        all: (N,) distances, of the prediction's and of the reference's border voxels.
     """
 
     all: NDArray[np.float64]
@@ -48,7 +48,7 @@ class SurfaceDistances:
 
 
 def border_voxels(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Indices (N, ndim) of foreground voxels with background across a face; what lies outside is background.
+    """Indices (N, ndim) of foreground voxels with background across a face; outside the array is background.
 
     These are the voxels that medpy keeps: `mask ^ binary_erosion(mask)` with connectivity 1.
 
@@ -61,7 +61,7 @@ def border_voxels(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
         here[1:] &= there[:-1]
         here[:-1] &= there[1:]
         here[[0, -1]] = False
-    # Several times as fast as argwhere, which walks over the axes one by one.
+    # Several times as fast as argwhere, which reads the axes one by one.
     flat = np.flatnonzero(mask ^ interior)
     return np.stack(np.unravel_index(flat, mask.shape), axis=1)
 
@@ -69,7 +69,7 @@ def border_voxels(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
 def surface_distances(
     first: NDArray[np.intp], second: NDArray[np.intp], *, spacing: Sequence[float]
 ) -> SurfaceDistances:
-    """Distances between two sets of border voxels, neither of them empty.
+    """Measure distances between two sets of border voxels, neither of them empty.
 
     Args:
         first: (N, ndim) voxel indices.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def scans(cases):
 def main(directory: Path) -> None:
     """Score four cases, one case, and four where the processes share no folder."""
     torch.set_num_threads(1)
+    socket.socket.connect = None  # scores need no network; PyTorch's own connections are not Python's
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
     model = load_sam("tiny-sam", class_names=("box", "other"), image_size=64)
