@@ -8,15 +8,14 @@ from samed_peft.cli.options import Commands, names, new_command
 from samed_peft.errors import SomeCasesFailedError
 
 _DESCRIPTION = """\
-Dice, IoU, HD95, average surface distance and surface Dice of every case and class, in millimetres with absent organs
-left out (standard) and in voxels as SAMed's own code scores them (samed), with confidence intervals, pictures of the
-worst cases, and one page that shows it all: report.html. Files belong together if their names without suffix are
-equal."""
+Scores every case and class: Dice, IoU, surface distances and more, in millimetres with absent organs left out
+(standard) and in voxels as SAMed's own code scores them (samed), with confidence intervals, pictures of the worst
+cases, and one page that shows it all: report.html. Files belong together if their names without suffix are equal."""
 
 _EPILOG = """\
 samed evaluate --predictions masks --references labelsTs --images imagesTs --dataset_json dataset.json --output report
 
-A case that cannot be read, has no partner, lies on another grid or holds unnamed labels is reported and left out.
+A case that cannot be read, has no partner, lies on another grid or has unnamed labels is reported and left out.
 
 exit codes: 0 done, 1 some cases failed and the report has the others, 2 wrong input and no report"""
 
@@ -46,7 +45,7 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
         type=float,
         default=2.0,
         metavar="T",
-        help="of the surface Dice, %(default)s mm if not given; as many voxels in the samed convention",
+        help="tolerance of the surface Dice, default %(default)s mm; as many voxels in the samed convention",
     )
     parser.set_defaults(run=run)
 

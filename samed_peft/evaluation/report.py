@@ -78,7 +78,7 @@ class Report:
             InputError: naming the first field that is missing or of a wrong type.
         """
         report = Entry(dict(values))
-        names = report["standard"]["classes"].keys()
+        names = tuple(report["standard"]["classes"].members())
         cases = read_cases(report, names)
         n_cases = report["n_cases"].count() if report.has("n_cases") else len(cases)
         if cases:

@@ -40,13 +40,13 @@ class Entry:
             raise InputError(f"expected {expected} as {self.place}, found {self.value!r:.80}")
         return self.value
 
-    def keys(self) -> tuple[str, ...]:
-        """The keys of an object."""
-        return tuple(self.expect(isinstance(self.value, dict), "an object"))
+    def members(self) -> dict[str, Any]:
+        """An object."""
+        return self.expect(isinstance(self.value, dict), "an object")
 
     def has(self, key: str) -> bool:
         """Whether an object has this key."""
-        return key in self.keys()
+        return key in self.members()
 
     def __getitem__(self, key: str) -> "Entry":
         self.expect(self.has(key), f"an object with {key!r}")
@@ -76,7 +76,7 @@ def read_cases(report: Entry, names: Sequence[str]) -> dict[str, CaseScores]:
     for row in report["cases"].rows():
         case = row["case"].expect(isinstance(row["case"].value, str), "a name")
         row["case"].expect(case not in cases, "a different name for each case")
-        row["classes"].expect(set(row["classes"].keys()) == set(names), f"an object with {', '.join(names)} alone")
+        row["classes"].expect(row["classes"].members().keys() == set(names), f"an object with {', '.join(names)} alone")
         standard, samed = ([_scores(row["classes"][name][convention]) for name in names] for convention in CONVENTIONS)
         if row.has("presence"):
             presence = [_presence(row["presence"][name]) for name in names]

@@ -19,7 +19,7 @@ from samed_peft.evaluation.charts import box_plots
 from samed_peft.evaluation.pictures import representative_slices
 from samed_peft.evaluation.tables import interval_rows
 from samed_peft.io import Volume
-from samed_peft.metrics import score_case, score_masks
+from samed_peft.metrics import METRICS, score_case, score_masks
 
 NAMES = ("liver", "spleen")
 RAS = np.diag([1.0, 1.0, 5.0, 1.0])
@@ -427,7 +427,8 @@ def test_the_page_shows_scores_counts_and_intervals(tmp_path):
     assert missed[2:7] == ["missed", "0.0000", "0.0000", "n/a", "n/a"]
     # Each sorting button stands over the column it names.
     sortable = [attributes for attributes in page.of("th") if "data-column" in attributes]
-    assert [int(attributes["data-column"]) for attributes in sortable] == [*range(15), *range(13)]
+    columns = 2 * len(METRICS)  # between a name and four counts, and after three names
+    assert [int(attributes["data-column"]) for attributes in sortable] == [*range(columns + 5), *range(columns + 3)]
     assert len(page.of("svg")) == 2
 
 

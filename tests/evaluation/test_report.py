@@ -52,7 +52,7 @@ def test_each_case_says_which_masks_contain_a_class(values):
     assert {row["presence"]["mean"] for row in values["cases"]} == {"absent"}
 
 
-def test_a_published_report_has_the_means_that_its_file_states(values):
+def test_a_published_report_has_the_means_that_its_file_states(values, tmp_path):
     values["standard"]["mean"]["dice"] = 0.123  # of cases that nobody else has
     published = Report.from_dict({**values, "cases": [], "n_cases": 4})
     assert published.n_cases == 4
@@ -60,6 +60,10 @@ def test_a_published_report_has_the_means_that_its_file_states(values):
     assert published.summary["standard"]["mean"]["dice"] == 0.123
     assert math.isnan(published.summary["standard"]["classes"]["mean"]["dice"])
     assert published.to_dict() == {**values, "cases": [], "n_cases": 4}
+    write_report(published, tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "4 cases. Scores of 4 classes" in text
+    assert "| liver | 0.2500 | 1.00 | 3/4 | n/a |" in text  # means do not say how many cases have a distance
 
 
 def test_reports_of_older_versions_are_completed_from_their_cases(report, values):
