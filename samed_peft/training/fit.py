@@ -69,7 +69,7 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
         for step in _with_bar(steps, done=progress.step, total=total, shown=accelerator.is_main_process):
             ends_s.append(time.perf_counter())
             accelerator.log(step.scalars(), step=step.number)
-            progress = progress.at(step.number)
+            progress = dataclasses.replace(progress, step=step.number)
             if step.ends_epoch:
                 progress = _validate_and_save(run, model, step, progress, accelerator)
             stopping = stop_signal.on_any_process(accelerator)

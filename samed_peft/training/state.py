@@ -35,10 +35,6 @@ class Progress:
     best_dice: float | None = None
     best_epoch: int | None = None
 
-    def at(self, step: int) -> "Progress":
-        """After `step` optimizer steps."""
-        return dataclasses.replace(self, step=step)
-
     def validated(self, dice: float, *, epoch: int) -> "Progress":
         """After a validation; the earlier of two equal epochs stays the best, and NaN is never the best."""
         if math.isnan(dice) or (self.best_dice is not None and dice <= self.best_dice):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,9 +22,11 @@ from samed_peft.config import SYNAPSE_CLASSES, SamedConfig, TrainingConfig
 from samed_peft.errors import InputError, NonFiniteLossError
 from samed_peft.training import (
     Progress,
+    Run,
     StopSignal,
     build_optimizer,
     claim_run_folder,
+    fit,
     load_checkpoint,
     require_replicas,
     run_settings,
@@ -288,6 +291,16 @@ def test_settings_without_default_or_of_other_value_are_refused(recorded):
             recorded(without=[name])
     with pytest.raises(InputError, match="rank: 8 there, 4 now"):
         recorded(without=["seed"], rank=8)
+
+
+def test_a_base_is_recorded_by_its_absolute_path(accelerator, tmp_path, monkeypatch):
+    monkeypatch.chdir(GOLDEN)
+    config = SamedConfig("sam_base.pth", SYNAPSE_CLASSES, image_size=128)
+    run = Run(config, TrainingConfig(), [], tmp_path / "run", data=())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(InputError, match=f"base: None there, {re.escape(str(GOLDEN))}/sam_base.pth now"):
+        fit(run, accelerator=accelerator)
 
 
 def test_a_model_split_over_processes_is_refused():
