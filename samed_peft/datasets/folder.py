@@ -73,8 +73,10 @@ class LabelledFolder:
             as_slices: prefer the files of single slices, which may have gaps.
 
         Raises:
-            InputError: a scan lacks its label map or the reverse, or slices of a whole scan have gaps.
+            InputError: the case is unknown, its scan lacks a label map or the reverse, or its slices have gaps.
         """
+        if name not in self.cases:
+            raise InputError(f"expected a case of {self.root}, found {name}; there are {', '.join(self.cases[:20])}")
         slices = self.slices.get(name, {})
         if not slices or (name in self.images and not as_slices):
             image, labels = self.images[name], self.labels[name]
