@@ -111,7 +111,7 @@ def class_names_for(folder: LabelledFolder, given: Sequence[str] | None) -> tupl
     """
     number = len(folder.class_names)
     if given is not None and number and len(given) != number:
-        source = DATASET_FILE if folder.layout == "described" else f"layout {folder.layout!r}"
+        source = DATASET_FILE if folder.layout == "dataset_json" else f"layout {folder.layout!r}"
         raise InputError(
             f"expected {number} class name{'s' * (number != 1)}, as many as {source} has "
             f"({', '.join(folder.class_names)}), found {len(given)}: {', '.join(given)}; leave class_names out, or "

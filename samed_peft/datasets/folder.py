@@ -1,4 +1,4 @@
-"""A folder of labelled scans, whatever its layout: which files make up each case, and what the labels mean."""
+"""A folder of labelled scans in any layout: the files of each case, and the meaning of the labels."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -31,18 +31,17 @@ class Case:
 
 @dataclass(frozen=True)
 class LabelledFolder:
-    """Cases of a folder, and what their labels mean.
+    """Cases of a folder, and the meaning of their labels.
 
     Attributes:
         root: the folder.
         class_names: names of labels 1..K; empty if nothing names them.
-        modality: what the chosen channel shows, "CT" or "MRI" for example, lower or upper case as in the file; None if
-            unknown.
+        modality: of the chosen channel, "CT" or "MRI" for example, lower or upper case as in the file; None if unknown.
         images: case -> scan.
         labels: case -> label map; the same file if it holds both.
         channel: number of the chosen channel if scans have several.
-        name: what `dataset.json` calls the data, preceded by "Medical Segmentation Decathlon" if the folder is named
-            like one of its tasks; None if unknown.
+        name: of the data in `dataset.json`, preceded by "Medical Segmentation Decathlon" if the folder is named like
+            one of its tasks; None if unknown.
         slices: case -> slice number -> file with that slice and its labels, of cases stored slice by slice.
         label_table: label used for each stored label 0, 1 and so on; None if stored labels are used as they are.
         splits: suggested cases for "train" and "test"; empty if the layout suggests none.
@@ -74,8 +73,10 @@ class LabelledFolder:
             as_slices: prefer the files of single slices, which may have gaps.
 
         Raises:
-            InputError: a scan lacks its label map or the reverse, or slices of a whole scan have gaps.
+            InputError: the case is unknown, its scan lacks a label map or the reverse, or its slices have gaps.
         """
+        if name not in self.cases:
+            raise InputError(f"expected a case of {self.root}, found {name}; there are {', '.join(self.cases[:20])}")
         slices = self.slices.get(name, {})
         if not slices or (name in self.images and not as_slices):
             image, labels = self.images[name], self.labels[name]

@@ -21,8 +21,8 @@ class Layout:
         title: the name of its files in messages.
         holds: the files and folders that users have to provide.
         open: folder -> `LabelledFolder`, or None for a folder of another layout; see `described`.
-        described: the folder has a file that describes it, which decides whatever else lies beside it; `open` then
-            takes the channel and class names that users wish as well.
+        described: a file in the folder describes it, whatever else lies beside it; `open` then takes the channel and
+            class names given by users as well.
     """
 
     name: str
@@ -45,7 +45,7 @@ _RAW = "raw BTCV (Training/img/imgNNNN.nii.gz and Training/label/labelNNNN.nii.g
 _PROCESSED = "SAMed's preprocessed folders (train_npz/caseNNNN_sliceNNN.npz, test_vol_h5/caseNNNN.npy.h5)"
 
 LAYOUTS = (
-    Layout("described", DATASET_FILE, _DESCRIBED, open_described, described=True),
+    Layout("dataset_json", DATASET_FILE, _DESCRIBED, open_described, described=True),
     Layout("pictures", "pictures", "images and masks (pictures)", _open_pictures),
     Layout("raw", "raw BTCV", _RAW, open_raw),
     Layout("processed", "preprocessed files", _PROCESSED, open_preprocessed),
@@ -88,7 +88,7 @@ def open_folder(
     if not fitting:
         raise InputError(
             f"expected {' or '.join(layout.holds for layout in considered)} in {root}, "
-            f"found {', '.join(names[:8]) or 'nothing'}; point at the folder that holds one of them"
+            f"found {', '.join(names[:8]) or 'nothing'}; point data_dir at the folder that holds one of them"
         )
     ((layout, folder),) = fitting
     if channel is not None and not layout.described:

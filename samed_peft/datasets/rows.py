@@ -72,7 +72,7 @@ class ArrayFeature:
         return np.asarray(values.cast(pa.from_numpy_dtype(self.dtype)).to_numpy(zero_copy_only=False))
 
 
-with warnings.catch_warnings(action="ignore", category=UserWarning):  # "experimental"; there is no other way
+with warnings.catch_warnings(action="ignore", category=UserWarning):  # "experimental", but the only way
     register_feature(ArrayFeature, "ArrayFeature")
 
 SLICE_FEATURES = Features(

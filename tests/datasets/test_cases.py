@@ -102,6 +102,8 @@ def test_cases_are_checked_before_a_training(tmp_path):
     check_cases(folder, ["case0001", "case0007"], num_classes=8, window=WINDOW)
     with pytest.raises(InputError, match=r"label0038\.nii\.gz hold 14, but only 0\.\.13 .*another dataset"):
         check_cases(folder, ["case0001", "case0038"], num_classes=8, window=WINDOW)
+    with pytest.raises(InputError, match="found case0099; there are case0001, case0005"):
+        check_cases(folder, ["case0099"], num_classes=8, window=WINDOW)
     path.unlink()
     with pytest.raises(InputError, match=r"img0038\.nii\.gz has no partner: expected .*label0038\.nii\.gz; add it"):
         check_cases(open_folder(tmp_path / "raw"), ["case0038"], num_classes=8, window=WINDOW)

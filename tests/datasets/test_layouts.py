@@ -100,7 +100,7 @@ def test_a_dataset_json_decides_and_other_layouts_exclude_each_other(tmp_path):
         (root / name).mkdir()
     for name in ("images", "masks"):
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(root / name / "a.png")
-    assert open_folder(root).layout == "described"
+    assert open_folder(root).layout == "dataset_json"
     (root / "dataset.json").unlink()
     with pytest.raises(InputError, match=r"found both pictures and preprocessed files in .*; give each its own folder"):
         open_folder(root)
@@ -110,7 +110,7 @@ def test_a_dataset_json_decides_and_other_layouts_exclude_each_other(tmp_path):
 
 def test_every_layout_says_what_users_have_to_provide(tmp_path):
     (tmp_path / "scan").mkdir()
-    with pytest.raises(InputError, match=r"found scan; point at the folder") as error:
+    with pytest.raises(InputError, match=r"found scan; point data_dir at the folder") as error:
         open_folder(tmp_path)
     assert all(layout.holds in str(error.value) for layout in LAYOUTS)
 
