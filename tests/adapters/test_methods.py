@@ -118,7 +118,7 @@ def test_every_trainable_weight_gets_a_gradient_in_float32_and_bfloat16(method, 
     assert found[1] == pytest.approx(found[0], abs=0.02)
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "pissa", "olora", "adalora", "vera", "oft", "ia3"])
+@pytest.mark.parametrize("method", [name for name in WITHOUT_EXTRAS if name in methods_with("targets")])
 def test_a_new_adapter_changes_nothing_of_the_encoder(method, pixels):
     plain = load_sam(CONFIG.base, class_names=CONFIG.class_names, image_size=64)
     expected = plain.vision_encoder(pixels)[0]
