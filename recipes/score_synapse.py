@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 from samed_peft import InputError, Report, Volume, exit_on_error, format_table, load_segmenter, score_held_out
 from samed_peft.config import SYNAPSE_CLASSES
-from samed_peft.datasets import TEST_CASES, CaseVolumes, load_synapse
+from samed_peft.datasets import TEST_CASES, CaseVolumes, check_cases, open_synapse, split_cases
 from samed_peft.io import FolderKind, require_replaceable, write_json
 from samed_peft.metrics import medpy_scores
 
@@ -90,12 +90,12 @@ def main() -> None:
     model = load_segmenter(args.adapter, base=args.base, accelerator=accelerator)
     config = model.samed_config
     check_classes(config.class_names, args.adapter)
+    folder, cases = open_synapse(args.data_dir), split_cases(args.data_dir, "test", args.test_cases)
     with accelerator.main_process_first():
-        rows = load_synapse(args.data_dir, "test", cases=args.test_cases, window=config.window)
-    if accelerator.is_main_process:
-        claim(out, facts)
-    accelerator.wait_for_everyone()
-    images, references = CaseVolumes.pairs(rows)
+        if accelerator.is_main_process:
+            check_cases(folder, cases, num_classes=len(SYNAPSE_CLASSES), window=config.window)
+            claim(out, facts)
+    images, references = CaseVolumes.of_folder(folder, cases)
     settings = config.to_dict() | coverage_note(references)
     report = score_held_out(model, images, references, out, accelerator=accelerator, settings=settings)
     if report is not None:

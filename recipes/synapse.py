@@ -12,105 +12,65 @@ its scores say nothing about SAM. A stopped or killed run goes on with --resume.
 import argparse
 from pathlib import Path
 
-from accelerate import Accelerator
-from datasets import Dataset
-
-from samed_peft import SamedConfig, TrainingConfig
-from samed_peft.config import (
-    CT_WINDOW_HU,
-    METHOD_FIELDS,
-    SYNAPSE_CLASSES,
-    SYNAPSE_NAME,
-    TINY_SAM,
-    add_options,
-    from_options,
-    lower_stop_epoch,
-    option_values,
-)
-from samed_peft.config.presets import DEMO, PRESETS
-from samed_peft.datasets import (
-    CaseVolumes,
-    LabelledFolder,
-    Splits,
-    check_cases,
-    common_orientation,
-    load_synapse,
-    open_synapse,
-    require_disjoint,
-    split_cases,
-    write_phantom,
-)
-from samed_peft.errors import exit_on_error
-from samed_peft.prediction import load_segmenter, score_held_out
+from samed_peft import SamedConfig, exit_on_error, score_held_out
+from samed_peft.config import DEMO, PRESETS, add_run_options, parse_run_options
+from samed_peft.datasets import common_orientation, load_synapse, synapse_cases, write_phantom
 from samed_peft.training import Run, finish_run, fit, start_run
 
-SHAPE = ("image_size", "input_size", *METHOD_FIELDS)
 
-
-def parse_args() -> tuple[argparse.Namespace, TrainingConfig]:
-    """Options, checked before anything is written; every field of TrainingConfig is one."""
+def build_parser() -> argparse.ArgumentParser:
+    """Options for the data, and those of every training with the defaults of a preset or of the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, help="raw BTCV or SAMed's preprocessed folder")
-    parser.add_argument("--output_dir", type=Path, required=True, help="new folder, or a run to --resume")
-    parser.add_argument("--preset", choices=PRESETS, default="samed", help="published variant to start from")
-    parser.add_argument("--base", help=f"Hub id, folder, Meta .pth or {TINY_SAM}; by default the preset's")
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="by default the preset's")
-    add_options(parser, SamedConfig, SHAPE)
-    add_options(parser, TrainingConfig)
     parser.add_argument("--demo", action="store_true", help="phantom CT and the tiny SAM, nothing downloaded")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --output_dir")
-    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the adapter, as name/repository")
+    parser.add_argument("--preset", choices=PRESETS, default="samed", help="published variant to start from")
     parser.add_argument("--train_cases", type=int, nargs="+", help="in place of SAMed's 18, such as 0005 0007")
     parser.add_argument("--validation_cases", type=int, nargs="+", default=[], help="held out, for --validate_epochs")
     parser.add_argument("--test_cases", type=int, nargs="+", help="in place of SAMed's 12")
+    add_run_options(parser)
     known = parser.parse_known_args()[0]
     parser.set_defaults(**PRESETS[known.preset].options | (DEMO if known.demo else {}))
-    args = parser.parse_args()
-    lower_stop_epoch(args, parser)
-    if args.demo == (args.data_dir is not None) or bool(args.validate_epochs) != bool(args.validation_cases):
-        parser.error("give either --data_dir or --demo; --validate_epochs and --validation_cases go together")
-    return args, from_options(args, TrainingConfig)
-
-
-def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Dataset, LabelledFolder, Splits]:
-    """Training slices, the folder and its cases; one process prepares the cache, the others find it."""
-    data_dir, held_out = args.data_dir, args.validation_cases
-    with accelerator.main_process_first():
-        if args.demo:
-            data_dir = Path(f"{args.output_dir.resolve()}-phantom")
-            if accelerator.is_main_process:
-                write_phantom(data_dir, cases=args.train_cases + args.test_cases, seed=0)
-        train = split_cases(data_dir, "train", args.train_cases, without=held_out)
-        test = split_cases(data_dir, "test", args.test_cases)
-        require_disjoint(train=train, validation=held_out, test=test)
-        validation = split_cases(data_dir, "test", held_out) if held_out else []
-        rows, folder = load_synapse(data_dir, "train", cases=train), open_synapse(data_dir)
-        if accelerator.is_main_process:
-            check_cases(folder, test + validation, num_classes=len(folder.class_names), window=CT_WINDOW_HU)
-        return rows, folder, Splits(train, test, validation)
+    if known.demo == (known.data_dir is not None):
+        parser.error("give either --data_dir or --demo")
+    return parser
 
 
 @exit_on_error
 def main() -> None:
-    """Train, test, report."""
-    args, training = parse_args()
-    out, repo_id = args.output_dir, args.push_to_hub
-    accelerator = start_run(out, mixed_precision=args.mixed_precision, repo_id=repo_id)
-    rows, folder, cases = load_data(args, accelerator)
-    shape = option_values(args, SamedConfig, (*SHAPE, "preset"))
-    config = SamedConfig(args.base, SYNAPSE_CLASSES, orientation=common_orientation(rows), **shape)
-    # Fingerprints of all files, so that a run cannot be resumed with others.
-    held_out = [folder.data_name(f"{folder.layout}-test", names) for names in (cases.test, cases.validation) if names]
-    validation = CaseVolumes.of_folder(folder, cases.validation, window=CT_WINDOW_HU) if cases.validation else None
-    run = Run(config, training, rows, out, (rows.config_name, *held_out), validation)
+    """Train an adapter, test it on held-out cases and report its scores."""
+    args, adapter_options, training = parse_run_options(build_parser())
+    out, hub = args.output_dir, {"repo_id": args.push_to_hub}
+    accelerator = start_run(out, mixed_precision=args.mixed_precision, **hub)
+
+    # One process prepares scans and rows; the others wait and find them.
+    with accelerator.main_process_first():
+        # 1. Cases: SAMed's 18 to train on and 12 to test on, or those given.
+        data_dir = Path(f"{out.resolve()}-phantom") if args.demo else args.data_dir
+        if args.demo and accelerator.is_main_process:
+            write_phantom(data_dir, cases=args.train_cases + args.test_cases, seed=0)
+        splits = {"train": args.train_cases, "test": args.test_cases, "validation": args.validation_cases}
+        folder, cases = synapse_cases(data_dir, **splits)
+
+        # 2. Rows: slices of the training scans. Held-out scans are read too, so that a bad file stops the run now and
+        # not after the training.
+        held_out = cases.held_out if accelerator.is_main_process else []
+        rows = load_synapse(data_dir, "train", cases=cases.train, held_out=held_out)
+
+    # 3. What the adapter will be.
+    described = {"class_names": folder.class_names, "orientation": common_orientation(rows), "preset": args.preset}
+    config = SamedConfig(args.base, **described, **adapter_options)
+
+    # 4. Training: the base with LoRA, optimizer steps, validation, checkpoints.
+    run = Run(config, training, rows, out, folder, cases)
     adapter, settings = fit(run, accelerator=accelerator, resume=args.resume)
 
-    if args.demo or not args.test_cases:  # --test_cases may come from elsewhere
-        settings |= {"dataset": "synthetic CT of samed_peft" if args.demo else SYNAPSE_NAME}
-    model = load_segmenter(adapter, accelerator=accelerator)  # test the adapter as it was saved
-    scans, references = CaseVolumes.of_folder(folder, cases.test, window=CT_WINDOW_HU)
-    report = score_held_out(model, scans, references, out, accelerator=accelerator, settings=settings)
-    finish_run(run, adapter, report, accelerator=accelerator, repo_id=repo_id)
+    # 5. Prediction and scores, with the adapter as it was saved.
+    if args.demo or not args.test_cases:  # other cases may come from elsewhere
+        settings |= {"dataset": "synthetic CT of samed_peft" if args.demo else PRESETS[args.preset].dataset}
+    report = score_held_out(adapter, *run.test, out, accelerator=accelerator, settings=settings)
+
+    # 6. Sharing: scores go into the adapter's card, and all of it to the Hub if asked to.
+    finish_run(run, adapter, report, accelerator=accelerator, **hub)
 
 
 if __name__ == "__main__":

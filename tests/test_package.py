@@ -26,12 +26,10 @@ def _recipe_options(text):
 
 
 def _defined_options(recipe):
-    """Options that the recipe's source adds by itself."""
+    """Options that a source adds one by one."""
     calls = [node for node in ast.walk(ast.parse(recipe)) if isinstance(node, ast.Call)]
-    added = [
-        call.args[0] for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"
-    ]
-    return {ast.literal_eval(argument) for argument in added}
+    adding = [call for call in calls if ast.unparse(call.func) in ("add", "parser.add_argument")]
+    return {ast.literal_eval(call.args[0]) for call in adding if isinstance(call.args[0], ast.Constant)}
 
 
 @pytest.mark.parametrize("name", samed_peft.__all__)
@@ -90,7 +88,8 @@ def test_the_changelog_says_what_is_unreleased():
 
 
 def test_options_in_the_readme_exist():
-    recipes = [(ROOT / "recipes" / name).read_text(encoding="utf-8") for name in ("synapse.py", "finetune.py")]
+    sources = ("recipes/synapse.py", "recipes/finetune.py", "samed_peft/config/options.py")
+    recipes = [(ROOT / name).read_text(encoding="utf-8") for name in sources]
     fields = {field.name for kind in (TrainingConfig, SamedConfig) for field in dataclasses.fields(kind)}
     known = set().union(*map(_defined_options, recipes)) | {f"--{name}" for name in fields}
     in_commands = set().union(*(_recipe_options(block) for _, block in BLOCKS))

@@ -10,13 +10,16 @@ from samed_peft.config.adapter import (
     is_hub_id,
 )
 from samed_peft.config.methods import METHOD_FIELDS, METHODS, Method, Storage, methods_with
-from samed_peft.config.options import add_options, from_options, lower_stop_epoch, option_values
+from samed_peft.config.options import add_options, add_run_options, from_options, option_values, parse_run_options
+from samed_peft.config.presets import DEMO, PRESETS
 from samed_peft.config.training import TrainingConfig
 
 __all__ = [
     "CT_WINDOW_HU",
+    "DEMO",
     "METHODS",
     "METHOD_FIELDS",
+    "PRESETS",
     "SYNAPSE_CLASSES",
     "SYNAPSE_NAME",
     "TINY_SAM",
@@ -26,9 +29,10 @@ __all__ = [
     "Storage",
     "TrainingConfig",
     "add_options",
+    "add_run_options",
     "from_options",
     "is_hub_id",
-    "lower_stop_epoch",
     "methods_with",
     "option_values",
+    "parse_run_options",
 ]

@@ -1,14 +1,21 @@
-"""Fields of a config as options of the command line."""
+"""Options of the command line: fields of a config, and those that every training recipe has."""
 
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from samed_peft.config.adapter import TINY_SAM, SamedConfig
 from samed_peft.config.fields import JsonFields
+from samed_peft.config.methods import METHOD_FIELDS
+from samed_peft.config.training import TrainingConfig
 
 ConfigT = TypeVar("ConfigT", bound=JsonFields)
+
+_ADAPTER_FIELDS = ("image_size", "input_size", *METHOD_FIELDS)
+"""Fields of `SamedConfig` that the user chooses; others follow from the data."""
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type[ConfigT], names: Sequence[str] | None = None) -> None:
@@ -58,13 +65,50 @@ def option_values(args: argparse.Namespace, kind: type[ConfigT], names: Sequence
     return values
 
 
-def lower_stop_epoch(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Let `--epochs` alone shorten a run: it limits `--stop_epoch` unless that was given."""
-    if args.stop_epoch == parser.get_default("stop_epoch"):
-        args.stop_epoch = min(args.stop_epoch, args.epochs)
-
-
 def from_options(args: argparse.Namespace, kind: type[ConfigT]) -> ConfigT:
     """The config that options of `add_options` give."""
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     return kind(**option_values(args, kind, names))
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, base: str | None = None) -> None:
+    """Add the options of every training recipe: output folder, base, adapter, training, resuming and sharing.
+
+    Args:
+        parser: gets the options.
+        base: the default base.
+    """
+    parser.add_argument("--output_dir", type=Path, required=True, help="new folder, or a run to --resume")
+    base_help = f"Hub id, folder, Meta .pth or {TINY_SAM} (default: {base or 'that of the preset'})"
+    parser.add_argument("--base", default=base, help=base_help)
+    precision_help = "by default that of the preset, or Accelerate's setting"
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help=precision_help)
+    add_options(parser, SamedConfig, _ADAPTER_FIELDS)
+    add_options(parser, TrainingConfig)
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output_dir")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the adapter, as name/repository")
+
+
+def parse_run_options(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, dict[str, Any], TrainingConfig]:
+    """Parse the command line of a training recipe, which has `--validation_cases` besides `add_run_options`.
+
+    `--epochs` alone shortens a run: it limits `--stop_epoch` unless that is given.
+
+    Args:
+        parser: with all options.
+        arguments: the command line; by default that of the program.
+
+    Returns:
+        All options, those that are fields of `SamedConfig`, and the training's config.
+
+    Raises:
+        InputError: an option is out of range.
+    """
+    args = parser.parse_args(arguments)
+    if args.stop_epoch == parser.get_default("stop_epoch"):
+        args.stop_epoch = min(args.stop_epoch, args.epochs)
+    if bool(args.validate_epochs) != bool(args.validation_cases):
+        parser.error("--validate_epochs and --validation_cases go together")
+    return args, option_values(args, SamedConfig, _ADAPTER_FIELDS), from_options(args, TrainingConfig)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from samed_peft.config import TINY_SAM, TrainingConfig
+from samed_peft.config.adapter import SYNAPSE_NAME, TINY_SAM
+from samed_peft.config.training import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Preset:
         mixed_precision: Accelerate's name of the precision it was trained in; None for Accelerate's default.
         dice: Dice in % by organ and their "mean", `samed` convention; organs only where they were published.
         hd95: mean HD95 in voxels.
+        dataset: the data of these scores, as reports and model cards call it.
     """
 
     base: str
@@ -27,6 +29,7 @@ class Preset:
     decoder: str = "full"
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mixed_precision: str | None = None
+    dataset: str = SYNAPSE_NAME
 
     @property
     def options(self) -> dict[str, Any]:

@@ -20,4 +20,5 @@ from .synapse import load_synapse as load_synapse
 from .synapse import open_synapse as open_synapse
 from .synapse import require_disjoint as require_disjoint
 from .synapse import split_cases as split_cases
+from .synapse import synapse_cases as synapse_cases
 from .synapse_files import TEST_CASES as TEST_CASES

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from datasets.exceptions import DatasetGenerationError
 
-from samed_peft.datasets.cases import read_pair
+from samed_peft.datasets.cases import check_cases, read_pair
 from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.preprocessing import normalized_array, reorientation, reoriented
 from samed_peft.datasets.rows import SLICE_FEATURES, VOLUME_FEATURES
@@ -169,6 +169,7 @@ def load_slices(
     orientation: str | None,
     window: tuple[float, float] | None,
     empty_share: float = 1.0,
+    held_out: Sequence[str] = (),
 ) -> datasets.Dataset:
     """Training slices of some cases, prepared once; files that are edited later are noticed.
 
@@ -179,6 +180,7 @@ def load_slices(
         orientation: from `choose_orientation`.
         window: intensities scaled to [0, 1], or None for each scan's 0.5 and 99.5 percentiles.
         empty_share: share of the slices without foreground to keep, 0 to 1.
+        held_out: cases to read first, see `check_cases`.
 
     Returns:
         rows of `image` (H, W) float32 in [0, 1], or (H, W, 3) in colour, `label` (H, W) uint8, `case`, `slice` and
@@ -189,6 +191,7 @@ def load_slices(
     """
     if not 0 <= empty_share <= 1:
         raise InputError(f"expected a share of empty slices from 0 to 1, found {empty_share}")
+    check_cases(folder, held_out, num_classes=num_classes, window=window)
     return prepared_rows(
         folder,
         cases,

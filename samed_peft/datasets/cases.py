@@ -121,27 +121,17 @@ class CaseVolumes(Mapping[str, Volume]):
         self._readers = readers
 
     @classmethod
-    def of_folder(
-        cls, folder: LabelledFolder, cases: Sequence[str], *, window: tuple[float, float] | None = None
-    ) -> tuple[Self, Self]:
+    def of_folder(cls, folder: LabelledFolder, cases: Sequence[str]) -> tuple[Self, Self]:
         """Scans and references of some cases of a folder.
-
-        Args:
-            folder: from `open_folder`.
-            cases: which of its cases.
-            window: scales scans to [0, 1] as the slices to train on; by default they are as in their files.
 
         Raises:
             InputError: see `LabelledFolder.case`.
         """
-
-        def read(case: Case) -> Volume:
-            scan = read_scan(case)
-            return scan if window is None else replace(scan, array=normalized_array(scan, window), normalized=True)
-
         files = [folder.case(case) for case in cases]
-        scans = {case.name: partial(read, case) for case in files}
-        return cls(scans), cls({case.name: partial(_reference_on_scan, case) for case in files})
+        scans, references = (
+            cls({case.name: partial(read, case) for case in files}) for read in (read_scan, _reference_on_scan)
+        )
+        return scans, references
 
     @classmethod
     def pairs(cls, rows: Dataset) -> tuple[Self, Self]:

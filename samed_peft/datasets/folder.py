@@ -102,6 +102,12 @@ class LabelledFolder:
         files = dict.fromkeys(path for case in chosen for path in case.scans + case.labels)
         return f"{prefix}-{content_fingerprint(files)[:16]}"
 
+    def held_out_names(self, test: Iterable[str], validation: Iterable[str]) -> tuple[str, ...]:
+        """`data_name` of the cases to test on and of those to validate on, which choose the adapter that is tested."""
+        if self.splits:
+            return tuple(self.data_name(f"{self.layout}-test", cases) for cases in (test, validation) if cases)
+        return self.data_name("test", test), self.data_name("validation", validation)
+
 
 def case_name(path: Path) -> str:
     """The file's name without suffix; it must be UTF-8, as in reports and prepared slices."""

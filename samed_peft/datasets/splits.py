@@ -21,6 +21,11 @@ class Splits(NamedTuple):
     test: list[str]
     validation: list[str]
 
+    @property
+    def held_out(self) -> list[str]:
+        """The cases that are not trained on."""
+        return [*self.test, *self.validation]
+
 
 def choose_splits(
     cases: Sequence[str],

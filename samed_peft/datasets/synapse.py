@@ -13,8 +13,10 @@ from datasets import Dataset
 
 from samed_peft.config import CT_WINDOW_HU
 from samed_peft.datasets.builder import prepared_rows
+from samed_peft.datasets.cases import check_cases
 from samed_peft.datasets.folder import LabelledFolder
 from samed_peft.datasets.layouts import open_folder
+from samed_peft.datasets.splits import Splits
 from samed_peft.datasets.synapse_files import SPLITS, name_of
 from samed_peft.errors import InputError
 
@@ -36,6 +38,7 @@ def load_synapse(
     window: tuple[float, float] | None = CT_WINDOW_HU,
     cache_dir: str | Path | None = None,
     num_proc: int | None = None,
+    held_out: Sequence[str] = (),
 ) -> Dataset:
     """Labelled abdominal CT as a dataset of slices or of volumes.
 
@@ -52,6 +55,7 @@ def load_synapse(
             are scaled already.
         cache_dir: folder for prepared rows; by default the cache of Datasets.
         num_proc: processes that prepare; by default one a case, up to the number of cores.
+        held_out: names of cases to read first, see `check_cases`.
 
     Returns:
         train: rows of `image` (H, W) float32 in [0, 1], `label` (H, W) uint8 in 0..8, `case` ("case0005") and
@@ -72,6 +76,7 @@ def load_synapse(
         raise InputError(f"expected num_proc of at least 1, found {num_proc}")
     folder = open_synapse(data_dir)
     names = _select_cases(folder, split, cases)
+    check_cases(folder, held_out, num_classes=len(folder.class_names), window=window)
     return prepared_rows(
         folder,
         names,
@@ -82,6 +87,33 @@ def load_synapse(
         num_proc=num_proc,
         num_classes=len(folder.class_names),
     )
+
+
+def synapse_cases(
+    data_dir: str | Path,
+    *,
+    train: Sequence[int | str] | None = None,
+    test: Sequence[int | str] | None = None,
+    validation: Sequence[int | str] = (),
+) -> tuple[LabelledFolder, Splits]:
+    """Open a folder with Synapse's cases and split them.
+
+    Args:
+        data_dir: raw BTCV or SAMed's preprocessed folders.
+        train: cases to train on, such as 5 or "case0005", in place of SAMed's; those to validate on are left out.
+        test: cases to test on, in place of SAMed's.
+        validation: cases to validate on.
+
+    Raises:
+        InputError: the folder or a case is missing, no case is left, or two splits share one.
+    """
+    cases = Splits(
+        train=split_cases(data_dir, "train", train, without=validation),
+        test=split_cases(data_dir, "test", test),
+        validation=split_cases(data_dir, "test", validation) if validation else [],
+    )
+    require_disjoint(**cases._asdict())
+    return open_synapse(data_dir), cases
 
 
 def list_cases(data_dir: str | Path) -> list[str]:

@@ -156,8 +156,8 @@ def _failures_noted(failed: dict[str, str], scan: Scan, options: PredictionOptio
 def _write_files(scan: Scan, image: Volume, mask: np.ndarray, *, config: SamedConfig, overlay: bool) -> None:
     """Write the mask last: a scan with a mask is finished."""
     if overlay:
-        window = None if image.normalized or image.array.ndim == 4 else config.window
-        write_bytes(scan.overlay, case_picture(image, None, mask, class_names=config.class_names, window=window))
+        picture = case_picture(image, None, mask, class_names=config.class_names, window=config.window)
+        write_bytes(scan.overlay, picture)
     write = write_dicom_seg if scan.mask.suffix.lower() == DICOM_SEG_SUFFIX else write_mask
     write(mask, image, scan.mask, label_names=dict(enumerate(config.class_names, start=1)))
 

@@ -14,11 +14,11 @@ from samed_peft.evaluation.cases import evaluate_cases
 from samed_peft.evaluation.report import Report
 from samed_peft.io import Volume
 from samed_peft.models.modeling import config_of
-from samed_peft.prediction.inference import Segmenter, segment_cases
+from samed_peft.prediction.inference import Segmenter, load_segmenter, segment_cases
 
 
 def score_held_out(
-    model: Segmenter,
+    model: Segmenter | Path,
     images: Mapping[str, Volume],
     references: Mapping[str, Volume],
     directory: Path,
@@ -29,7 +29,7 @@ def score_held_out(
     """Segment cases without their labels and score the masks that were written; each process scores its own cases.
 
     Args:
-        model: from `load_segmenter`.
+        model: from `load_segmenter`, or the folder of an adapter, which is then tested as it was saved.
         images: case -> scan, read when its turn comes.
         references: case -> label map.
         directory: gets `predictions` and the report's files.
@@ -44,14 +44,19 @@ def score_held_out(
     """
     from samed_peft.metrics.gather import gather_scores  # `evaluate` takes seconds to import
 
+    if isinstance(model, Path):
+        model = load_segmenter(model, accelerator=accelerator)
     masks = segment_cases(model, images, directory / "predictions", accelerator=accelerator)
-    names = config_of(model).class_names
+    config = config_of(model)
+    names = config.class_names
     mine = list(images)[accelerator.process_index :: accelerator.num_processes]
     written = CaseVolumes.of_masks({case: masks[case] for case in mine})
     # References without a scan stay in: `evaluate_cases` refuses them.
     own = {case: partial(references.__getitem__, case) for case in references if case in mine or case not in images}
     if own or accelerator.is_main_process:
-        part = evaluate_cases(written, CaseVolumes(own), class_names=names, images=images, settings=settings)
+        part = evaluate_cases(
+            written, CaseVolumes(own), class_names=names, images=images, window=config.window, settings=settings
+        )
     else:  # fewer cases than processes
         part = Report(names, {})
     cases = gather_scores(part.cases, names, accelerator=accelerator)

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from samed_peft.adapters.save_load import write_card
 from samed_peft.config import TINY_SAM, TINY_SAM_NOTE, SamedConfig, TrainingConfig
+from samed_peft.datasets import CaseVolumes, LabelledFolder, Splits
 from samed_peft.errors import InputError
 from samed_peft.evaluation import Report, format_table
 from samed_peft.hub.push import check_repo_id, push_to_hub
@@ -46,16 +47,31 @@ class Run:
         rows: training slices, from `load_synapse` or `load_slices`.
         output_dir: gets `adapter`, `adapter_best` if there is a validation, `checkpoints`, `logs`, `run.json` and
             `resources.json`.
-        data: names of all data that decide the result, kept in `run.json`.
-        validation: scans and references to validate on, or None.
+        folder: the labelled scans.
+        cases: names of its cases to train, test and validate on.
     """
 
     config: SamedConfig
     training: TrainingConfig
     rows: Dataset
     output_dir: Path
-    data: tuple[str, ...]
-    validation: tuple[Mapping[str, Volume], Mapping[str, Volume]] | None = None
+    folder: LabelledFolder
+    cases: Splits
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """Names of all data that decide the result, with fingerprints of their files, for `run.json`."""
+        return self.rows.config_name, *self.folder.held_out_names(self.cases.test, self.cases.validation)
+
+    @property
+    def test(self) -> tuple[Mapping[str, Volume], Mapping[str, Volume]]:
+        """Scans and references to test on, read from their files on access."""
+        return CaseVolumes.of_folder(self.folder, self.cases.test)
+
+    @property
+    def validation(self) -> tuple[Mapping[str, Volume], Mapping[str, Volume]] | None:
+        """Scans and references to validate on, or None."""
+        return CaseVolumes.of_folder(self.folder, self.cases.validation) if self.cases.validation else None
 
 
 def start_run(output_dir: Path, *, mixed_precision: str | None = None, repo_id: str | None = None) -> Accelerator:

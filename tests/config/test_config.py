@@ -14,8 +14,8 @@ from samed_peft.config import (
     SamedConfig,
     TrainingConfig,
     add_options,
-    from_options,
-    lower_stop_epoch,
+    add_run_options,
+    parse_run_options,
 )
 from samed_peft.config.fields import JsonFields, described
 from samed_peft.errors import InputError, NonFiniteLossError, RunInterruptedError, exit_on_error
@@ -85,16 +85,20 @@ def test_bad_training_is_refused(values):
         TrainingConfig(**values)
 
 
+def run_parser():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--validation_cases", nargs="+", default=[])
+    add_run_options(parser)
+    return parser
+
+
 @pytest.mark.parametrize(
     ("options", "stop_epoch"),
     [([], 160), (["--epochs", "1"], 1), (["--epochs", "180"], 160), (["--epochs", "9", "--stop_epoch", "3"], 3)],
 )
 def test_epochs_alone_shorten_a_run(options, stop_epoch):
-    parser = argparse.ArgumentParser()
-    add_options(parser, TrainingConfig)
-    args = parser.parse_args(options)
-    lower_stop_epoch(args, parser)
-    assert from_options(args, TrainingConfig).stop_epoch == stop_epoch
+    _, _, training = parse_run_options(run_parser(), ["--output_dir", "x", *options])
+    assert training.stop_epoch == stop_epoch
 
 
 def shown(parser):
@@ -133,18 +137,25 @@ def test_the_readme_lists_each_method_by_its_record():
         rows.append(f"| `{name}` | {method.summary}{extra} | {options} | {method.storage} |")
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert (
-        "\n".join(["| `--method` | what adapts the encoder | options | saved |", "| --- | --- | --- | --- |", *rows])
+        "\n".join(["| `--method` | how the encoder is adapted | options | saved |", "| --- | --- | --- | --- |", *rows])
         in readme
     )
 
 
 def test_more_epochs_to_stop_at_than_there_are_is_refused():
-    parser = argparse.ArgumentParser()
-    add_options(parser, TrainingConfig)
-    args = parser.parse_args(["--epochs", "9", "--stop_epoch", "12"])
-    lower_stop_epoch(args, parser)
     with pytest.raises(InputError, match=r"stop_epoch \(12\) must not exceed epochs \(9\); give stop_epoch, .*too"):
-        from_options(args, TrainingConfig)
+        parse_run_options(run_parser(), ["--output_dir", "x", "--epochs", "9", "--stop_epoch", "12"])
+
+
+def test_options_of_every_recipe(capsys):
+    args, adapter, training = parse_run_options(
+        run_parser(), ["--output_dir", "x", "--rank", "8", "--seed", "3", "--base", "b"]
+    )
+    assert (args.base, adapter["rank"], adapter["targets"], training.seed) == ("b", 8, ("q_proj", "v_proj"), 3)
+    assert SamedConfig(args.base, ("a",), **adapter).rank == 8
+    with pytest.raises(SystemExit, match="2"):
+        parse_run_options(run_parser(), ["--output_dir", "x", "--validate_epochs", "1"])
+    assert "--validate_epochs and --validation_cases go together" in capsys.readouterr().err
 
 
 def test_a_bottleneck_wider_than_the_model_is_told():

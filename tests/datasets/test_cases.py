@@ -1,5 +1,6 @@
 """Cases read from their files: the volumes that rows would hold, names of data, and checks before a training."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from conftest import GOLDEN
 
 from samed_peft.datasets import CaseVolumes, check_cases, describe_folder, load_slices, load_synapse, open_folder
+from samed_peft.datasets.preprocessing import normalized_array
 from samed_peft.errors import InputError
 from samed_peft.io import content_fingerprint, read_labels, read_volume, write_mask
 
@@ -24,16 +26,16 @@ def test_volumes_from_files_equal_those_of_rows(layout):
     cases = ["case0001", "case0005", "case0038"]  # preprocessed, one of them has slices alone
     in_rows = CaseVolumes.pairs(load_synapse(BTCV / layout, "test", cases=cases, num_proc=1))
     folder = open_folder(BTCV / layout)
-    from_files = CaseVolumes.of_folder(folder, cases, window=WINDOW)
-    for found, expected in zip(from_files, in_rows, strict=True):
-        assert list(found) == cases
-        for case in cases:
-            one, two = found[case], expected[case]
+    scans, references = CaseVolumes.of_folder(folder, cases)
+    assert list(scans) == list(references) == cases
+    for case in cases:
+        scan, reference = scans[case], references[case]
+        scaled = dataclasses.replace(scan, array=normalized_array(scan, WINDOW))
+        for one, two in zip((scaled, reference), (volumes[case] for volumes in in_rows), strict=True):
             np.testing.assert_array_equal(one.array, two.array)
             assert one.array.dtype == two.array.dtype
             assert np.array_equal(one.affine, two.affine) if two.affine is not None else one.affine is None
-    assert from_files[0]["case0005"].normalized
-    assert CaseVolumes.of_folder(folder, cases)[0]["case0005"].normalized == (layout == "processed")
+        assert scan.normalized == (layout == "processed")
 
 
 @pytest.mark.parametrize("layout", ["raw", "processed"])

@@ -17,8 +17,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import GOLDEN, load_samed_weights, npz, samed_weights
+from datasets import Dataset, DatasetInfo
 
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig, TrainingConfig
+from samed_peft.datasets import LabelledFolder, Splits
 from samed_peft.errors import InputError, NonFiniteLossError
 from samed_peft.training import (
     Progress,
@@ -296,7 +298,9 @@ def test_settings_without_default_or_of_other_value_are_refused(recorded):
 def test_a_base_is_recorded_by_its_absolute_path(accelerator, tmp_path, monkeypatch):
     monkeypatch.chdir(GOLDEN)
     config = SamedConfig("sam_base.pth", SYNAPSE_CLASSES, image_size=128)
-    run = Run(config, TrainingConfig(), [], tmp_path / "run", data=())
+    folder = LabelledFolder(tmp_path, SYNAPSE_CLASSES, None, {}, {})
+    rows = Dataset.from_dict({}, info=DatasetInfo(config_name="none"))
+    run = Run(config, TrainingConfig(), rows, tmp_path / "run", folder, Splits([], [], []))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     with pytest.raises(InputError, match=f"base: None there, {re.escape(str(GOLDEN))}/sam_base.pth now"):
