@@ -26,7 +26,7 @@ import torch
 Action = Callable[[], Any]
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy", "samed_peft")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy", "medpy", "samed_peft")
 
 
 def options_parser(description: str | None, results: str = "results") -> argparse.ArgumentParser:

@@ -8,16 +8,14 @@ with exit code 1. Seven minutes on one core at 512 x 512 x 150, nearly all of it
 seconds. Writes one JSON to benchmarks/results.
 """
 
-import argparse
 import os
 import statistics
 import sys
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine, seconds_of
+from measure import facts, options_parser, seconds_of
 
 from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.datasets.phantom import phantom_case
@@ -74,15 +72,12 @@ def measure(prediction: np.ndarray, reference: np.ndarray, *, repeats: int) -> d
 
 def main() -> None:
     """Measure both pairs, compare scores and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__)
     parser.add_argument("--shape", type=int, nargs=3, metavar=("D", "H", "W"), default=SHAPE_DHW)
     parser.add_argument("--repeats", type=int, default=5, help="calls of ours, of which the median counts")
     parser.add_argument("--name", help="end of the result's file name; the shape if not given")
-    parser.add_argument("--results_dir", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    cores = {"cores_used": len(os.sched_getaffinity(0))}
-    facts = machine(["numpy", "scipy", "medpy"]) | cores
-    result = {"date": str(date.today()), "machine": facts, "allowed_difference": ALLOWED}
+    result = facts() | {"cores_used": len(os.sched_getaffinity(0)), "allowed_difference": ALLOWED}
     result["settings"] = {"shape_dhw": args.shape, "spacing_zyx_mm": SPACING_ZYX_MM, "repeats": args.repeats}
     shape_dhw = tuple(args.shape)
     reference = phantom_labels(0, shape_dhw)

@@ -485,7 +485,9 @@ def test_a_private_adapter_is_fetched_with_the_token_alone(hub, adapter, monkeyp
 
 
 def test_an_adapter_that_is_not_there(hub):
-    with pytest.raises(InputError, match="someone/nothing cannot be fetched from the Hub: it is not there"):
+    with pytest.raises(
+        InputError, match="someone/nothing cannot be fetched from the Hub: it does not exist or is private"
+    ):
         load_adapter("someone/nothing")
 
 
