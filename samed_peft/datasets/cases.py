@@ -134,19 +134,26 @@ class CaseVolumes(Mapping[str, Volume]):
         return scans, references
 
     @classmethod
-    def pairs(cls, rows: Dataset) -> tuple[Self, Self]:
-        """Scans, in [0, 1], and references of a split of whole volumes, from `load_synapse`."""
+    def of_rows(cls, rows: Dataset, column: str) -> Self:
+        """The "image" (in [0, 1]) or "label" of each row of a split of whole volumes, from `load_synapse`."""
         plain = rows.with_format(None)
+        needed = plain.select_columns([column, "affine", "path"])  # the other array is not decoded
 
-        def read(index: int, column: str) -> Volume:
-            row = plain.select_columns([column, "affine", "path"])[index]  # the other array is not decoded
+        def read(index: int) -> Volume:
+            row = needed[index]
             return Volume(row[column], row["affine"], Path(row["path"]), normalized=column == "image")
 
-        images, labels = (
-            cls({case: partial(read, index, column) for index, case in enumerate(plain["case"])})
-            for column in ("image", "label")
-        )
-        return images, labels
+        return cls({case: partial(read, index) for index, case in enumerate(plain["case"])})
+
+    @classmethod
+    def pairs(cls, rows: Dataset) -> tuple[Self, Self]:
+        """Scans and references of a split of whole volumes."""
+        return cls.of_rows(rows, "image"), cls.of_rows(rows, "label")
+
+    @classmethod
+    def of_scans(cls, files: Mapping[str, Path], *, channel: int | None = None) -> Self:
+        """Scans from files; `channel` of those that are 4-D."""
+        return cls({case: partial(read_volume, path, channel=channel) for case, path in files.items()})
 
     @classmethod
     def of_masks(cls, files: Mapping[str, Path]) -> Self:

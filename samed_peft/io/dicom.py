@@ -34,17 +34,20 @@ def dicom_series(path: Path) -> tuple[str, ...]:
     """List the identifiers of the DICOM series directly in a folder, which may be empty."""
     import SimpleITK as sitk  # noqa: N813
 
-    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # GDCM warns of every folder without a series
-    try:
-        return tuple(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path)))
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+    return tuple(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path)))
 
 
 def holds_dicom(path: Path) -> bool:
-    """Whether a DICOM series lies directly in a folder."""
-    return bool(dicom_series(path))
+    """Whether a DICOM series lies directly in a folder; GDCM's warning about other folders is not shown."""
+    import SimpleITK as sitk  # noqa: N813
+
+    # Not in `dicom_series`: all threads share this switch, and several of them may be reading scans.
+    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        return bool(dicom_series(path))
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
 def dicom_files(path: Path) -> list[Path]:
@@ -63,11 +66,7 @@ def dicom_files(path: Path) -> list[Path]:
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Array (D, H, W) in the scanner's units, and RAS affine, of the only series in a DICOM folder.
-
-    Raises:
-        InputError: the folder holds no series, more than one, or one that is damaged or lacks slices.
-    """
+    """Array (D, H, W) in the scanner's units, and RAS affine, of the only series in a DICOM folder."""
     import SimpleITK as sitk  # noqa: N813
 
     names = [str(name) for name in dicom_files(path)]

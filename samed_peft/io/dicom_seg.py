@@ -71,7 +71,7 @@ def write_dicom_seg(
         except (AttributeError, KeyError, ValueError) as error:
             raise InputError(
                 f"expected a series that a DICOM SEG can refer to, found one that highdicom refuses in {like.path}: "
-                f"{error}; write NIfTI"
+                f"{error}; write .nii.gz"
             ) from error
         with atomic_file(path) as temporary:
             seg.save_as(temporary)
@@ -82,12 +82,12 @@ def _source_slices(like: Volume) -> list[Any]:
     import pydicom
 
     if like.path is None or not like.path.is_dir() or like.affine is None:
-        raise InputError(f"expected a DICOM series for a DICOM SEG, found {like.path}; write NIfTI for other scans")
+        raise InputError(f"expected a DICOM series for a DICOM SEG, found {like.path}; write .nii.gz for other scans")
     files = dicom_files(like.path)
     if len(files) != len(like.array):
         raise InputError(
             f"expected one file a slice, found {len(files)} files for {len(like.array)} slices in {like.path}; "
-            "a DICOM SEG of a multi-frame series is not supported, write NIfTI"
+            "a DICOM SEG of a multi-frame series is not supported, write .nii.gz"
         )
     with naming_damaged(like.path, OSError, pydicom.errors.InvalidDicomError):
         slices = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
@@ -109,7 +109,7 @@ def _require_same_positions(slices: Sequence[Any], like: Volume) -> None:
         if apart_mm > 0.1 * min(like.spacing_zyx_mm):
             raise InputError(
                 f"expected slice {index} at the position in its file, found it {apart_mm:.2f} mm away in "
-                f"{header.filename}; was the volume changed after reading? Write NIfTI"
+                f"{header.filename}; was the volume changed after reading? Write .nii.gz"
             )
 
 
