@@ -37,11 +37,7 @@ def read_reference(case: Case) -> Volume:
 
 
 def read_pair(case: Case, *, num_classes: int) -> tuple[Volume, Volume]:
-    """Scan and labels 0..K of a case; files of single slices are stacked.
-
-    Raises:
-        InputError: a file is damaged, slices have different sizes, the grids differ, or a label has no name.
-    """
+    """Scan and labels 0..K of a case, on one grid; files of single slices are stacked."""
     scan, labels = read_scan(case), read_reference(case)
     require_one_grid(scan, labels)
     require_labels(labels, num_classes, advice=PICTURE_ADVICE if is_picture(case.labels[0]) else _NAMING_ADVICE)
@@ -98,7 +94,8 @@ def check_cases(
         window: see `normalized_array`.
 
     Raises:
-        InputError: as `read_pair`, or a scan cannot be scaled.
+        InputError: a file is damaged, slices have different sizes, the grids of a pair differ, a label has no name, or
+            a scan cannot be scaled.
     """
 
     def check(case: Case) -> None:
@@ -106,8 +103,7 @@ def check_cases(
 
     files = [folder.case(case) for case in cases]
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, _CASES_AT_ONCE)) as pool:
-        for _ in pool.map(check, files):
-            pass
+        list(pool.map(check, files))
 
 
 class CaseVolumes(Mapping[str, Volume]):

@@ -81,7 +81,7 @@ def _listed_names(content: Mapping[str, Any], path: Path, given: Sequence[str] |
 
 
 def _class_names(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """Names of labels 1..K in the content of a `dataset.json`, background left out."""
+    """Names of labels 1..K from `{"0": "background", "1": "liver"}` or `{"background": 0, "liver": 1}`."""
     labels = content.get("labels")
     if not isinstance(labels, dict) or not labels:
         raise InputError(f'expected "labels" with numbers and names in {path}, found {labels!r}; {_ADVICE}')
@@ -106,14 +106,7 @@ def _class_names(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def names_of_dataset(path: Path) -> tuple[str, ...]:
-    """Class names of a `dataset.json` of the Medical Segmentation Decathlon or of nnU-Net, background left out.
-
-    Args:
-        path: the file; its `labels` are `{"0": "background", "1": "liver"}` or `{"background": 0, "liver": 1}`.
-
-    Raises:
-        InputError: the file has no such labels, or they are not 0..K.
-    """
+    """Class names of a `dataset.json` of the Decathlon or of nnU-Net, background left out."""
     if path.is_dir() or path.suffix.lower() != ".json":
         raise InputError(f"expected the dataset.json of the Decathlon or of nnU-Net, found {path}; give that file")
     return _class_names(_content(path), path)

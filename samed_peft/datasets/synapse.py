@@ -171,11 +171,7 @@ def _case_number(case: int | str) -> int:
 
 
 def _select_cases(folder: LabelledFolder, split: str, cases: Sequence[int | str] | None) -> list[str]:
-    """Names of the cases of a split: `cases`, or those of SAMed's split that exist.
-
-    Raises:
-        InputError: a case is missing, doubled or misspelt, or none is left.
-    """
+    """Names of the cases of a split: `cases`, each of which must exist, or those of SAMed's split that exist."""
     present = sorted(map(_case_number, folder.cases))
     wanted = list(SPLITS[split]) if cases is None else [_case_number(case) for case in cases]
     numbers = [number for number in wanted if cases is not None or number in present]

@@ -11,16 +11,15 @@ from samed_peft.io.itk import array_and_affine
 from samed_peft.io.volumes import LPS_TO_RAS
 
 
-def _slice_positions(reader: Any, count: int) -> np.ndarray | None:
-    """(D, 3) LPS positions of the slices; None for a single file, or if a file lacks its position."""
+def _slice_step(reader: Any, count: int, path: Path) -> np.ndarray | None:
+    """(3,) LPS millimetres from slice to slice; None for a single file, or if a file lacks its position.
+
+    Gaps between slices, as a missing file leaves them, are refused; ITK would space the others evenly.
+    """
     tag = "0020|0032"
     if count < 2 or not all(reader.HasMetaDataKey(k, tag) for k in range(count)):
         return None
-    return np.array([[float(x) for x in reader.GetMetaData(k, tag).split("\\")] for k in range(count)])
-
-
-def _require_even_slices(positions: np.ndarray, path: Path) -> None:
-    """Refuse gaps between slices, as a missing file leaves them; ITK would space the others evenly."""
+    positions = np.array([[float(x) for x in reader.GetMetaData(k, tag).split("\\")] for k in range(count)])
     gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
     typical = float(np.median(gaps))
     if typical < 1e-3 or np.abs(gaps - typical).max() > 0.1 * typical + 1e-3:
@@ -28,6 +27,7 @@ def _require_even_slices(positions: np.ndarray, path: Path) -> None:
             f"expected evenly spaced DICOM slices, found gaps of {gaps.min():.3f} to {gaps.max():.3f} mm in "
             f"{path}; a file is missing or doubled, export the series again"
         )
+    return np.asarray((positions[-1] - positions[0]) / (count - 1))
 
 
 def dicom_series(path: Path) -> tuple[str, ...]:
@@ -76,9 +76,9 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with naming_damaged(path, RuntimeError):
         image = reader.Execute()
     array, affine = array_and_affine(image, path)
-    positions = _slice_positions(reader, len(names))
-    if positions is not None:
-        _require_even_slices(positions, path)
-        # ITK stacks slices along their normal, which a tilted gantry does not.
-        affine[:3, 2] = LPS_TO_RAS[:3, :3] @ (positions[-1] - positions[0]) / (len(positions) - 1)
+    step = _slice_step(reader, len(names), path)
+    if step is not None:
+        affine[:3, 2] = (
+            LPS_TO_RAS[:3, :3] @ step
+        )  # ITK stacks slices along their normal, which a tilted gantry does not
     return array, affine

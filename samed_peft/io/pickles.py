@@ -36,11 +36,7 @@ def is_zip(path: Path) -> bool:
 
 
 def check_torch_file(path: Path) -> None:
-    """Refuse a file of `torch.save` with more than tensors in dicts, before anything in it is built.
-
-    Raises:
-        InputError: an entry is compressed; the pickle is too large, damaged, or names more than tensors need.
-    """
+    """Refuse a compressed file of `torch.save`, or one with more than tensors in dicts, before any of it is built."""
     if is_zip(path):
         stream, pickles = io.BytesIO(_pickle_of_zip(path)), 1
     else:
