@@ -25,10 +25,8 @@ class RowsConfig(datasets.BuilderConfig):
         name: holds a fingerprint of the files, so that an edited one is prepared again.
         split: "train" for rows of slices, "test" for rows of whole volumes.
         cases: their files.
-        num_classes: K.
-        orientation: axis codes that slices are brought to, or None for slices as stored.
-        window: (low, high) scaled to [0, 1], or None for percentiles of each scan.
-        empty_share: share of the slices without foreground to keep.
+
+    The others are those of `load_slices`.
     """
 
     split: str = "train"

@@ -46,7 +46,7 @@ def read_pair(case: Case, *, num_classes: int) -> tuple[Volume, Volume]:
 
 def _stacked(parts: Sequence[Volume], case: Case) -> Volume:
     first = parts[0]
-    if len(parts) == 1:
+    if len(parts) == 1:  # no copy
         return first
     for part in parts:
         if part.array.shape != first.array.shape:

@@ -28,7 +28,12 @@ def open_described(root: Path, channel: str | None, class_names: Sequence[str] |
     if not os.path.isfile(path):
         return None
     content = _content(path)
-    names = _listed_names(content, path, class_names)
+    try:
+        names = _class_names(content, path)
+    except InputError:  # regions for example, which the user's names may stand for
+        if class_names is None:
+            raise
+        names = tuple(class_names)
     channels = _channels(content, path)
     number = _channel_number(channels, channel, path)
     if _one_file_a_channel(content, root):
@@ -68,16 +73,6 @@ def _content(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"expected an object with labels in {path}, found {type(content).__name__}; {_ADVICE}")
     return content
-
-
-def _listed_names(content: Mapping[str, Any], path: Path, given: Sequence[str] | None) -> tuple[str, ...]:
-    """The listed names, or those given if the listed ones are of a kind that cannot be used, such as regions."""
-    try:
-        return _class_names(content, path)
-    except InputError:
-        if given is None:
-            raise
-        return tuple(given)
 
 
 def _class_names(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:

@@ -82,11 +82,10 @@ class LabelledFolder:
             image, labels = self.images[name], self.labels[name]
             for path, partner in ((image, labels), (labels, image)):
                 with naming_unreadable(partner):
-                    is_there = partner.is_file()
-                if not is_there:
-                    raise InputError(
-                        f"{path} has no partner: expected {partner}; add it, or leave the case out with cases=[...]"
-                    )
+                    if not partner.is_file():
+                        raise InputError(
+                            f"{path} has no partner: expected {partner}; add it, or leave the case out with cases=[...]"
+                        )
             return Case(name, (image,), (labels,), self.channel, self.label_table)
         numbers = tuple(sorted(slices))
         files = tuple(slices[number] for number in numbers)

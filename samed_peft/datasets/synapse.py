@@ -144,8 +144,7 @@ def split_cases(
         InputError: the folder or a case is missing, or no case is left.
     """
     held_out = {_case_number(case) for case in without}
-    chosen = _select_cases(open_synapse(data_dir), split, cases)
-    left = [name for name in chosen if _case_number(name) not in held_out]
+    left = [n for n in _select_cases(open_synapse(data_dir), split, cases) if _case_number(n) not in held_out]
     if not left:
         raise InputError(f"no case of split {split!r} is left when {sorted(held_out)} are held out; choose others")
     return left

@@ -78,7 +78,6 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     array, affine = array_and_affine(image, path)
     step = _slice_step(reader, len(names), path)
     if step is not None:
-        affine[:3, 2] = (
-            LPS_TO_RAS[:3, :3] @ step
-        )  # ITK stacks slices along their normal, which a tilted gantry does not
+        # ITK stacks slices along their normal, which a tilted gantry does not.
+        affine[:3, 2] = LPS_TO_RAS[:3, :3] @ step
     return array, affine

@@ -90,19 +90,11 @@ def _source_slices(like: Volume) -> list[Any]:
             "a DICOM SEG of a multi-frame series is not supported, write .nii.gz"
         )
     with naming_damaged(like.path, OSError, pydicom.errors.InvalidDicomError):
-        slices = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
-    _require_same_positions(slices, like)
-    for header in slices:
-        if header.get("SliceThickness") is None:  # a CT may leave it out, a SEG may not
-            header.SliceThickness = like.spacing_zyx_mm[0]
-    return slices
-
-
-def _require_same_positions(slices: Sequence[Any], like: Volume) -> None:
-    """Refuse a mask whose slices lie elsewhere than the files they would refer to."""
-    assert like.affine is not None
+        slices: list[Any] = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
     to_lps = LPS_TO_RAS @ like.affine
     for index, header in enumerate(slices):
+        if header.get("SliceThickness") is None:  # a CT may leave it out, a SEG may not
+            header.SliceThickness = like.spacing_zyx_mm[0]
         if "ImagePositionPatient" not in header:
             raise InputError(f"expected ImagePositionPatient in each slice, found none in {header.filename}")
         apart_mm = np.linalg.norm(np.array(header.ImagePositionPatient, float) - (to_lps @ (0, 0, index, 1))[:3])
@@ -111,6 +103,7 @@ def _require_same_positions(slices: Sequence[Any], like: Volume) -> None:
                 f"expected slice {index} at the position in its file, found it {apart_mm:.2f} mm away in "
                 f"{header.filename}; was the volume changed after reading? Write .nii.gz"
             )
+    return slices
 
 
 def _segment(highdicom: Any, label: int, name: str) -> Any:
