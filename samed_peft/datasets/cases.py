@@ -32,15 +32,25 @@ def read_reference(case: Case) -> Volume:
     labels, table = _stacked([read_labels(path) for path in case.labels], case), case.label_table
     if table is None:
         return labels
-    require_labels(labels, len(table) - 1, advice="is it from another dataset, or the scan itself?")
+    _require_labels(labels, len(table) - 1, advice="is it from another dataset, or the scan itself?")
     return replace(labels, array=np.array(table, np.uint8)[labels.array])
 
 
 def read_pair(case: Case, *, num_classes: int) -> tuple[Volume, Volume]:
     """Scan and labels 0..K of a case, on one grid; files of single slices are stacked."""
     scan, labels = read_scan(case), read_reference(case)
-    require_one_grid(scan, labels)
-    require_labels(labels, num_classes, advice=PICTURE_ADVICE if is_picture(case.labels[0]) else _NAMING_ADVICE)
+    shape = scan.array.shape[:3]
+    if shape != labels.array.shape:
+        raise InputError(
+            f"expected a label map of the scan's shape {shape} ({scan.path}), found "
+            f"{labels.array.shape} in {labels.path}; resample it to the scan by nearest neighbour"
+        )
+    if apart_mm := grids_apart_mm(labels, scan):
+        raise InputError(
+            f"expected {labels.path} on the grid of {scan.path}, found affines whose corners lie {apart_mm:.3g} mm "
+            "apart; resample the label map to the scan, or copy the scan's header if the voxels do match"
+        )
+    _require_labels(labels, num_classes, advice=PICTURE_ADVICE if is_picture(case.labels[0]) else _NAMING_ADVICE)
     return scan, labels
 
 
@@ -57,22 +67,7 @@ def _stacked(parts: Sequence[Volume], case: Case) -> Volume:
     return replace(first, array=np.concatenate([part.array for part in parts]))
 
 
-def require_one_grid(scan: Volume, labels: Volume) -> None:
-    """Refuse a label map of another shape or place than its scan."""
-    shape = scan.array.shape[:3]
-    if shape != labels.array.shape:
-        raise InputError(
-            f"expected a label map of the scan's shape {shape} ({scan.path}), found "
-            f"{labels.array.shape} in {labels.path}; resample it to the scan by nearest neighbour"
-        )
-    if apart_mm := grids_apart_mm(labels, scan):
-        raise InputError(
-            f"expected {labels.path} on the grid of {scan.path}, found affines whose corners lie {apart_mm:.3g} mm "
-            "apart; resample the label map to the scan, or copy the scan's header if the voxels do match"
-        )
-
-
-def require_labels(labels: Volume, highest: int, *, advice: str) -> None:
+def _require_labels(labels: Volume, highest: int, *, advice: str) -> None:
     """Refuse labels outside 0..highest, with up to eight of them and what to do."""
     if labels.array.min() < 0 or labels.array.max() > highest:
         found = sorted({int(value) for value in np.unique(labels.array)} - set(range(highest + 1)))

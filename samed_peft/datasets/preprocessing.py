@@ -32,17 +32,9 @@ def apply_window(array: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 
 
 def normalized_array(volume: Volume, window: tuple[float, float] | None) -> np.ndarray:
-    """Scale a volume's intensities to [0, 1].
+    """Scale a scan's intensities to [0, 1] in float32, by (low, high) or else by its 0.5 and 99.5 percentiles.
 
-    Args:
-        volume: a scan; one that is `normalized` already is passed through.
-        window: (low, high), or None for the scan's own 0.5 and 99.5 percentiles.
-
-    Returns:
-        float32 of the shape of `volume.array`.
-
-    Raises:
-        InputError: no window is given and the scan is constant.
+    A `normalized` scan is passed through; a constant one without a window is refused.
     """
     if volume.normalized:
         return volume.array.astype(np.float32, copy=False)
