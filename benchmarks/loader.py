@@ -8,28 +8,24 @@ augmentation is random on both sides, so each figure is a mean over its mix. Abo
 JSON to benchmarks/results and prints Markdown tables.
 """
 
-import argparse
 import importlib.util
 import os
-import platform
 import random
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from measure import facts, markdown, options_parser, seconds_of, write_result
 from scipy import ndimage
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from samed_peft.datasets import load_synapse
-from samed_peft.io import write_json
 from samed_peft.prediction.inference import resize_on_device, upsampled_argmax
 from samed_peft.training.batches import TrainingSlices, batch_loader
 
@@ -58,18 +54,13 @@ def smooth_slices(count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarra
 def alternating(sides: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, float]:
     """Median seconds of each side, one call of each in turn.
 
-    Loading warms up for longer: what an angle of rotation asks for is worked out once a process.
+    Loading warms up for longer: the weights for an angle of rotation are computed once a process.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for call in sides.values():
         for _ in range(warmup):
             call()
-    for _ in range(rounds):
-        for name, call in sides.items():
-            started = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    turns = [{name: seconds_of(call)[0] for name, call in sides.items()} for _ in range(rounds)]
+    return {name: statistics.median(turn[name] for turn in turns) for name in sides}
 
 
 def training_slices(original: Any, size: int, *, batch_size: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -145,33 +136,31 @@ def volume_steps(*, slices: int, batch_size: int, rounds: int) -> dict[str, dict
 
 def main() -> None:
     """Measure, write the figures and print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__)
     parser.add_argument("--samed_dir", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--results_dir", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     random.seed(0), np.random.seed(0)  # noqa: NPY002 - the original draws from the global state
-    machine = {
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-    }
+    settings = {"threads": args.threads, "batch_size": args.batch_size, "rounds": args.rounds}
+    result = facts() | {"settings": settings}
     original = original_loader(args.samed_dir)
     figures: dict[str, dict[str, float]] = {}
     for size in (512, 224):
         figures |= training_slices(original, size, batch_size=args.batch_size, rounds=args.rounds)
     figures |= volume_steps(slices=20, batch_size=8, rounds=max(args.rounds // 3, 3))
-    print("| step | original, ms a slice | samed_peft, ms a slice | times as fast |\n| --- | ---: | ---: | ---: |")
-    for name, row in figures.items():
+    for row in figures.values():
         row["times_as_fast"] = round(row["original"] / row["samed_peft"], 1)
-        print(f"| {name} | {row['original']:.2f} | {row['samed_peft']:.2f} | {row['times_as_fast']} |")
-    machine["load_after"] = round(os.getloadavg()[0], 2)
-    settings = {"threads": args.threads, "batch_size": args.batch_size, "rounds": args.rounds}
-    result = {"date": str(date.today()), "machine": machine, "settings": settings, "steps": figures}
-    write_json(args.results_dir / f"loader-{date.today()}.json", result)
+    result["machine"]["load_after"] = round(os.getloadavg()[0], 2)
+    write_result(args.results_dir / f"loader-{result['date']}.json", result | {"steps": figures})
+    head = ("step", "original, ms a slice", "samed_peft, ms a slice", "times as fast")
+    lines = [
+        (name, f"{row['original']:.2f}", f"{row['samed_peft']:.2f}", str(row["times_as_fast"]))
+        for name, row in figures.items()
+    ]
+    print(*markdown(head, lines), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Cases as rows of a dataset, prepared once in several processes and kept in the cache of Datasets."""
 
-import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,10 +25,8 @@ class RowsConfig(datasets.BuilderConfig):
         name: holds a fingerprint of the files, so that an edited one is prepared again.
         split: "train" for rows of slices, "test" for rows of whole volumes.
         cases: their files.
-        num_classes: K.
-        orientation: axis codes that slices are brought to, or None for slices as stored.
-        window: (low, high) scaled to [0, 1], or None for percentiles of each scan.
-        empty_share: share of the slices without foreground to keep.
+
+    The others are those of `load_slices`.
     """
 
     split: str = "train"
@@ -100,23 +97,6 @@ def _volume_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str
     yield 0, {"image": image, "label": label, "case": case.name, "affine": scan.affine, "path": str(scan.path)}
 
 
-@contextlib.contextmanager
-def _cache_errors(cache_dir: str | Path | None = None) -> Iterator[None]:
-    """Turn the error for a cache that cannot be written into advice; errors of scans are never an `OSError` here.
-
-    Raises:
-        InputError: the folder is read-only, below a file, or full.
-    """
-    try:
-        yield
-    except OSError as error:
-        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).absolute()
-        raise InputError(
-            f"Datasets keeps prepared scans in {folder}, which cannot be written: {error.strerror or error}; set the "
-            "variable HF_HOME, or HF_DATASETS_CACHE for prepared scans alone, to a folder with room that may be written"
-        ) from error
-
-
 def prepared_rows(
     folder: LabelledFolder,
     cases: Sequence[str],
@@ -128,34 +108,30 @@ def prepared_rows(
     num_proc: int | None = None,
     **options: Any,
 ) -> datasets.Dataset:
-    """The rows of a split, prepared unless they are in the cache.
+    """The rows of a split, prepared unless they are in the cache, by as many processes as there are cases or cores.
 
-    Args:
-        folder: from `open_folder`.
-        cases: which of its cases; they are dealt out to processes.
-        name: `config_name` of the rows, from `LabelledFolder.data_name`.
-        split: "train" or "test".
-        window: intensities scaled to [0, 1], or None.
-        cache_dir: folder of the cache; by default that of Datasets.
-        num_proc: processes; by default one a case, up to the number of cores.
-        **options: further fields of `RowsConfig`.
-
-    Raises:
-        InputError: a case cannot be used, the cache cannot be written, or no row is left.
+    `name` becomes their `config_name`; `options` are further fields of `RowsConfig`.
     """
     processes = min(num_proc or os.cpu_count() or 1, len(cases))
-    with _cache_errors(cache_dir):
+    files = tuple(folder.case(case, as_slices=split == "train") for case in cases)
+    try:
         builder = RowsBuilder(
             config_name=name,
             cache_dir=None if cache_dir is None else str(cache_dir),
             # Rows kept in memory before they are written; a volume is a few hundred megabytes.
             writer_batch_size=16 if split == "train" else 1,
             split=split,
-            cases=tuple(folder.case(case, as_slices=split == "train") for case in cases),
+            cases=files,
             window=None if window is None else (float(window[0]), float(window[1])),
             **options,
         )
         builder.download_and_prepare(num_proc=processes if processes > 1 else None)
+    except OSError as error:  # never one about a scan, which is an `InputError`
+        root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).absolute()
+        raise InputError(
+            f"Datasets keeps prepared scans in {root}, which cannot be written: {error.strerror or error}; set the "
+            "variable HF_HOME, or HF_DATASETS_CACHE for prepared scans alone, to a folder with room that may be written"
+        ) from error
     if not builder.info.splits[split].num_examples:
         raise InputError(f"no slice is left of {len(cases)} cases; keep some of those without foreground")
     return builder.as_dataset(split=split)

@@ -32,37 +32,13 @@ def read_reference(case: Case) -> Volume:
     labels, table = _stacked([read_labels(path) for path in case.labels], case), case.label_table
     if table is None:
         return labels
-    require_labels(labels, len(table) - 1, advice="is it from another dataset, or the scan itself?")
+    _require_labels(labels, len(table) - 1, advice="is it from another dataset, or the scan itself?")
     return replace(labels, array=np.array(table, np.uint8)[labels.array])
 
 
 def read_pair(case: Case, *, num_classes: int) -> tuple[Volume, Volume]:
-    """Scan and labels 0..K of a case; files of single slices are stacked.
-
-    Raises:
-        InputError: a file is damaged, slices have different sizes, the grids differ, or a label has no name.
-    """
+    """Scan and labels 0..K of a case, on one grid; files of single slices are stacked."""
     scan, labels = read_scan(case), read_reference(case)
-    require_one_grid(scan, labels)
-    require_labels(labels, num_classes, advice=PICTURE_ADVICE if is_picture(case.labels[0]) else _NAMING_ADVICE)
-    return scan, labels
-
-
-def _stacked(parts: Sequence[Volume], case: Case) -> Volume:
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    for part in parts:
-        if part.array.shape != first.array.shape:
-            raise InputError(
-                f"expected slices of one size in {case.name}, found {first.array.shape[1:]} in {first.path} and "
-                f"{part.array.shape[1:]} in {part.path}; preprocess the case again"
-            )
-    return replace(first, array=np.concatenate([part.array for part in parts]))
-
-
-def require_one_grid(scan: Volume, labels: Volume) -> None:
-    """Refuse a label map of another shape or place than its scan."""
     shape = scan.array.shape[:3]
     if shape != labels.array.shape:
         raise InputError(
@@ -74,9 +50,24 @@ def require_one_grid(scan: Volume, labels: Volume) -> None:
             f"expected {labels.path} on the grid of {scan.path}, found affines whose corners lie {apart_mm:.3g} mm "
             "apart; resample the label map to the scan, or copy the scan's header if the voxels do match"
         )
+    _require_labels(labels, num_classes, advice=PICTURE_ADVICE if is_picture(case.labels[0]) else _NAMING_ADVICE)
+    return scan, labels
 
 
-def require_labels(labels: Volume, highest: int, *, advice: str) -> None:
+def _stacked(parts: Sequence[Volume], case: Case) -> Volume:
+    first = parts[0]
+    if len(parts) == 1:  # no copy
+        return first
+    for part in parts:
+        if part.array.shape != first.array.shape:
+            raise InputError(
+                f"expected slices of one size in {case.name}, found {first.array.shape[1:]} in {first.path} and "
+                f"{part.array.shape[1:]} in {part.path}; preprocess the case again"
+            )
+    return replace(first, array=np.concatenate([part.array for part in parts]))
+
+
+def _require_labels(labels: Volume, highest: int, *, advice: str) -> None:
     """Refuse labels outside 0..highest, with up to eight of them and what to do."""
     if labels.array.min() < 0 or labels.array.max() > highest:
         found = sorted({int(value) for value in np.unique(labels.array)} - set(range(highest + 1)))
@@ -98,7 +89,8 @@ def check_cases(
         window: see `normalized_array`.
 
     Raises:
-        InputError: as `read_pair`, or a scan cannot be scaled.
+        InputError: a file is damaged, slices have different sizes, the grids of a pair differ, a label has no name, or
+            a scan cannot be scaled.
     """
 
     def check(case: Case) -> None:
@@ -106,8 +98,7 @@ def check_cases(
 
     files = [folder.case(case) for case in cases]
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, _CASES_AT_ONCE)) as pool:
-        for _ in pool.map(check, files):
-            pass
+        list(pool.map(check, files))
 
 
 class CaseVolumes(Mapping[str, Volume]):
@@ -134,19 +125,26 @@ class CaseVolumes(Mapping[str, Volume]):
         return scans, references
 
     @classmethod
-    def pairs(cls, rows: Dataset) -> tuple[Self, Self]:
-        """Scans, in [0, 1], and references of a split of whole volumes, from `load_synapse`."""
+    def of_rows(cls, rows: Dataset, column: str) -> Self:
+        """The "image" (in [0, 1]) or "label" of each row of a split of whole volumes, from `load_synapse`."""
         plain = rows.with_format(None)
+        needed = plain.select_columns([column, "affine", "path"])  # the other array is not decoded
 
-        def read(index: int, column: str) -> Volume:
-            row = plain.select_columns([column, "affine", "path"])[index]  # the other array is not decoded
+        def read(index: int) -> Volume:
+            row = needed[index]
             return Volume(row[column], row["affine"], Path(row["path"]), normalized=column == "image")
 
-        images, labels = (
-            cls({case: partial(read, index, column) for index, case in enumerate(plain["case"])})
-            for column in ("image", "label")
-        )
-        return images, labels
+        return cls({case: partial(read, index) for index, case in enumerate(plain["case"])})
+
+    @classmethod
+    def pairs(cls, rows: Dataset) -> tuple[Self, Self]:
+        """Scans and references of a split of whole volumes."""
+        return cls.of_rows(rows, "image"), cls.of_rows(rows, "label")
+
+    @classmethod
+    def of_scans(cls, files: Mapping[str, Path], *, channel: int | None = None) -> Self:
+        """Scans from files; `channel` of those that are 4-D."""
+        return cls({case: partial(read_volume, path, channel=channel) for case, path in files.items()})
 
     @classmethod
     def of_masks(cls, files: Mapping[str, Path]) -> Self:

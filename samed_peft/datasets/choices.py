@@ -14,9 +14,6 @@ from samed_peft.io import is_picture, numbered_names, read_affine, read_labels, 
 ORIENTATIONS = {"axial": "LPS", "coronal": "LIP", "sagittal": "PIL"}
 """Axis codes of the (x, y, z) axes that slices of each plane are brought to, as on a light box; z is across them."""
 
-COLOUR_RANGE = (0.0, 255.0)
-"""Window of 8-bit pictures."""
-
 
 def describe_folder(
     folder: LabelledFolder,
@@ -98,7 +95,7 @@ def choose_window(folder: LabelledFolder) -> tuple[float, float] | None:
     if is_picture(next(iter(folder.images.values()))):
         # Decided by all of them: one 16-bit picture among 8-bit ones would be cut off.
         largest = max(float(read_volume(path).array.max()) for path in folder.images.values())
-        return COLOUR_RANGE if 1 < largest <= 255 else None
+        return (0.0, 255.0) if 1 < largest <= 255 else None
     return None
 
 
@@ -110,7 +107,7 @@ def class_names_for(folder: LabelledFolder, given: Sequence[str] | None) -> tupl
             are greys and not numbers.
     """
     number = len(folder.class_names)
-    if given is not None and number and len(given) != number:
+    if given is not None and number not in (0, len(given)):
         source = DATASET_FILE if folder.layout == "dataset_json" else f"layout {folder.layout!r}"
         raise InputError(
             f"expected {number} class name{'s' * (number != 1)}, as many as {source} has "

@@ -28,7 +28,12 @@ def open_described(root: Path, channel: str | None, class_names: Sequence[str] |
     if not os.path.isfile(path):
         return None
     content = _content(path)
-    names = _listed_names(content, path, class_names)
+    try:
+        names = _class_names(content, path)
+    except InputError:  # regions for example, which the user's names may stand for
+        if class_names is None:
+            raise
+        names = tuple(class_names)
     channels = _channels(content, path)
     number = _channel_number(channels, channel, path)
     if _one_file_a_channel(content, root):
@@ -70,18 +75,8 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _listed_names(content: Mapping[str, Any], path: Path, given: Sequence[str] | None) -> tuple[str, ...]:
-    """The listed names, or those given if the listed ones are of a kind that cannot be used, such as regions."""
-    try:
-        return _class_names(content, path)
-    except InputError:
-        if given is None:
-            raise
-        return tuple(given)
-
-
 def _class_names(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """Names of labels 1..K in the content of a `dataset.json`, background left out."""
+    """Names of labels 1..K from `{"0": "background", "1": "liver"}` or `{"background": 0, "liver": 1}`."""
     labels = content.get("labels")
     if not isinstance(labels, dict) or not labels:
         raise InputError(f'expected "labels" with numbers and names in {path}, found {labels!r}; {_ADVICE}')
@@ -106,14 +101,7 @@ def _class_names(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def names_of_dataset(path: Path) -> tuple[str, ...]:
-    """Class names of a `dataset.json` of the Medical Segmentation Decathlon or of nnU-Net, background left out.
-
-    Args:
-        path: the file; its `labels` are `{"0": "background", "1": "liver"}` or `{"background": 0, "liver": 1}`.
-
-    Raises:
-        InputError: the file has no such labels, or they are not 0..K.
-    """
+    """Class names of a `dataset.json` of the Decathlon or of nnU-Net, background left out."""
     if path.is_dir() or path.suffix.lower() != ".json":
         raise InputError(f"expected the dataset.json of the Decathlon or of nnU-Net, found {path}; give that file")
     return _class_names(_content(path), path)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from samed_peft.errors import InputError
-from samed_peft.io import content_fingerprint, list_folder, suffix_of
+from samed_peft.io import content_fingerprint, list_folder, naming_unreadable, suffix_of
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,11 @@ class LabelledFolder:
         if not slices or (name in self.images and not as_slices):
             image, labels = self.images[name], self.labels[name]
             for path, partner in ((image, labels), (labels, image)):
-                if not partner.is_file():
-                    raise InputError(
-                        f"{path} has no partner: expected {partner}; add it, or leave the case out with cases=[...]"
-                    )
+                with naming_unreadable(partner):
+                    if not partner.is_file():
+                        raise InputError(
+                            f"{path} has no partner: expected {partner}; add it, or leave the case out with cases=[...]"
+                        )
             return Case(name, (image,), (labels,), self.channel, self.label_table)
         numbers = tuple(sorted(slices))
         files = tuple(slices[number] for number in numbers)

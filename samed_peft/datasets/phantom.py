@@ -132,33 +132,21 @@ def _points(shape_dhw: tuple[int, int, int], *, rng: np.random.Generator) -> np.
     return np.stack([np.broadcast_to(b, shape_dhw) for b in bent]).astype(np.float32)
 
 
-def _move(tissue: _Tissue, *, middle: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _move(name: str, *, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Matrix (3, 3) and offset (3,) from points to the layout of a moved, scaled and turned tissue."""
-    if tissue.wander_mm == 0:
+    wander_mm = _TISSUES[name].wander_mm
+    if wander_mm == 0:
         return np.eye(3), np.zeros(3)
-    shift = np.clip(rng.normal(0, tissue.wander_mm / 2, 3), -tissue.wander_mm, tissue.wander_mm)
+    shapes = [shape for shape in _SHAPES if shape.tissue == name]
+    # They move and turn together about their mean position.
+    places = [np.mean([k[:3] for k in s.knots], axis=0) if isinstance(s, _Tube) else s.centre for s in shapes]
+    middle = np.mean(places, axis=0)
+    shift = np.clip(rng.normal(0, wander_mm / 2, 3), -wander_mm, wander_mm)
     scale = rng.uniform(0.9, 1.12, 3)
     turn = np.deg2rad(np.clip(rng.normal(0, 5), -10, 10))
     rotate = np.array([[np.cos(turn), np.sin(turn), 0], [-np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
     matrix = rotate / scale[:, None]
     return matrix, middle - matrix @ (middle + shift)
-
-
-def _seen(points: np.ndarray, move: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    if np.array_equal(move[0], np.eye(3)):
-        return points
-    matrix, offset = (part.astype(np.float32) for part in move)
-    return np.asarray(np.tensordot(matrix, points, axes=1) + offset[:, None, None, None])
-
-
-def _middle(tissue: str) -> np.ndarray:
-    """Mean position (3,) of a tissue's shapes in millimetres, about which they move and turn together."""
-    places = [
-        np.mean([knot[:3] for knot in shape.knots], axis=0) if isinstance(shape, _Tube) else shape.centre
-        for shape in _SHAPES
-        if shape.tissue == tissue
-    ]
-    return np.asarray(np.mean(places, axis=0))
 
 
 def phantom_case(
@@ -189,9 +177,10 @@ def phantom_case(
         cavity = wall.inside(points)
         image[cavity] = hounsfield
     hounsfields = {name: rng.uniform(*tissue.hounsfield) for name, tissue in _TISSUES.items()}
-    moves = {name: _move(tissue, middle=_middle(name), rng=rng) for name, tissue in _TISSUES.items()}
+    moves = {name: _move(name, rng=rng) for name in _TISSUES}
     for tissue, shapes in groupby(_SHAPES, key=lambda shape: shape.tissue):
-        seen = _seen(points, moves[tissue])
+        matrix, offset = (part.astype(np.float32) for part in moves[tissue])
+        seen = np.tensordot(matrix, points, axes=1) + offset[:, None, None, None]
         inside = np.logical_or.reduce([shape.inside(seen) for shape in shapes])
         if tissue not in ("bone", "marrow", "cord"):
             inside &= cavity

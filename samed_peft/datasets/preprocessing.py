@@ -32,17 +32,9 @@ def apply_window(array: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 
 
 def normalized_array(volume: Volume, window: tuple[float, float] | None) -> np.ndarray:
-    """Scale a volume's intensities to [0, 1].
+    """Scale a scan's intensities to [0, 1] in float32, by (low, high) or else by its 0.5 and 99.5 percentiles.
 
-    Args:
-        volume: a scan; one that is `normalized` already is passed through.
-        window: (low, high), or None for the scan's own 0.5 and 99.5 percentiles.
-
-    Returns:
-        float32 of the shape of `volume.array`.
-
-    Raises:
-        InputError: no window is given and the scan is constant.
+    A `normalized` scan is passed through; a constant one without a window is refused.
     """
     if volume.normalized:
         return volume.array.astype(np.float32, copy=False)
@@ -75,15 +67,9 @@ def resize_image(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 def resize_label(label: np.ndarray, size_hw: tuple[int, int], *, via: tuple[int, int] | None = None) -> np.ndarray:
-    """Resize labels by nearest neighbour, corner to corner, as SAMed does.
+    """Resize labels (..., H, W) by nearest neighbour, corner to corner, as SAMed does.
 
-    Args:
-        label: (..., H, W).
-        size_hw: the size wanted.
-        via: a size to be resized to first. Nearest neighbour twice is not nearest neighbour once.
-
-    Returns:
-        (..., *size_hw); `label` itself if it has that size.
+    They are resized to `via` first if it is given: nearest neighbour twice is not nearest neighbour once.
     """
     steps = [label.shape[-2:], *([] if via is None else [via]), size_hw]
     if all(step == size_hw for step in steps):
@@ -155,15 +141,9 @@ def spline_matrix(old: int, new: int) -> np.ndarray:
 
 
 def slice_to_pixels(image: np.ndarray, *, image_size: int, input_size: int | None = None) -> np.ndarray:
-    """Resize a normalised slice to the size of the model.
+    """Resize a slice (H, W) in [0, 1], or (H, W, 3) in colour, to the model's (image_size, image_size) float32.
 
-    Args:
-        image: (H, W) in [0, 1], or (H, W, 3) in colour.
-        image_size: S, pixels per side the model sees.
-        input_size: size of SAMed's low-resolution bottleneck, which the slice passes first; or None.
-
-    Returns:
-        (S, S) float32, or (S, S, 3).
+    With `input_size`, it passes SAMed's low-resolution bottleneck of that size first.
     """
     if image.ndim == 3:
         colours = [slice_to_pixels(c, image_size=image_size, input_size=input_size) for c in np.moveaxis(image, -1, 0)]
@@ -174,16 +154,10 @@ def slice_to_pixels(image: np.ndarray, *, image_size: int, input_size: int | Non
 
 
 def reorientation(volume: Volume, codes: str | None) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Transforms for `reoriented` to the orientation `codes` and back; None if nothing has to change.
-
-    Args:
-        volume: a scan.
-        codes: axis codes of the (x, y, z) axes wanted, such as "LPS"; None keeps the scan's own.
-    """
+    """Transforms for `reoriented` to axis codes such as "LPS" and back; None if nothing has to change."""
     if codes is None or volume.orientation in (None, codes):
         return None, None
-    found = nib.orientations.axcodes2ornt(tuple(volume.orientation))
-    wanted = nib.orientations.axcodes2ornt(tuple(codes))
+    found, wanted = (nib.orientations.axcodes2ornt(tuple(axes)) for axes in (volume.orientation, codes))
     transform = nib.orientations.ornt_transform
     return transform(found, wanted), transform(wanted, found)
 
@@ -223,13 +197,11 @@ def warn_of_window(volume: Volume, window: tuple[float, float] | None) -> None:
     first, last = (float(value) for value in np.percentile(voxels, PERCENTILES))
     span = (np.clip(last, low, high) - np.clip(first, low, high)) / (high - low)
     if span < _LEAST_SPAN or 1 - below - above < _LEAST_INSIDE or above > _MOST_ABOVE:
-        target = f"the adapter's window, {low:g} to {high:g}"
-        if volume.normalized:
-            target = "the [0, 1] that it was scaled to"
+        window_text = f"the adapter's window, {low:g} to {high:g}"
+        target = "the [0, 1] that it was scaled to" if volume.normalized else window_text
         warnings.warn(
             f"{volume.path or 'the scan'} holds {first:g} to {last:g} (99 % of its voxels), which hardly fit {target}: "
-            f"{100 * below:.0f} % lie below, {100 * above:.0f} % above, "
-            f"and the scan spans {100 * span:.0f} % of it; is it of the kind, and in the units, that the adapter was "
-            "trained on?",
+            f"{100 * below:.0f} % lie below, {100 * above:.0f} % above, and the scan spans {100 * span:.0f} % of it; "
+            "is it of the kind, and in the units, that the adapter was trained on?",
             stacklevel=3,
         )

@@ -116,12 +116,7 @@ def common_orientation(rows: Dataset) -> str | None:
 
 
 def warn_of_absent_classes(rows: Dataset, class_names: Sequence[str]) -> None:
-    """Warn of classes without a labelled pixel in any slice of a training split.
-
-    Args:
-        rows: from `load_synapse` or `load_slices`.
-        class_names: names of labels 1..K.
-    """
+    """Warn of classes (labels 1..K) without a labelled pixel in any slice of a training split."""
     counts = np.zeros(256, np.int64)
     for row in rows.with_format(None).select_columns("label"):
         counts += np.bincount(row["label"].ravel(), minlength=256)

@@ -41,15 +41,18 @@ def choose_splits(
 
     Args:
         cases: all names.
-        patient_pattern: see `patients_of`.
-        split_file: see `listed_split`.
-        test_cases: see `named_split`.
+        patient_pattern: regular expression that matches a whole name and whose first group is the patient, such as
+            `(.+)_visit[0-9]+`; None if each case is another patient.
+        split_file: in the form of nnU-Net's `splits_final.json`: `[{"train": [...], "val": [...]}, ...]`.
+        test_cases: the cases to hold out; all others are trained on.
         validation_cases: taken from those to train on.
-        folds: see `fold_split`; used without `split_file` and `test_cases`.
-        fold: number of the fold to hold out, or of the split in the file.
+        folds: number of folds, at least 2; used without `split_file` and `test_cases`.
+        fold: number of the fold to hold out, or of the split in the file, counted from 0.
 
     Raises:
-        InputError: as these functions.
+        InputError: the expression is broken, has no group, or does not match a case; there are fewer patients than
+            folds; `fold` is out of range; the file has no such split; a named case does not exist; no case is left; or
+            a patient would be on two sides.
     """
     patients = patients_of(cases, patient_pattern)
     if split_file is not None:
@@ -64,16 +67,7 @@ def choose_splits(
 
 
 def patients_of(cases: Sequence[str], pattern: str | None = None) -> dict[str, str]:
-    """Case -> patient.
-
-    Args:
-        cases: names of cases.
-        pattern: regular expression that matches a whole name and whose first group is the patient, such as
-            `(.+)_visit[0-9]+`; None if each case is another patient.
-
-    Raises:
-        InputError: the expression is broken, has no group, or does not match a case or its patient.
-    """
+    """Case -> patient, by a regular expression; see `choose_splits`."""
     if pattern is None:
         return {case: case for case in cases}
     try:
@@ -94,17 +88,7 @@ def patients_of(cases: Sequence[str], pattern: str | None = None) -> dict[str, s
 
 
 def fold_split(patients: Mapping[str, str], *, folds: int, fold: int, seed: int = 0) -> Split:
-    """One of k folds of patients; equal arguments give equal folds.
-
-    Args:
-        patients: case -> patient; all cases of a patient are on one side.
-        folds: k, at least 2.
-        fold: number of the one to hold out, 0 to k - 1.
-        seed: of the order of patients.
-
-    Raises:
-        InputError: there are fewer patients than folds, or `fold` is out of range.
-    """
+    """Hold out one of k folds of patients, whose order the seed decides; equal arguments give equal folds."""
     distinct = sorted(set(patients.values()))
     if not 2 <= folds <= len(distinct):
         raise InputError(f"expected 2 to {len(distinct)} folds, at most as many as there are patients, found {folds}")
@@ -117,11 +101,7 @@ def fold_split(patients: Mapping[str, str], *, folds: int, fold: int, seed: int 
 
 
 def listed_split(path: str | Path, patients: Mapping[str, str], *, fold: int = 0) -> Split:
-    """A split from a file in the form of nnU-Net's `splits_final.json`: `[{"train": [...], "val": [...]}, ...]`.
-
-    Raises:
-        InputError: the file has no such split, names unknown cases, or has a patient or case on both sides.
-    """
+    """Hold out the cases that a file in the form of nnU-Net's `splits_final.json` lists under "val"."""
     content = read_json(path)
     if not isinstance(content, list) or not 0 <= fold < len(content) or not isinstance(content[fold], dict):
         found = f"{len(content)} splits" if isinstance(content, list) else type(content).__name__
@@ -138,11 +118,7 @@ def listed_split(path: str | Path, patients: Mapping[str, str], *, fold: int = 0
 
 
 def named_split(patients: Mapping[str, str], held_out: Sequence[str]) -> Split:
-    """Hold out the named cases and train on all others.
-
-    Raises:
-        InputError: a named case does not exist, none is left, or a patient would be on both sides.
-    """
+    """Hold out the named cases and train on all others."""
     unknown = sorted(set(held_out) - patients.keys())
     if unknown or not held_out:
         raise InputError(

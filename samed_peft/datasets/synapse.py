@@ -144,8 +144,7 @@ def split_cases(
         InputError: the folder or a case is missing, or no case is left.
     """
     held_out = {_case_number(case) for case in without}
-    chosen = _select_cases(open_synapse(data_dir), split, cases)
-    left = [name for name in chosen if _case_number(name) not in held_out]
+    left = [n for n in _select_cases(open_synapse(data_dir), split, cases) if _case_number(n) not in held_out]
     if not left:
         raise InputError(f"no case of split {split!r} is left when {sorted(held_out)} are held out; choose others")
     return left
@@ -171,11 +170,7 @@ def _case_number(case: int | str) -> int:
 
 
 def _select_cases(folder: LabelledFolder, split: str, cases: Sequence[int | str] | None) -> list[str]:
-    """Names of the cases of a split: `cases`, or those of SAMed's split that exist.
-
-    Raises:
-        InputError: a case is missing, doubled or misspelt, or none is left.
-    """
+    """Names of the cases of a split: `cases`, each of which must exist, or those of SAMed's split that exist."""
     present = sorted(map(_case_number, folder.cases))
     wanted = list(SPLITS[split]) if cases is None else [_case_number(case) for case in cases]
     numbers = [number for number in wanted if cases is not None or number in present]

@@ -203,14 +203,6 @@ def recover_dir(path: str | Path) -> None:
     _remove_leftovers(path)
 
 
-def _sync_tree(directory: Path) -> None:
-    for root, _, names in os.walk(directory):
-        for name in names:
-            _let_others_read(Path(root, name))
-            _sync(Path(root, name))
-        _sync(Path(root))
-
-
 def _swap_in(new: Path, path: Path) -> None:
     """Rename `new` over `path`, whose old folder is kept as a backup until the new one is in place."""
     backup = _backup_of(path)
@@ -246,7 +238,11 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _sync_tree(temporary)
+        for root, _, names in os.walk(temporary):
+            for name in names:
+                _let_others_read(Path(root, name))
+                _sync(Path(root, name))
+            _sync(Path(root))
         _swap_in(temporary, path)
     finally:
         if temporary.exists():

@@ -71,7 +71,7 @@ def write_dicom_seg(
         except (AttributeError, KeyError, ValueError) as error:
             raise InputError(
                 f"expected a series that a DICOM SEG can refer to, found one that highdicom refuses in {like.path}: "
-                f"{error}; write NIfTI"
+                f"{error}; write .nii.gz"
             ) from error
         with atomic_file(path) as temporary:
             seg.save_as(temporary)
@@ -82,35 +82,28 @@ def _source_slices(like: Volume) -> list[Any]:
     import pydicom
 
     if like.path is None or not like.path.is_dir() or like.affine is None:
-        raise InputError(f"expected a DICOM series for a DICOM SEG, found {like.path}; write NIfTI for other scans")
+        raise InputError(f"expected a DICOM series for a DICOM SEG, found {like.path}; write .nii.gz for other scans")
     files = dicom_files(like.path)
     if len(files) != len(like.array):
         raise InputError(
             f"expected one file a slice, found {len(files)} files for {len(like.array)} slices in {like.path}; "
-            "a DICOM SEG of a multi-frame series is not supported, write NIfTI"
+            "a DICOM SEG of a multi-frame series is not supported, write .nii.gz"
         )
     with naming_damaged(like.path, OSError, pydicom.errors.InvalidDicomError):
-        slices = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
-    _require_same_positions(slices, like)
-    for header in slices:
-        if header.get("SliceThickness") is None:  # a CT may leave it out, a SEG may not
-            header.SliceThickness = like.spacing_zyx_mm[0]
-    return slices
-
-
-def _require_same_positions(slices: Sequence[Any], like: Volume) -> None:
-    """Refuse a mask whose slices lie elsewhere than the files they would refer to."""
-    assert like.affine is not None
+        slices: list[Any] = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
     to_lps = LPS_TO_RAS @ like.affine
     for index, header in enumerate(slices):
+        if header.get("SliceThickness") is None:  # a CT may leave it out, a SEG may not
+            header.SliceThickness = like.spacing_zyx_mm[0]
         if "ImagePositionPatient" not in header:
             raise InputError(f"expected ImagePositionPatient in each slice, found none in {header.filename}")
         apart_mm = np.linalg.norm(np.array(header.ImagePositionPatient, float) - (to_lps @ (0, 0, index, 1))[:3])
         if apart_mm > 0.1 * min(like.spacing_zyx_mm):
             raise InputError(
                 f"expected slice {index} at the position in its file, found it {apart_mm:.2f} mm away in "
-                f"{header.filename}; was the volume changed after reading? Write NIfTI"
+                f"{header.filename}; was the volume changed after reading? Write .nii.gz"
             )
+    return slices
 
 
 def _segment(highdicom: Any, label: int, name: str) -> Any:

@@ -38,11 +38,7 @@ def naming_damaged(path: Path, *errors: type[Exception]) -> Iterator[None]:
 
 
 def require_file(path: str | Path) -> Path:
-    """Return `path` as a Path.
-
-    Raises:
-        InputError: it does not exist, is not a file, may not be read, or is empty.
-    """
+    """Return `path` as a Path, refused unless it is a file that may be read and is not empty."""
     path = Path(path)
     with naming_unreadable(path):
         if not path.exists():

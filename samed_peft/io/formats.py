@@ -89,8 +89,7 @@ def suffix_of(path: Path) -> str | None:
 
 def format_of(path: Path) -> FileFormat | None:
     """Which format a file has by its name, or None."""
-    suffix = suffix_of(path)
-    return next((file_format for file_format in FORMATS if suffix in file_format.suffixes), None)
+    return next((file_format for file_format in FORMATS if path.name.lower().endswith(file_format.suffixes)), None)
 
 
 def is_picture(path: Path) -> bool:

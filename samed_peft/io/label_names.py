@@ -28,11 +28,7 @@ def label_colour(label: int) -> tuple[float, float, float]:
 
 
 def checked_names(names: Mapping[int, str], path: Path) -> dict[int, str]:
-    """Names in the order of their labels, each on one line.
-
-    Raises:
-        InputError: a label is not in 1..255 or a name is empty.
-    """
+    """Names in the order of their labels, each on one line; refused if empty or of a label outside 1..255."""
     odd = [label for label, name in names.items() if not 1 <= label <= 255 or not _one_line(name)]
     if odd:
         raise InputError(

@@ -97,18 +97,16 @@ def write_mask(mask: np.ndarray, like: Volume, path: Path, names: Mapping[int, s
     """Write a uint8 mask; that of a NIfTI scan keeps its qform and sform with their codes and its units."""
     import nibabel
 
-    image = _mask_image(mask, like)
+    scan_header = _scan_header(like)
+    image = _new_image(mask, like.affine) if scan_header is None else _mask_image(mask, scan_header)
     if names:
         image.header.extensions.append(nibabel.nifti1.Nifti1Extension(_WORKBENCH_ECODE, _label_table(names)))
     _write(image, path)
 
 
-def _mask_image(mask: np.ndarray, like: Volume) -> Any:
+def _mask_image(mask: np.ndarray, scan_header: Any) -> Any:
     import nibabel
 
-    scan_header = _scan_header(like)
-    if scan_header is None:
-        return _new_image(mask, like.affine)
     # NIfTI-2 stores the affine in float64, which float32 would move.
     kind = nibabel.Nifti2Image if isinstance(scan_header, nibabel.Nifti2Header) else nibabel.Nifti1Image
     header = kind.header_class()
@@ -141,15 +139,11 @@ def _new_image(array: np.ndarray, affine: np.ndarray | None) -> Any:
     image.header.set_xyzt_units("mm")
     if affine is not None:
         image.set_sform(affine, code=1)
-        # Some viewers read the qform only. It cannot express a shear, so a sheared grid goes without one.
-        image.set_qform(affine, code=0 if _is_sheared(affine) else 1)
+        # Some viewers read the qform only. It cannot express a shear (axes not at right angles, by more than the
+        # rounding of stored cosines), so a sheared grid goes without one.
+        axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+        image.set_qform(affine, code=0 if np.abs(axes.T @ axes - np.eye(3)).max() > 1e-5 else 1)
     return image
-
-
-def _is_sheared(affine: np.ndarray) -> bool:
-    """Whether the voxels' axes are not at right angles, by more than the rounding of stored cosines."""
-    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    return bool(np.abs(axes.T @ axes - np.eye(3)).max() > 1e-5)
 
 
 def _label_table(names: Mapping[int, str]) -> bytes:

@@ -36,11 +36,7 @@ def is_zip(path: Path) -> bool:
 
 
 def check_torch_file(path: Path) -> None:
-    """Refuse a file of `torch.save` with more than tensors in dicts, before anything in it is built.
-
-    Raises:
-        InputError: an entry is compressed; the pickle is too large, damaged, or names more than tensors need.
-    """
+    """Refuse a compressed file of `torch.save`, or one with more than tensors in dicts, before any of it is built."""
     if is_zip(path):
         stream, pickles = io.BytesIO(_pickle_of_zip(path)), 1
     else:
@@ -89,13 +85,10 @@ def _foreign_names(stream: io.BytesIO) -> list[str]:
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name in _OPCODES_THAT_BUILD:
             names.append(opcode.name)
-        elif opcode.name == "GLOBAL" and not _is_plain(str(argument)):
-            names.append(str(argument).replace(" ", "."))
+        elif opcode.name == "GLOBAL" and argument not in _PLAIN_GLOBALS:
+            module, _, attribute = str(argument).partition(" ")
+            is_storage = attribute.endswith("Storage") and attribute.isalnum()
+            is_dtype = attribute.startswith(("float", "bfloat", "int", "uint", "complex", "bool"))
+            if module != "torch" or not (is_storage or is_dtype):
+                names.append(f"{module}.{attribute}")
     return names
-
-
-def _is_plain(name: str) -> bool:
-    module, _, attribute = name.partition(" ")
-    is_storage = attribute.endswith("Storage") and attribute.isalnum()
-    is_dtype = attribute.startswith(("float", "bfloat", "int", "uint", "complex", "bool"))
-    return name in _PLAIN_GLOBALS or (module == "torch" and (is_storage or is_dtype))

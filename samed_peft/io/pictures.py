@@ -77,7 +77,7 @@ def write_mask(mask: np.ndarray, like: Volume, path: Path, names: Mapping[int, s
     if len(mask) != 1 or like.affine is not None:
         raise InputError(
             f"expected a picture as the scan of {path}, found {like.path or 'a scan'} of shape {like.array.shape}, "
-            "whose grid a .png cannot hold; write NIfTI"
+            "whose grid a .png cannot hold; write .nii.gz"
         )
     text = PngImagePlugin.PngInfo()
     if names:

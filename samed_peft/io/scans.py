@@ -118,23 +118,19 @@ def read_labels(path: str | Path) -> Volume:
     volume = _load(path, labels=True)
     array = volume.array
     if array.dtype.kind == "f":
-        array = _whole_numbers(array, path)
+        whole = np.rint(array)
+        odd = np.abs(array - whole) > _LABEL_ROUNDING
+        if odd.any():
+            raise InputError(
+                f"expected whole numbers as labels, found {float(array[odd][0]):g} in {path}; "
+                "resample labels by nearest neighbour, and check that this is not the scan itself"
+            )
+        array = whole
     low, high = array.min(), array.max()
     if low < -(2**15) or high >= 2**15:
         raise InputError(f"expected labels of 16 bits, found {low:g} to {high:g} in {path}; is this the scan itself?")
     dtype = np.uint8 if low >= 0 and high <= 255 else np.int16
     return Volume(np.ascontiguousarray(array, dtype=dtype), volume.affine, volume.path, volume.normalized)
-
-
-def _whole_numbers(array: np.ndarray, path: str | Path) -> np.ndarray:
-    whole = np.rint(array)
-    odd = np.abs(array - whole) > _LABEL_ROUNDING
-    if odd.any():
-        raise InputError(
-            f"expected whole numbers as labels, found {float(array[odd][0]):g} in {path}; "
-            "resample labels by nearest neighbour, and check that this is not the scan itself"
-        )
-    return whole
 
 
 def read_affine(path: str | Path) -> np.ndarray | None:
@@ -183,8 +179,9 @@ def write_mask(
     path = Path(path)
     file_format = format_of(path)
     if file_format is None or file_format.write_mask is None:
-        known = ", ".join(MASK_SUFFIXES)
-        raise InputError(f"expected a mask name ending in {known}, found {path}; choose one of these")
+        raise InputError(
+            f"expected a mask name ending in {', '.join(MASK_SUFFIXES)}, found {path}; choose one of these"
+        )
     names = checked_names(label_names or {}, path)
     file_format.write_mask(checked_mask(mask, like, path), like, path, names)
 

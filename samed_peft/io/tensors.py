@@ -100,6 +100,7 @@ def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
         InputError: the file is missing, damaged or compressed, holds Python objects or no state dict of dense
             floating-point weights, claims more than is in it, or a weight is not finite.
     """
+    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     path = require_file(path)
@@ -114,12 +115,20 @@ def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
         )
     # Files of PyTorch before 1.6 are not zip archives and cannot be mapped.
     state = _load_state(path, mmap=is_zip(path))
-    _require_dense(state, path)
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for name, value in state.items():
+        if value.is_meta or value.layout != torch.strided or value.dtype not in kinds:
+            kind = f"{value.dtype}, {value.layout}, {value.device.type}".replace("torch.", "")
+            raise InputError(
+                f"expected dense weights of float16, bfloat16, float32 or float64, found {name[:80]!r} ({kind}) in "
+                f"{path}; save the model's state dict as it was trained"
+            )
     _require_finite(state, path)
     return state
 
 
 def _load_state(path: Path, *, mmap: bool) -> "dict[str, Tensor]":
+    """A state dict, refused if it holds anything but names and tensors."""
     import torch
 
     try:
@@ -129,13 +138,6 @@ def _load_state(path: Path, *, mmap: bool) -> "dict[str, Tensor]":
         if "weights_only" in reason:  # PyTorch's own advice is to load it unsafely
             reason = "it is not a checkpoint, or holds Python objects"
         raise unsafe(path, reason) from error
-    _require_state_dict(state, path)
-    return dict(state)
-
-
-def _require_state_dict(state: object, path: Path) -> None:
-    import torch
-
     if not isinstance(state, dict) or not state:
         found = "an empty dict" if isinstance(state, dict) else _kind(state)
         raise InputError(f"expected a state dict (names to tensors), found {found} in {path}; save model.state_dict()")
@@ -146,19 +148,7 @@ def _require_state_dict(state: object, path: Path) -> None:
                 f"expected a state dict (names to tensors), found {shown}: {_kind(value)} "
                 f"in {path}; save the model's state dict alone"
             )
-
-
-def _require_dense(state: "Mapping[str, Tensor]", path: Path) -> None:
-    import torch
-
-    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    for name, value in state.items():
-        if value.is_meta or value.layout != torch.strided or value.dtype not in kinds:
-            kind = f"{value.dtype}, {value.layout}, {value.device.type}".replace("torch.", "")
-            raise InputError(
-                f"expected dense weights of float16, bfloat16, float32 or float64, found {name[:80]!r} ({kind}) in "
-                f"{path}; save the model's state dict as it was trained"
-            )
+    return dict(state)
 
 
 def _kind(value: object) -> str:

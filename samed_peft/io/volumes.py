@@ -65,11 +65,7 @@ def grids_apart_mm(one: Volume, other: Volume) -> float:
 
 
 def checked_affine(affine: np.ndarray, path: Path | None) -> np.ndarray:
-    """Return an affine that has an inverse.
-
-    Raises:
-        InputError: it has no inverse, or holds NaN or infinity.
-    """
+    """Return an affine, refused if it has no inverse or holds NaN or infinity."""
     # Relative to the axes' lengths, so that micrometre voxels are not mistaken for flat ones.
     scale = float(np.prod(np.linalg.norm(affine[:3, :3], axis=0)))
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * scale:
@@ -81,11 +77,7 @@ def checked_affine(affine: np.ndarray, path: Path | None) -> np.ndarray:
 
 
 def checked_mask(mask: np.ndarray, like: Volume, path: Path) -> np.ndarray:
-    """Return a mask as contiguous uint8.
-
-    Raises:
-        InputError: its shape is not the scan's, or a value does not fit.
-    """
+    """Return a mask as contiguous uint8, refused if its shape is not the scan's or a value does not fit."""
     if mask.shape != like.array.shape[:3]:
         raise InputError(
             f"expected a mask of the scan's shape {like.array.shape[:3]} ({like.path}), found {mask.shape} "

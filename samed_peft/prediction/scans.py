@@ -102,13 +102,11 @@ def plan_masks(
         named, channel = chosen, None
     _require_different(named)
     file = _single_mask(named, output, dicom_seg)
-    suffixes = [DICOM_SEG_SUFFIX if dicom_seg else _known_format(path).mask_suffix for _, path in named]
-    scans = [
-        Scan(case, path, file or output / f"{case}{suffix}", channel)
-        for (case, path), suffix in zip(named, suffixes, strict=True)
-    ]
-    for scan in scans:
-        _require_elsewhere(scan, len(sources) > 1, dicom_seg)
+    scans = []
+    for case, path in named:
+        suffix = DICOM_SEG_SUFFIX if dicom_seg else _known_format(path).mask_suffix
+        scans.append(Scan(case, path, file or output / f"{case}{suffix}", channel))
+        _require_elsewhere(scans[-1], len(sources) > 1, dicom_seg)
     return scans
 
 

@@ -109,3 +109,14 @@ def test_cases_are_checked_before_a_training(tmp_path):
     path.unlink()
     with pytest.raises(InputError, match=r"img0038\.nii\.gz has no partner: expected .*label0038\.nii\.gz; add it"):
         check_cases(open_folder(tmp_path / "raw"), ["case0038"], num_classes=8, window=WINDOW)
+
+
+def test_volumes_of_one_column_and_of_scans():
+    rows = load_synapse(BTCV / "raw", "test", cases=["case0038"], num_proc=1)
+    scans, references = CaseVolumes.pairs(rows)
+    for column, volumes in (("image", scans), ("label", references)):
+        one = CaseVolumes.of_rows(rows, column)
+        assert list(one) == list(volumes) == ["case0038"]
+        np.testing.assert_array_equal(one["case0038"].array, volumes["case0038"].array)
+    path = open_folder(BTCV / "raw").images["case0038"]
+    np.testing.assert_array_equal(CaseVolumes.of_scans({"a": path}, channel=3)["a"].array, read_volume(path).array)

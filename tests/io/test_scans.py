@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk  # noqa: N813
 from scan_files import AFFINE, WRITERS, scan_array, write_dicom, write_itk, write_nifti
 
 from samed_peft import io
@@ -223,3 +224,14 @@ def test_labels_off_by_rounding(tmp_path):
     np.testing.assert_array_equal(io.read_labels(tmp_path / "near.nii.gz").array.ravel(), [0, 1, 2])
     with pytest.raises(InputError, match=r"found 0\.9 in"):
         io.read_labels(tmp_path / "far.nii.gz")
+
+
+def test_warnings_of_gdcm_are_hidden_only_when_looking_for_dicom(tmp_path, monkeypatch):
+    """All threads share the switch: scans may be read by several, which must not touch it."""
+    series, shown = write_dicom(tmp_path / "series"), []
+    monkeypatch.setattr(sitk.ProcessObject, "SetGlobalWarningDisplay", shown.append)
+    io.read_volume(series)
+    assert shown == []
+    assert io.holds_dicom(series)
+    assert not io.holds_dicom(tmp_path)
+    assert shown[::2] == [False, False]

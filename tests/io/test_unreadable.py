@@ -50,3 +50,13 @@ def test_names_that_are_too_long(tmp_path):
     for function in (*READERS, *LISTERS):
         with pytest.raises(InputError, match="cannot be read: File name too long"):
             function(tmp_path / ("a" * 300 + ".nii.gz"))
+
+
+def test_a_case_whose_files_may_not_be_examined(tmp_path, monkeypatch):
+    for kind in ("img", "label"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / f"{kind}0005.nii.gz").write_bytes(b"0")
+    folder = open_folder(tmp_path)
+    monkeypatch.setattr(Path, "is_file", _denied)  # the folders may be listed and not searched
+    with pytest.raises(InputError, match=r"label0005\.nii\.gz cannot be read: Permission denied"):
+        folder.case("case0005")
