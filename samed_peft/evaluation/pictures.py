@@ -46,8 +46,8 @@ def case_picture(
         reference: (D, H, W) labels, 0 is background; None leaves its column out.
         prediction: (D, H, W) labels.
         class_names: names of labels 1..K.
-        window: intensities of black and white; None for the 0.5 and 99.5 percentiles of the slices shown. Normalized
-            images are shown from 0 to 1, colour ones too or, with values above 1, from 0 to 255.
+        window: intensities of black and white. By default, normalized images are shown from 0 to 1, colour ones too
+            or, with values above 1, from 0 to 255, and others from the 0.5 to the 99.5 percentile of the slices shown.
         spacing_zyx_mm: voxel size, for the aspect; None for the image's own.
 
     Returns:
@@ -58,7 +58,7 @@ def case_picture(
     """
     scan, labels = _checked(image, {"reference": reference, "prediction": prediction})
     rows = representative_slices(labels.get("reference"), labels["prediction"])
-    low, high = _window(scan, list(rows), window)
+    low, high = window or _window(scan, list(rows))
     view = _view(scan, spacing_zyx_mm or scan.spacing_zyx_mm)
     panels = [
         [
@@ -134,15 +134,18 @@ def _count_classes(labels: NDArray) -> int:
     return int(np.count_nonzero(np.bincount(labels.ravel().astype(np.int64))[1:]))
 
 
-def _window(scan: Volume, rows: Sequence[int], given: tuple[float, float] | None) -> tuple[float, float]:
+def scan_window(image: Volume | NDArray, window: tuple[float, float] | None) -> tuple[float, float] | None:
+    """An adapter's window, if it applies to the image: not to normalized or colour ones."""
+    return None if isinstance(image, Volume) and (image.normalized or image.array.ndim == 4) else window
+
+
+def _window(scan: Volume, rows: Sequence[int]) -> tuple[float, float]:
     shown = np.asarray(scan.array[rows])
     if shown.ndim == 4:
         bytes_range = shown.dtype == np.uint8 or (not scan.normalized and shown.max() > 1)
         return 0.0, 255.0 if bytes_range else 1.0
     if scan.normalized:
         return 0.0, 1.0
-    if given is not None:
-        return given
     low, high = np.nanpercentile(shown.astype(np.float32), [0.5, 99.5])
     return float(low), float(high if high > low else low + 1)
 

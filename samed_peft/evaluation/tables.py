@@ -56,6 +56,11 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, text
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def format_count(number: float) -> str:
+    """A number of cases; n/a if an older file does not state it."""
+    return "n/a" if math.isnan(number) else str(number)
+
+
 def format_interval(metric: Metric, interval: Interval) -> str:
     """Both ends; n/a if undefined."""
     low, high = (format_metric(metric, end) for end in interval)
@@ -101,7 +106,7 @@ def class_rows(report: Report) -> list[list[str]]:
 def further_rows(report: Report) -> list[list[str]]:
     """Name and other metrics of each class, and cases with the class in neither or one mask; the mean last."""
     keys = ("n_absent", "n_missed", "n_spurious")
-    counts = [[str(scores[key]) for key in keys] for scores in report.summary["standard"]["classes"].values()]
+    counts = [[format_count(scores[key]) for key in keys] for scores in report.summary["standard"]["classes"].values()]
     return with_counts(score_rows(report, FURTHER_COLUMNS), counts, at=1 + len(FURTHER_COLUMNS))
 
 

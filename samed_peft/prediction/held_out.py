@@ -53,7 +53,7 @@ def score_held_out(
     written = CaseVolumes.of_masks({case: masks[case] for case in mine})
     # References without a scan stay in: `evaluate_cases` refuses them.
     own = {case: partial(references.__getitem__, case) for case in references if case in mine or case not in images}
-    if own or accelerator.is_main_process:
+    if own or mine or accelerator.is_main_process:
         part = evaluate_cases(
             written, CaseVolumes(own), class_names=names, images=images, window=config.window, settings=settings
         )
