@@ -10,15 +10,7 @@ from samed_peft.errors import InputError
 from samed_peft.evaluation.cases import checked_names, score_pair
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.evaluation.report import Report
-from samed_peft.io import (
-    SUFFIXES,
-    Volume,
-    list_folder,
-    numbered_names,
-    read_labels,
-    read_volume,
-    suffix_of,
-)
+from samed_peft.io import SUFFIXES, Volume, list_folder, numbered_names, read_labels, read_volume, suffix_of
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance
 
 _CHANNEL = "_0000"
@@ -93,11 +85,9 @@ def evaluate_folders(
 
 
 def list_files(folder: Path, *, folders_too: bool = False) -> dict[str, list[Path]]:
-    """List the files of each case in `folder`, without hidden ones and those of other kinds.
+    """List the files of each case in `folder` itself, without hidden ones and those of other kinds.
 
-    Args:
-        folder: where to look; folders below it are not searched.
-        folders_too: count folders as well, which may be DICOM series.
+    With `folders_too`, folders count as well, which may be DICOM series.
 
     Raises:
         InputError: the folder is missing, is a file, or has no such files.

@@ -68,7 +68,9 @@ def case_picture(
         for z in rows
     ]
     titles = [f"slice {z}\n{reason}" for z, reason in rows.items()]
-    figure = _figure(panels, titles, columns=("image", *labels), view=view, num_classes=len(class_names))
+    # (K + 1, 3) in [0, 1]; the background's is never shown.
+    colours = np.array([(0.0, 0.0, 0.0), *(label_colour(label) for label in range(1, len(class_names) + 1))])
+    figure = _figure(panels, titles, columns=("image", *labels), view=view, colours=colours)
     _legend(figure, panels, class_names)
     return _png(figure)
 
@@ -159,10 +161,10 @@ def _view(scan: Volume, spacing_zyx_mm: tuple[float, float, float]) -> _View:
     _, row_mm, column_mm = spacing_zyx_mm
     if scan.orientation is None:
         return _View((), "as stored, orientation unknown", row_mm / column_mm)
-    x, y = scan.orientation[0], scan.orientation[1]
+    x, y = scan.orientation[:2]
     if x in "LR" and y in "AP":
         note = "anterior up, patient's right on the left"
-        flipped = (*((0,) if y == "A" else ()), *((1,) if x == "R" else ()))
+        flipped = (0,) * (y == "A") + (1,) * (x == "R")
         return _View(flipped, note, row_mm / column_mm)
     return _View((), f"as stored: rows run to {y}, columns to {x}", row_mm / column_mm)
 
@@ -173,7 +175,7 @@ def _figure(
     *,
     columns: Sequence[str],
     view: _View,
-    num_classes: int,
+    colours: NDArray[np.float64],
 ) -> "Figure":
     """Draw one row for each slice, with the image in the first column and overlays in the others."""
     from matplotlib.figure import Figure
@@ -185,7 +187,6 @@ def _figure(
         figsize=(len(columns) * _COLUMN_INCHES, row_inches * len(panels) + 0.9), dpi=110, layout="compressed"
     )
     grid = figure.subplots(len(panels), len(columns), squeeze=False)
-    colours = _palette(num_classes)
     for axes, (pixels, *labels), title in zip(grid, panels, titles, strict=True):
         axes[0].set_ylabel(title, fontsize=9)
         for panel, overlay in zip(axes, (None, *labels), strict=True):
@@ -197,11 +198,6 @@ def _figure(
         panel.set_title(title, fontsize=10)
     figure.suptitle(view.note, fontsize=8, color="dimgray")
     return figure
-
-
-def _palette(num_classes: int) -> NDArray[np.float64]:
-    """(K + 1, 3) colours in [0, 1]; index 0, the background, is never shown."""
-    return np.array([(0.0, 0.0, 0.0), *(label_colour(label) for label in range(1, num_classes + 1))])
 
 
 def _overlay(labels: NDArray, colours: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -221,8 +217,7 @@ def _legend(figure: "Figure", panels: Sequence[Sequence[NDArray]], class_names: 
     shown = sorted({int(label) for _, *maps in panels for labels in maps for label in np.unique(labels)} - {0})
     if not shown:
         return
-    colours = _palette(len(class_names))
-    handles = [Patch(color=tuple(colours[label]), label=str(label)) for label in shown]
+    handles = [Patch(color=label_colour(label), label=str(label)) for label in shown]
     legend = figure.legend(
         handles=handles, loc="outside lower center", ncols=min(4 if len(panels[0]) > 2 else 3, len(shown)), fontsize=9
     )

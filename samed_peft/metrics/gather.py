@@ -110,8 +110,8 @@ class SegmentationScores(evaluate.Metric):
 
 def _scores_at(columns: Mapping[str, Sequence[Any]], index: int) -> CaseScores:
     def scores(convention: Convention) -> ClassScores:
-        by_metric = zip(*(columns[f"{convention}_{name}"][index] for name in METRICS), strict=True)
-        return [dict(zip(METRICS, values, strict=True)) for values in by_metric]
+        by_class = zip(*(columns[f"{convention}_{name}"][index] for name in METRICS), strict=True)
+        return [dict(zip(METRICS, values, strict=True)) for values in by_class]
 
     return {"standard": scores("standard"), "samed": scores("samed"), "presence": list(columns["presence"][index])}
 
@@ -127,10 +127,7 @@ def gather_scores(
     Args:
         scores: case -> scores, of the cases of this process; may be empty.
         class_names: names of labels 1..K.
-        accelerator: the processes; all of them have to call.
-
-    Returns:
-        case -> scores of all cases, equal on every process.
+        accelerator: the processes; all of them have to call and get the same.
     """
     folder = tempfile.mkdtemp(prefix="samed_scores_") if accelerator.is_main_process else ""
     (folder,) = broadcast_object_list([folder])
