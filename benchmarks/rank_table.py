@@ -145,11 +145,9 @@ def table(rows: Sequence[Row], *, rng: np.random.Generator) -> str:
 
 def tests_table(rows: Sequence[Row]) -> str:
     """Differences between ranks, the row's less the column's, and whether chance explains them."""
-    found = {(one.name, other.name): (d, p) for one, other, d, p in paired_tests(rows, "dice")}
-    lines = []
-    for other in rows[1:]:
-        cells = [found.get((one.name, other.name)) for one in rows[:-1]]
-        lines.append([other.name, *("" if cell is None else f"{cell[0]:+.3f} (p {cell[1]:.2g})" for cell in cells)])
+    tests = paired_tests(rows, "dice")
+    texts = {(one.name, other.name): f"{difference:+.3f} (p {p:.2g})" for one, other, difference, p in tests}
+    lines = [[other.name, *(texts.get((one.name, other.name), "") for one in rows[:-1])] for other in rows[1:]]
     return markdown_table(["", *(row.name for row in rows[:-1])], lines)
 
 
@@ -184,9 +182,8 @@ def plot_costs(rows: Sequence[Row], path: Path) -> None:
         (axes[1], rows[0].memory, "peak memory of training, GB", 1),
     ):
         for color, kind in enumerate(KINDS):
-            of_kind = [row for row in rows if row.kind == kind]
-            places = [(row.median(field) / unit, row.mean("dice")) for row in of_kind]
-            axis.scatter(*zip(*places, strict=True), color=f"C{color}", label=kind) if places else None
+            if places := [(row.median(field) / unit, row.mean("dice")) for row in rows if row.kind == kind]:
+                axis.scatter(*zip(*places, strict=True), color=f"C{color}", label=kind)
         # Left and right in turn, from the worst up, so that names of neighbours lie apart.
         for number, row in enumerate(sorted(rows, key=lambda row: row.mean("dice"))):
             place, side = (row.median(field) / unit, row.mean("dice")), 1 if number % 2 else -1

@@ -13,9 +13,6 @@ from samed_peft.evaluation.report import Report
 from samed_peft.io import SUFFIXES, Volume, list_folder, numbered_names, read_labels, read_volume, suffix_of
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance
 
-_CHANNEL = "_0000"
-"""Ending of nnU-Net's scans before the suffix; its masks lack it."""
-
 Files = Mapping[str, Sequence[Path]]
 """Case -> the files of that name, of which there should be one."""
 
@@ -134,7 +131,8 @@ def _readable(references: Files) -> Iterator[Volume]:
 
 def _scans_of(cases: Sequence[str], images: Path) -> dict[str, list[Path]]:
     found = list_files(images, folders_too=True)
-    scans = {case: found.get(case) or found.get(case + _CHANNEL, []) for case in cases}
+    # nnU-Net ends the names of scans with the number of the channel.
+    scans = {case: found.get(case) or found.get(f"{case}_0000", []) for case in cases}
     if not any(scans.values()):
         raise InputError(f"expected images named as the references in {images}, found {', '.join(sorted(found)[:5])}")
     return {case: paths for case, paths in scans.items() if paths}

@@ -26,12 +26,9 @@ _PRESENCES: Mapping[Presence, str] = {
 
 
 def html_page(report: Report, *, pictures: Mapping[str, bytes], links: Mapping[str, str]) -> str:
-    """The report as one page: tables that sort, distributions, the worst cases with their pictures.
+    """The report as one page: tables that sort, distributions, and the worst cases with their pictures.
 
-    Args:
-        report: the scores.
-        pictures: case -> PNG; those of the worst cases become part of the page.
-        links: case -> path of its picture from the page.
+    Pictures (case -> PNG) of these cases become part of the page; links (case -> path) lead to all of them.
     """
     style, script = asset("report.css"), asset("report.js")
     worst = report.worst_first()

@@ -103,13 +103,9 @@ def _checked(
 
 
 def representative_slices(reference: NDArray | None, prediction: NDArray) -> dict[int, str]:
-    """Choose up to three slices worth looking at: index -> reason.
+    """Choose up to three slices of (D, H, W) labels worth looking at: index -> reason.
 
     They are the slices with the most classes, the largest disagreement and the most foreground, kept apart.
-
-    Args:
-        reference: (D, H, W) labels; None for a prediction alone, without disagreement.
-        prediction: (D, H, W) labels.
     """
     maps = [prediction] if reference is None else [reference, prediction]
     depth = len(prediction)
@@ -161,7 +157,7 @@ def _view(scan: Volume, spacing_zyx_mm: tuple[float, float, float]) -> _View:
     _, row_mm, column_mm = spacing_zyx_mm
     if scan.orientation is None:
         return _View((), "as stored, orientation unknown", row_mm / column_mm)
-    x, y = scan.orientation[:2]
+    x, y = scan.orientation[0], scan.orientation[1]
     if x in "LR" and y in "AP":
         note = "anterior up, patient's right on the left"
         flipped = (0,) * (y == "A") + (1,) * (x == "R")

@@ -116,10 +116,8 @@ def read_means(report: Entry, names: Sequence[str], *, n_cases: int) -> Means | 
             "classes": {name: _scores(entry) | _counts(entry, is_older=is_older) for name, entry in classes.items()},
         }
         intervals[convention] = {
-            "mean": _intervals({} if is_older else _stored(found["mean_ci95"])),
-            "classes": {
-                name: _intervals({} if is_older else _stored(entry["ci95"])) for name, entry in classes.items()
-            },
+            "mean": _intervals(found, "mean_ci95", is_older=is_older),
+            "classes": {name: _intervals(entry, "ci95", is_older=is_older) for name, entry in classes.items()},
         }
     return Means(n_cases, summary, intervals)
 
@@ -149,8 +147,9 @@ def _scores(entry: Entry) -> ClassScore:
     return dict.fromkeys(METRICS, math.nan) | {metric: found.number() for metric, found in _stored(entry).items()}
 
 
-def _intervals(stored: Mapping[str, Entry]) -> dict[str, tuple[float, float]]:
-    return dict.fromkeys(METRICS, (math.nan, math.nan)) | {m: _interval(found) for m, found in stored.items()}
+def _intervals(parent: Entry, key: str, *, is_older: bool) -> dict[str, tuple[float, float]]:
+    found = {} if is_older else _stored(parent[key])
+    return dict.fromkeys(METRICS, (math.nan, math.nan)) | {metric: _interval(entry) for metric, entry in found.items()}
 
 
 def _interval(entry: Entry) -> tuple[float, float]:

@@ -119,15 +119,10 @@ def _scores_at(columns: Mapping[str, Sequence[Any]], index: int) -> CaseScores:
 def gather_scores(
     scores: Mapping[str, CaseScores], class_names: Sequence[str], *, accelerator: Accelerator
 ) -> dict[str, CaseScores]:
-    """Gather the scores of the cases of all processes with `SegmentationScores`.
+    """Gather case -> scores of all processes with `SegmentationScores`; all have to call, and get the same.
 
     `evaluate` exchanges them through files, here in a temporary folder that is removed afterwards. If some processes do
     not see the main process's folder, being on other nodes, Accelerate's `gather_object` exchanges them instead.
-
-    Args:
-        scores: case -> scores, of the cases of this process; may be empty.
-        class_names: names of labels 1..K.
-        accelerator: the processes; all of them have to call and get the same.
     """
     folder = tempfile.mkdtemp(prefix="samed_scores_") if accelerator.is_main_process else ""
     (folder,) = broadcast_object_list([folder])
