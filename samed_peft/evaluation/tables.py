@@ -113,19 +113,13 @@ def further_rows(report: Report) -> list[list[str]]:
 def remarks(report: Report) -> list[str]:
     """Facts that a reader of the scores must know first."""
     found = [str(report.settings["note"])] if "note" in report.settings else []
-    assumed = report.settings.get("cases_without_spacing", [])
-    if assumed:
+    if assumed := report.settings.get("cases_without_spacing", []):
         found.append(f"{len(assumed)} of {report.n_cases} references have no voxel size: 1 mm was assumed for them.")
     return found
 
 
 def format_table(report: Report, *, width: int | None = None) -> str:
-    """The scores per class as a table for the terminal, in ASCII.
-
-    Args:
-        report: the scores.
-        width: columns to fill at most; the terminal's if None. Less than 80 is taken as 80.
-    """
+    """The scores per class as an ASCII table of at most `width` columns, at least 80; by default the terminal's."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -142,8 +136,8 @@ def format_table(report: Report, *, width: int | None = None) -> str:
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, color_system=None, legacy_windows=False)
     console.print(table)
-    failed = list(report.settings.get("failed_cases", {}))
-    left_out = [f"{len(failed)} failed and left out: {', '.join(failed)}"] if failed else []
-    for line in [*remarks(report), *left_out]:
+    for line in remarks(report):
         console.print(Text(line))
+    if failed := report.settings.get("failed_cases", {}):
+        console.print(Text(f"{len(failed)} failed and left out: {', '.join(failed)}"))
     return "\n".join(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines())

@@ -128,7 +128,7 @@ def gather_scores(
     (folder,) = broadcast_object_list([folder])
     try:
         if not all(gather_object([_sees(folder)])):
-            return {case: found for part in gather_object([scores]) for case, found in part.items()}
+            return dict(gather_object(list(scores.items())))
         metric = SegmentationScores(
             class_names,
             cache_dir=folder,

@@ -60,11 +60,10 @@ def score_held_out(
     else:  # fewer cases than processes
         part = Report(names, {})
     cases = gather_scores(part.cases, names, accelerator=accelerator)
-    parts = gather_object([(dict(part.pictures), part.settings.get("cases_without_spacing", []))])
+    pictures = dict(gather_object(list(part.pictures.items())))
+    without_spacing = gather_object(list(part.settings.get("cases_without_spacing", [])))
     if not accelerator.is_main_process:
         return None
-    pictures = {case: picture for found, _ in parts for case, picture in found.items()}
-    without_spacing = {case for _, found in parts for case in found}
     spacing = {"cases_without_spacing": [case for case in references if case in without_spacing]}
     report = Report(
         names,
