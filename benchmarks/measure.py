@@ -163,7 +163,8 @@ def in_own_process(function: Callable[[Any], Any], options: Any, *, forked: bool
 
 def facts() -> dict[str, Any]:
     """Date and machine of a result: everything that figures depend on besides the code that is measured."""
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    file = Path("/proc/cpuinfo")
+    cpuinfo = file.read_text().splitlines() if file.is_file() else []
     cpu = next((line.split(":", 1)[1].strip() for line in cpuinfo if "model name" in line), platform.machine())
     versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     machine = {

@@ -77,7 +77,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="calls of ours, of which the median counts")
     parser.add_argument("--name", help="end of the result's file name; the shape if not given")
     args = parser.parse_args()
-    result = facts() | {"cores_used": len(os.sched_getaffinity(0)), "allowed_difference": ALLOWED}
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    result = facts() | {"cores_used": cores, "allowed_difference": ALLOWED}
     result["settings"] = {"shape_dhw": args.shape, "spacing_zyx_mm": SPACING_ZYX_MM, "repeats": args.repeats}
     shape_dhw = tuple(args.shape)
     reference = phantom_labels(0, shape_dhw)

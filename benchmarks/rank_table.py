@@ -32,15 +32,7 @@ KINDS = ("rank", "placement", "method", "baseline")
 
 @dataclass(frozen=True)
 class Row:
-    """One variant.
-
-    Attributes:
-        kind: "rank", "placement", "method" or "baseline".
-        name: its name.
-        runs: its results, one a seed.
-        reports: their reports.
-        scores: metric -> (seeds, cases), each the mean over the classes that are defined, NaN if all are undefined.
-    """
+    """One variant: its results, one a seed, and metric -> (seeds, cases), means over the classes that are defined."""
 
     kind: str
     name: str
@@ -72,7 +64,7 @@ class Row:
 
     def seeds_deviation(self, metric: str) -> float:
         """Standard deviation between seeds of the mean over cases; NaN with one seed."""
-        return float(np.std(np.nanmean(self.scores[metric], axis=1), ddof=1)) if len(self.runs) > 1 else float("nan")
+        return float(np.std(np.nanmean(self.scores[metric], axis=1), ddof=1)) if len(self.runs) > 1 else np.nan
 
 
 def rows_of(results: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -95,20 +87,13 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[Row]:
             for metric in MAIN_METRICS
         }
         rows.append(Row(kind, name, runs, reports, scores))
-    return sorted(rows, key=_place)
-
-
-def _place(row: Row) -> tuple[int, int]:
-    return KINDS.index(row.kind), row.runs[0]["config"]["rank"] if row.kind == "rank" else 0
+    return sorted(
+        rows, key=lambda row: (KINDS.index(row.kind), row.runs[0]["config"]["rank"] if row.kind == "rank" else 0)
+    )
 
 
 def interval(scores: np.ndarray, *, rng: np.random.Generator) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean over seeds and cases, both drawn anew.
-
-    Args:
-        scores: (seeds, cases), NaN where undefined.
-        rng: equal states give equal intervals.
-    """
+    """95 % percentile bootstrap of the mean of (seeds, cases), both drawn anew; NaN is left out."""
     seeds, cases = scores.shape
     drawn = ((rng.integers(seeds, size=seeds), rng.integers(cases, size=cases)) for _ in range(RESAMPLES))
     draws = [mean_defined(scores[np.ix_(*places)].ravel().tolist()) for places in drawn]
@@ -118,24 +103,21 @@ def interval(scores: np.ndarray, *, rng: np.random.Generator) -> tuple[float, fl
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """P values adjusted for their number (Holm 1979)."""
-    order, number = np.argsort(p_values), len(p_values)
-    stepped = np.maximum.accumulate(np.sort(p_values) * np.arange(number, 0, -1))
-    adjusted = np.empty(number)
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return adjusted.tolist()
+    order = np.argsort(p_values)
+    adjusted = np.minimum(np.maximum.accumulate(np.sort(p_values) * np.arange(len(p_values), 0, -1)), 1.0)
+    return adjusted[np.argsort(order)].tolist()
 
 
 def paired_tests(rows: Sequence[Row], metric: str) -> list[tuple[Row, Row, float, float]]:
     """(one, other, mean difference other - one, adjusted p) of every pair, on cases."""
     pairs = list(itertools.combinations(rows, 2))
-    found = []
+    means, p_values = [], []
     for one, other in pairs:
         differences = np.nanmean(other.scores[metric], axis=0) - np.nanmean(one.scores[metric], axis=0)
         differences = differences[~np.isnan(differences)]
-        p = float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0
-        found.append((float(differences.mean()), p))
-    adjusted = holm([p for _, p in found])
-    return [(*pair, difference, p) for pair, (difference, _), p in zip(pairs, found, adjusted, strict=True)]
+        means.append(float(differences.mean()))
+        p_values.append(float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0)
+    return [(*pair, mean, p) for pair, mean, p in zip(pairs, means, holm(p_values), strict=True)]
 
 
 def table(rows: Sequence[Row], *, rng: np.random.Generator) -> str:
@@ -163,11 +145,9 @@ def table(rows: Sequence[Row], *, rng: np.random.Generator) -> str:
 
 def tests_table(rows: Sequence[Row]) -> str:
     """Differences between ranks, the row's less the column's, and whether chance explains them."""
-    found = {(one.name, other.name): (d, p) for one, other, d, p in paired_tests(rows, "dice")}
-    lines = []
-    for other in rows[1:]:
-        cells = [found.get((one.name, other.name)) for one in rows[:-1]]
-        lines.append([other.name, *("" if cell is None else f"{cell[0]:+.3f} (p {cell[1]:.2g})" for cell in cells)])
+    tests = paired_tests(rows, "dice")
+    texts = {(one.name, other.name): f"{difference:+.3f} (p {p:.2g})" for one, other, difference, p in tests}
+    lines = [[other.name, *(texts.get((one.name, other.name), "") for one in rows[:-1])] for other in rows[1:]]
     return markdown_table(["", *(row.name for row in rows[:-1])], lines)
 
 
@@ -202,9 +182,8 @@ def plot_costs(rows: Sequence[Row], path: Path) -> None:
         (axes[1], rows[0].memory, "peak memory of training, GB", 1),
     ):
         for color, kind in enumerate(KINDS):
-            of_kind = [row for row in rows if row.kind == kind]
-            places = [(row.median(field) / unit, row.mean("dice")) for row in of_kind]
-            axis.scatter(*zip(*places, strict=True), color=f"C{color}", label=kind) if places else None
+            if places := [(row.median(field) / unit, row.mean("dice")) for row in rows if row.kind == kind]:
+                axis.scatter(*zip(*places, strict=True), color=f"C{color}", label=kind)
         # Left and right in turn, from the worst up, so that names of neighbours lie apart.
         for number, row in enumerate(sorted(rows, key=lambda row: row.mean("dice"))):
             place, side = (row.median(field) / unit, row.mean("dice")), 1 if number % 2 else -1
@@ -229,10 +208,9 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, help="default: beside that folder")
     args = parser.parse_args()
     mpl.use("Agg")
-    files = sorted(args.results.glob("*.json"))
-    if not files:
+    results = [read_json(file) for file in sorted(args.results.glob("*.json"))]
+    if not results:
         raise InputError(f"expected results of lora_rank.py in {args.results}, found none")
-    results = [read_json(file) for file in files]
     data = sorted({run["data"] for run in results})
     if len(data) > 1:
         raise InputError(

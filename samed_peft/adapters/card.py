@@ -71,13 +71,13 @@ def _scores(report: Report | None) -> dict[str, Any]:
     """Note, number of cases and table of the section with scores; an adapter without a report has none."""
     if report is None:
         return {"scores_table": ""}
-    first, *others = column_titles(MAIN_COLUMNS)
+    header = ["Class", *column_titles(MAIN_COLUMNS)]
+    header.insert(3, "Cases")
     counts = [[f"{scores['n_valid']}/{report.n_cases}"] for scores in report.summary["standard"]["classes"].values()]
-    rows = with_counts(score_rows(report, MAIN_COLUMNS), counts, at=3)
     return {
         "note": markdown_text(without_place(report.settings.get("note", ""))),
         "n_cases": report.n_cases,
-        "scores_table": markdown_table(["Class", first, others[0], "Cases", *others[1:]], rows),
+        "scores_table": markdown_table(header, with_counts(score_rows(report, MAIN_COLUMNS), counts, at=3)),
     }
 
 

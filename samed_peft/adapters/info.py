@@ -124,6 +124,4 @@ def _row(label: str, name: str, standard: Mapping[str, Any], samed: Mapping[str,
     from samed_peft.metrics import format_metric  # imports SciPy, which adapters without scores do not need
 
     scores = [format_metric(metric, score[metric]) for score in (standard, samed) for metric in ("dice", "hd95")]
-    return f"{label:>5} {name} " + " ".join(
-        f"{text:>{width}}" for text, width in zip(scores, (6, 8, 11, 12), strict=True)
-    )
+    return "{:>5} {} {:>6} {:>8} {:>11} {:>12}".format(label, name, *scores)

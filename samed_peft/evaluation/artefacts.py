@@ -59,11 +59,9 @@ def csv_text(report: Report) -> str:
     for case, scores in report.cases.items():
         for index, name in enumerate(report.class_names):
             for convention in CONVENTIONS:
-                values = scores[convention][index]
-                row = [_inert(case), _inert(name), convention, scores["presence"][index]]
-                writer.writerow(
-                    [*row, *("" if math.isnan(values[metric]) else repr(values[metric]) for metric in METRICS)]
-                )
+                values = (scores[convention][index][metric] for metric in METRICS)
+                cells = ("" if math.isnan(value) else repr(value) for value in values)
+                writer.writerow([_inert(case), _inert(name), convention, scores["presence"][index], *cells])
     return buffer.getvalue()
 
 
@@ -76,13 +74,7 @@ CaseTable = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 
 def report_text(report: Report, case_tables: Iterable[CaseTable], *, links: Mapping[str, str]) -> str:
-    """The report as Markdown.
-
-    Args:
-        report: the scores.
-        case_tables: tables with the scores of single cases; they come after those with means.
-        links: case -> path of its picture.
-    """
+    """The report as Markdown, with tables of single cases after those of means, and links (case -> picture)."""
     settings = [
         (name, json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else value)
         for name, value in report.settings.items()

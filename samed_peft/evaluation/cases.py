@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from samed_peft.errors import InputError
-from samed_peft.evaluation.pictures import case_picture
+from samed_peft.evaluation.pictures import case_picture, scan_window
 from samed_peft.evaluation.report import Report
 from samed_peft.io import Volume, grids_apart_mm
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance, score_case
@@ -35,7 +35,8 @@ def evaluate_cases(
             the report says so.
         class_names: names of labels 1..K.
         images: case -> scan, to make pictures of these cases.
-        window: intensities of black and white in the pictures; see `case_picture`.
+        window: intensities of black and white in the pictures, but those of normalized or colour `Volume`s; see
+            `case_picture`.
         settings: facts about the run for the report, as JSON values; `note` is printed on top, `dataset` names the
             data in a model card.
         tolerance_mm: of the surface Dice; see `metrics.score_labels`.
@@ -57,7 +58,9 @@ def evaluate_cases(
             raise InputError(f"{case}: {error}") from error
         without_spacing += [case] if reference.affine is None else []
         if images is not None and case in images:
-            pictures[case] = case_picture(images[case], reference, prediction, class_names=names, window=window)
+            image = images[case]
+            shown = scan_window(image, window)
+            pictures[case] = case_picture(image, reference, prediction, class_names=names, window=shown)
     found = {"cases_without_spacing": without_spacing} if without_spacing else {}
     found_settings = {**(settings or {}), "surface_dice_tolerance_mm": tolerance_mm, **found}
     return Report(names, scores, settings=found_settings, pictures=pictures)

@@ -28,9 +28,6 @@ def box_plots(points: Mapping[str, Points], *, label: str, top: float | None = N
         points: class -> its cases and values, all at least 0.
         label: name of the axis with its unit.
         top: end of the axis; None for the largest value.
-
-    Returns:
-        An `<svg>` element.
     """
     largest = max((value for row in points.values() for _, value in row), default=0.0)
     ticks = _ticks(top or largest or 1.0)

@@ -10,19 +10,8 @@ from samed_peft.errors import InputError
 from samed_peft.evaluation.cases import checked_names, score_pair
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.evaluation.report import Report
-from samed_peft.io import (
-    SUFFIXES,
-    Volume,
-    list_folder,
-    numbered_names,
-    read_labels,
-    read_volume,
-    suffix_of,
-)
+from samed_peft.io import SUFFIXES, Volume, list_folder, numbered_names, read_labels, read_volume, suffix_of
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance
-
-_CHANNEL = "_0000"
-"""Ending of nnU-Net's scans before the suffix; its masks lack it."""
 
 Files = Mapping[str, Sequence[Path]]
 """Case -> the files of that name, of which there should be one."""
@@ -93,11 +82,9 @@ def evaluate_folders(
 
 
 def list_files(folder: Path, *, folders_too: bool = False) -> dict[str, list[Path]]:
-    """List the files of each case in `folder`, without hidden ones and those of other kinds.
+    """List the files of each case in `folder` itself, without hidden ones and those of other kinds.
 
-    Args:
-        folder: where to look; folders below it are not searched.
-        folders_too: count folders as well, which may be DICOM series.
+    With `folders_too`, folders count as well, which may be DICOM series.
 
     Raises:
         InputError: the folder is missing, is a file, or has no such files.
@@ -144,7 +131,8 @@ def _readable(references: Files) -> Iterator[Volume]:
 
 def _scans_of(cases: Sequence[str], images: Path) -> dict[str, list[Path]]:
     found = list_files(images, folders_too=True)
-    scans = {case: found.get(case) or found.get(case + _CHANNEL, []) for case in cases}
+    # nnU-Net ends the names of scans with the number of the channel.
+    scans = {case: found.get(case) or found.get(f"{case}_0000", []) for case in cases}
     if not any(scans.values()):
         raise InputError(f"expected images named as the references in {images}, found {', '.join(sorted(found)[:5])}")
     return {case: paths for case, paths in scans.items() if paths}

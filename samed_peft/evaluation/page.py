@@ -26,12 +26,9 @@ _PRESENCES: Mapping[Presence, str] = {
 
 
 def html_page(report: Report, *, pictures: Mapping[str, bytes], links: Mapping[str, str]) -> str:
-    """The report as one page: tables that sort, distributions, the worst cases with their pictures.
+    """The report as one page: tables that sort, distributions, and the worst cases with their pictures.
 
-    Args:
-        report: the scores.
-        pictures: case -> PNG; those of the worst cases become part of the page.
-        links: case -> path of its picture from the page.
+    Pictures (case -> PNG) of these cases become part of the page; links (case -> path) lead to all of them.
     """
     style, script = asset("report.css"), asset("report.js")
     worst = report.worst_first()
@@ -41,7 +38,10 @@ def html_page(report: Report, *, pictures: Mapping[str, bytes], links: Mapping[s
         style=style,
         script=script,
         hashes=[base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)],
-        score_groups=_score_groups(),
+        score_groups=[
+            (f"{convention}, distances in {METRICS['hd95'].unit_in(convention)}", list(map(metric_title, METRICS)))
+            for convention in CONVENTIONS
+        ],
         short_interval=_short_interval,
         presences=_PRESENCES,
         charts=[_chart(report, metric) for metric in MAIN_METRICS],
@@ -51,14 +51,12 @@ def html_page(report: Report, *, pictures: Mapping[str, bytes], links: Mapping[s
         },
         further=[case for case in worst[MOST_PICTURES:] if case in links],
         links=links,
-        settings=_settings(report),
+        settings={
+            name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for name, value in report.settings.items()
+            if name != "failed_cases"  # they stand on top
+        },
     )
-
-
-def _score_groups() -> list[tuple[str, list[str]]]:
-    """Title and headings of each group of columns with scores."""
-    titles = [metric_title(metric) for metric in METRICS]
-    return [(f"{convention}, distances in {METRICS['hd95'].unit_in(convention)}", titles) for convention in CONVENTIONS]
 
 
 def _chart(report: Report, metric: Metric) -> Markup:
@@ -97,11 +95,3 @@ def _worst_classes(report: Report, case: str, *, most: int = 3) -> str:
     lowest = ", ".join(f"{name} {dice:.2f}" for dice, name in sorted(scored)[:most])
     among = f"; {lowest}" if len(report.class_names) > 1 else ""
     return f"mean Dice {report.case_mean(case):.4f}{among}"
-
-
-def _settings(report: Report) -> dict[str, str]:
-    return {
-        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for name, value in report.settings.items()
-        if name != "failed_cases"  # they stand on top
-    }

@@ -46,8 +46,8 @@ def case_picture(
         reference: (D, H, W) labels, 0 is background; None leaves its column out.
         prediction: (D, H, W) labels.
         class_names: names of labels 1..K.
-        window: intensities of black and white; None for the 0.5 and 99.5 percentiles of the slices shown. Normalized
-            images are shown from 0 to 1, colour ones too or, with values above 1, from 0 to 255.
+        window: intensities of black and white. By default, normalized images are shown from 0 to 1, colour ones too
+            or, with values above 1, from 0 to 255, and others from the 0.5 to the 99.5 percentile of the slices shown.
         spacing_zyx_mm: voxel size, for the aspect; None for the image's own.
 
     Returns:
@@ -58,7 +58,7 @@ def case_picture(
     """
     scan, labels = _checked(image, {"reference": reference, "prediction": prediction})
     rows = representative_slices(labels.get("reference"), labels["prediction"])
-    low, high = _window(scan, list(rows), window)
+    low, high = window or _window(scan, list(rows))
     view = _view(scan, spacing_zyx_mm or scan.spacing_zyx_mm)
     panels = [
         [
@@ -68,7 +68,9 @@ def case_picture(
         for z in rows
     ]
     titles = [f"slice {z}\n{reason}" for z, reason in rows.items()]
-    figure = _figure(panels, titles, columns=("image", *labels), view=view, num_classes=len(class_names))
+    # (K + 1, 3) in [0, 1]; the background's is never shown.
+    colours = np.array([(0.0, 0.0, 0.0), *(label_colour(label) for label in range(1, len(class_names) + 1))])
+    figure = _figure(panels, titles, columns=("image", *labels), view=view, colours=colours)
     _legend(figure, panels, class_names)
     return _png(figure)
 
@@ -101,13 +103,9 @@ def _checked(
 
 
 def representative_slices(reference: NDArray | None, prediction: NDArray) -> dict[int, str]:
-    """Choose up to three slices worth looking at: index -> reason.
+    """Choose up to three slices of (D, H, W) labels worth looking at: index -> reason.
 
     They are the slices with the most classes, the largest disagreement and the most foreground, kept apart.
-
-    Args:
-        reference: (D, H, W) labels; None for a prediction alone, without disagreement.
-        prediction: (D, H, W) labels.
     """
     maps = [prediction] if reference is None else [reference, prediction]
     depth = len(prediction)
@@ -134,15 +132,18 @@ def _count_classes(labels: NDArray) -> int:
     return int(np.count_nonzero(np.bincount(labels.ravel().astype(np.int64))[1:]))
 
 
-def _window(scan: Volume, rows: Sequence[int], given: tuple[float, float] | None) -> tuple[float, float]:
+def scan_window(image: Volume | NDArray, window: tuple[float, float] | None) -> tuple[float, float] | None:
+    """An adapter's window, if it applies to the image: not to normalized or colour ones."""
+    return None if isinstance(image, Volume) and (image.normalized or image.array.ndim == 4) else window
+
+
+def _window(scan: Volume, rows: Sequence[int]) -> tuple[float, float]:
     shown = np.asarray(scan.array[rows])
     if shown.ndim == 4:
         bytes_range = shown.dtype == np.uint8 or (not scan.normalized and shown.max() > 1)
         return 0.0, 255.0 if bytes_range else 1.0
     if scan.normalized:
         return 0.0, 1.0
-    if given is not None:
-        return given
     low, high = np.nanpercentile(shown.astype(np.float32), [0.5, 99.5])
     return float(low), float(high if high > low else low + 1)
 
@@ -159,7 +160,7 @@ def _view(scan: Volume, spacing_zyx_mm: tuple[float, float, float]) -> _View:
     x, y = scan.orientation[0], scan.orientation[1]
     if x in "LR" and y in "AP":
         note = "anterior up, patient's right on the left"
-        flipped = (*((0,) if y == "A" else ()), *((1,) if x == "R" else ()))
+        flipped = (0,) * (y == "A") + (1,) * (x == "R")
         return _View(flipped, note, row_mm / column_mm)
     return _View((), f"as stored: rows run to {y}, columns to {x}", row_mm / column_mm)
 
@@ -170,7 +171,7 @@ def _figure(
     *,
     columns: Sequence[str],
     view: _View,
-    num_classes: int,
+    colours: NDArray[np.float64],
 ) -> "Figure":
     """Draw one row for each slice, with the image in the first column and overlays in the others."""
     from matplotlib.figure import Figure
@@ -182,7 +183,6 @@ def _figure(
         figsize=(len(columns) * _COLUMN_INCHES, row_inches * len(panels) + 0.9), dpi=110, layout="compressed"
     )
     grid = figure.subplots(len(panels), len(columns), squeeze=False)
-    colours = _palette(num_classes)
     for axes, (pixels, *labels), title in zip(grid, panels, titles, strict=True):
         axes[0].set_ylabel(title, fontsize=9)
         for panel, overlay in zip(axes, (None, *labels), strict=True):
@@ -194,11 +194,6 @@ def _figure(
         panel.set_title(title, fontsize=10)
     figure.suptitle(view.note, fontsize=8, color="dimgray")
     return figure
-
-
-def _palette(num_classes: int) -> NDArray[np.float64]:
-    """(K + 1, 3) colours in [0, 1]; index 0, the background, is never shown."""
-    return np.array([(0.0, 0.0, 0.0), *(label_colour(label) for label in range(1, num_classes + 1))])
 
 
 def _overlay(labels: NDArray, colours: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -218,8 +213,7 @@ def _legend(figure: "Figure", panels: Sequence[Sequence[NDArray]], class_names: 
     shown = sorted({int(label) for _, *maps in panels for labels in maps for label in np.unique(labels)} - {0})
     if not shown:
         return
-    colours = _palette(len(class_names))
-    handles = [Patch(color=tuple(colours[label]), label=str(label)) for label in shown]
+    handles = [Patch(color=label_colour(label), label=str(label)) for label in shown]
     legend = figure.legend(
         handles=handles, loc="outside lower center", ncols=min(4 if len(panels[0]) > 2 else 3, len(shown)), fontsize=9
     )

@@ -22,8 +22,6 @@ from samed_peft.metrics import (
     without_nan,
 )
 
-_BOOTSTRAP_SEED = 0
-
 
 @dataclass(frozen=True)
 class Report:
@@ -58,8 +56,7 @@ class Report:
         """95 % confidence intervals of the means in `summary`; equal reports have equal ones."""
         if self.means is not None:
             return self.means.intervals
-        rng = np.random.default_rng(_BOOTSTRAP_SEED)
-        return confidence_intervals(list(self.cases.values()), self.class_names, rng=rng)
+        return confidence_intervals(list(self.cases.values()), self.class_names, rng=np.random.default_rng(0))
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `report.json`; None (null) where a score is undefined."""

@@ -99,25 +99,32 @@ def _derived_presence(standard: ClassScore, samed: ClassScore) -> Presence:
 
 
 def read_means(report: Entry, names: Sequence[str], *, n_cases: int) -> Means | None:
-    """Summary and intervals; None for an older file without intervals, whose cases have to be summarised again."""
-    is_older = bool(report["cases"].rows()) and not report["standard"].has("mean_ci95")
-    keys = _COUNTS[:2] if is_older else _COUNTS
+    """Summary and intervals; None for an older file without intervals, whose cases have to be summarised again.
+
+    An older file without cases, as `push_to_hub` made it, states no intervals and the first two counts only.
+    """
+    is_older = not report["standard"].has("mean_ci95") or report["standard"]["mean_ci95"].value is None
+    if is_older and report["cases"].rows():
+        return None
     summary: dict[Convention, Summary] = {}
     intervals: dict[Convention, Intervals] = {}
     for convention in CONVENTIONS:
         found = report[convention]
         classes = {name: found["classes"][name] for name in names}
-        counts = {name: {key: entry[key].count() for key in keys} for name, entry in classes.items()}
         summary[convention] = {
             "mean": _scores(found["mean"]),
-            "classes": {name: _scores(entry) | counts[name] for name, entry in classes.items()},
+            "classes": {name: _scores(entry) | _counts(entry, is_older=is_older) for name, entry in classes.items()},
         }
-        if not is_older:
-            intervals[convention] = {
-                "mean": _intervals(found["mean_ci95"]),
-                "classes": {name: _intervals(entry["ci95"]) for name, entry in classes.items()},
-            }
-    return None if is_older else Means(n_cases, summary, intervals)
+        intervals[convention] = {
+            "mean": _intervals(found, "mean_ci95", is_older=is_older),
+            "classes": {name: _intervals(entry, "ci95", is_older=is_older) for name, entry in classes.items()},
+        }
+    return Means(n_cases, summary, intervals)
+
+
+def _counts(entry: Entry, *, is_older: bool) -> dict[str, float]:
+    unknown = [key for key in _COUNTS[2:] if is_older and not (entry.has(key) and entry[key].value is not None)]
+    return {key: math.nan if key in unknown else entry[key].count() for key in _COUNTS}
 
 
 def read_settings(report: Entry) -> dict[str, Any]:
@@ -140,8 +147,9 @@ def _scores(entry: Entry) -> ClassScore:
     return dict.fromkeys(METRICS, math.nan) | {metric: found.number() for metric, found in _stored(entry).items()}
 
 
-def _intervals(entry: Entry) -> dict[str, tuple[float, float]]:
-    return dict.fromkeys(METRICS, (math.nan, math.nan)) | {m: _interval(found) for m, found in _stored(entry).items()}
+def _intervals(parent: Entry, key: str, *, is_older: bool) -> dict[str, tuple[float, float]]:
+    found = {} if is_older else _stored(parent[key])
+    return dict.fromkeys(METRICS, (math.nan, math.nan)) | {metric: _interval(entry) for metric, entry in found.items()}
 
 
 def _interval(entry: Entry) -> tuple[float, float]:

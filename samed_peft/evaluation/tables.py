@@ -56,6 +56,11 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, text
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def format_count(number: float) -> str:
+    """A number of cases; n/a if an older file does not state it."""
+    return "n/a" if math.isnan(number) else str(number)
+
+
 def format_interval(metric: Metric, interval: Interval) -> str:
     """Both ends; n/a if undefined."""
     low, high = (format_metric(metric, end) for end in interval)
@@ -101,26 +106,20 @@ def class_rows(report: Report) -> list[list[str]]:
 def further_rows(report: Report) -> list[list[str]]:
     """Name and other metrics of each class, and cases with the class in neither or one mask; the mean last."""
     keys = ("n_absent", "n_missed", "n_spurious")
-    counts = [[str(scores[key]) for key in keys] for scores in report.summary["standard"]["classes"].values()]
+    counts = [[format_count(scores[key]) for key in keys] for scores in report.summary["standard"]["classes"].values()]
     return with_counts(score_rows(report, FURTHER_COLUMNS), counts, at=1 + len(FURTHER_COLUMNS))
 
 
 def remarks(report: Report) -> list[str]:
     """Facts that a reader of the scores must know first."""
     found = [str(report.settings["note"])] if "note" in report.settings else []
-    assumed = report.settings.get("cases_without_spacing", [])
-    if assumed:
+    if assumed := report.settings.get("cases_without_spacing", []):
         found.append(f"{len(assumed)} of {report.n_cases} references have no voxel size: 1 mm was assumed for them.")
     return found
 
 
 def format_table(report: Report, *, width: int | None = None) -> str:
-    """The scores per class as a table for the terminal, in ASCII.
-
-    Args:
-        report: the scores.
-        width: columns to fill at most; the terminal's if None. Less than 80 is taken as 80.
-    """
+    """The scores per class as an ASCII table of at most `width` columns, at least 80; by default the terminal's."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -137,8 +136,8 @@ def format_table(report: Report, *, width: int | None = None) -> str:
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, color_system=None, legacy_windows=False)
     console.print(table)
-    failed = list(report.settings.get("failed_cases", {}))
-    left_out = [f"{len(failed)} failed and left out: {', '.join(failed)}"] if failed else []
-    for line in [*remarks(report), *left_out]:
+    for line in remarks(report):
         console.print(Text(line))
+    if failed := report.settings.get("failed_cases", {}):
+        console.print(Text(f"{len(failed)} failed and left out: {', '.join(failed)}"))
     return "\n".join(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines())

@@ -30,7 +30,7 @@ from samed_peft.errors import InputError
 from samed_peft.evaluation.artefacts import CaseTable, report_text
 from samed_peft.evaluation.report import Report
 from samed_peft.evaluation.stored import Means
-from samed_peft.evaluation.tables import column_titles
+from samed_peft.evaluation.tables import column_titles, markdown_text
 from samed_peft.io import list_folder, naming_unreadable, read_json, read_text, tensor_shapes
 from samed_peft.metrics import CONVENTIONS, METRICS, format_metric
 
@@ -72,10 +72,8 @@ def published_files(directory: str | Path, *, pictures: bool = False, cases: boo
 
 
 def _require_complete(directory: Path) -> None:
-    missing = [
-        name for name in ADAPTER_FILES if not (directory / name).is_file() or (directory / name).stat().st_size == 0
-    ]
-    if missing:
+    files = [directory / name for name in ADAPTER_FILES]
+    if missing := [file.name for file in files if not file.is_file() or file.stat().st_size == 0]:
         raise InputError(
             f"expected the adapter files {', '.join(ADAPTER_FILES)} in {directory}; "
             f"missing or empty: {', '.join(missing)}. Give the folder that save_adapter wrote"
@@ -111,10 +109,8 @@ def _peft_settings(path: Path) -> bytes:
     values = read_json(path)
     if not isinstance(values, dict):
         raise InputError(f"expected an adapter's settings in {path}, found {type(values).__name__}; save it again")
-    clean = without_place(values)
-    base = values.get("base_model_name_or_path")
-    if isinstance(base, str):
-        clean["base_model_name_or_path"] = published_base(base)
+    clean, base = without_place(values), values.get("base_model_name_or_path")
+    clean |= {"base_model_name_or_path": published_base(base)} if isinstance(base, str) else {}
     return _read(path) if clean == values else _json(clean)
 
 
@@ -128,7 +124,8 @@ def _card(directory: Path, config: SamedConfig, cases: Iterable[str]) -> bytes:
 
 def _without_words(text: str, words: Iterable[str]) -> str:
     for word in words:
-        text = re.sub(rf"(?<![\w.-]){re.escape(word)}(?![\w-])", "(left out)", text)
+        for form in {word, markdown_text(word)}:
+            text = re.sub(rf"(?<![\w.-]){re.escape(form)}(?![\w-])", "(left out)", text)
     return text
 
 
@@ -153,9 +150,10 @@ def _case_names(report: Report | None) -> list[str]:
 
 def _report_files(folder: Path, report: Report, config: SamedConfig, *, cases: bool) -> dict[str, bytes]:
     chosen = _published_report(report, config, cases=cases)
-    values = chosen.to_dict() | {"n_cases": chosen.n_cases}
-    texts = {"report.json": _json(values), "report.md": report_text(chosen, _case_tables(chosen), links={}).encode()}
-    return {name: text for name, text in texts.items() if (folder / name).is_file()}
+    files = {"report.json": _json(chosen.to_dict() | {"n_cases": chosen.n_cases})}
+    if (folder / "report.md").is_file():
+        files["report.md"] = report_text(chosen, _case_tables(chosen), links={}).encode()
+    return files
 
 
 def _published_report(report: Report, config: SamedConfig, *, cases: bool) -> Report:

@@ -15,11 +15,9 @@ from huggingface_hub import CommitOperationAdd, HfApi, RepoUrl, constants, get_t
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OIDCError
 from huggingface_hub.utils import validate_repo_id
 
-from samed_peft.adapters.folder import ADAPTER_FILES, first_line
+from samed_peft.adapters.folder import first_line
 from samed_peft.errors import InputError
 from samed_peft.hub.content import published_files
-
-__all__ = ["ADAPTER_FILES", "WAITS_S", "check_repo_id", "push_to_hub", "send_files"]
 
 WAITS_S = (1.0, 4.0, 10.0)
 """Seconds before each retry of a request that the Hub did not answer, or postponed."""
@@ -73,17 +71,7 @@ def send_files(
     token: str | None = None,
     waits_s: Sequence[float] = WAITS_S,
 ) -> str:
-    """Commit files to a repository of the Hub; a missing one is created.
-
-    Args:
-        files: name in the repository -> content.
-        repo_id: as for `push_to_hub`.
-        private: as for `push_to_hub`.
-        token: as for `push_to_hub`.
-        waits_s: seconds before each retry.
-
-    Returns:
-        The address of the repository.
+    """Commit files (name in the repository -> content) to the Hub; see `push_to_hub`.
 
     Raises:
         InputError: `repo_id` is malformed, or the Hub cannot be reached or refuses.

@@ -110,8 +110,8 @@ class SegmentationScores(evaluate.Metric):
 
 def _scores_at(columns: Mapping[str, Sequence[Any]], index: int) -> CaseScores:
     def scores(convention: Convention) -> ClassScores:
-        by_metric = zip(*(columns[f"{convention}_{name}"][index] for name in METRICS), strict=True)
-        return [dict(zip(METRICS, values, strict=True)) for values in by_metric]
+        by_class = zip(*(columns[f"{convention}_{name}"][index] for name in METRICS), strict=True)
+        return [dict(zip(METRICS, values, strict=True)) for values in by_class]
 
     return {"standard": scores("standard"), "samed": scores("samed"), "presence": list(columns["presence"][index])}
 
@@ -119,24 +119,16 @@ def _scores_at(columns: Mapping[str, Sequence[Any]], index: int) -> CaseScores:
 def gather_scores(
     scores: Mapping[str, CaseScores], class_names: Sequence[str], *, accelerator: Accelerator
 ) -> dict[str, CaseScores]:
-    """Gather the scores of the cases of all processes with `SegmentationScores`.
+    """Gather case -> scores of all processes with `SegmentationScores`; all have to call, and get the same.
 
     `evaluate` exchanges them through files, here in a temporary folder that is removed afterwards. If some processes do
     not see the main process's folder, being on other nodes, Accelerate's `gather_object` exchanges them instead.
-
-    Args:
-        scores: case -> scores, of the cases of this process; may be empty.
-        class_names: names of labels 1..K.
-        accelerator: the processes; all of them have to call.
-
-    Returns:
-        case -> scores of all cases, equal on every process.
     """
     folder = tempfile.mkdtemp(prefix="samed_scores_") if accelerator.is_main_process else ""
     (folder,) = broadcast_object_list([folder])
     try:
         if not all(gather_object([_sees(folder)])):
-            return {case: found for part in gather_object([scores]) for case, found in part.items()}
+            return dict(gather_object(list(scores.items())))
         metric = SegmentationScores(
             class_names,
             cache_dir=folder,

@@ -90,7 +90,7 @@ def score_labels(
     """
     pair = _label_maps(prediction, reference, num_classes=num_classes)
     units = _units((convention,), spacing_zyx_mm, ndim=pair[0].ndim)
-    return _score(pair, num_classes=num_classes, units=units, tolerance_mm=tolerance_mm)[0][convention]
+    return _score(pair, num_classes, units=units, tolerance=checked_tolerance(tolerance_mm))[0][convention]
 
 
 def score_case(
@@ -108,7 +108,7 @@ def score_case(
     """
     pair = _label_maps(prediction, reference, num_classes=num_classes)
     units = _units(CONVENTIONS, spacing_zyx_mm, ndim=pair[0].ndim)
-    scores, there = _score(pair, num_classes=num_classes, units=units, tolerance_mm=tolerance_mm)
+    scores, there = _score(pair, num_classes, units=units, tolerance=checked_tolerance(tolerance_mm))
     return {"standard": scores["standard"], "samed": scores["samed"], "presence": there}
 
 
@@ -129,10 +129,9 @@ def checked_tolerance(tolerance_mm: float) -> float:
 
 
 def _score(
-    pair: Pair, *, num_classes: int, units: Units, tolerance_mm: float
+    pair: Pair, num_classes: int, *, units: Units, tolerance: float
 ) -> tuple[dict[Convention, ClassScores], list[Presence]]:
     """Scores and presence of labels 1..K."""
-    tolerance = checked_tolerance(tolerance_mm)
     # One pass over each volume finds every class; all that follows sees small crops only.
     boxes = [find_objects(labels, max_label=num_classes) for labels in pair]
     scores: dict[Convention, ClassScores] = {convention: [] for convention in units}
@@ -145,13 +144,10 @@ def _score(
             there.append("spurious" if predicted else "missed" if referenced else "absent")
             compared = {}
         for convention, column in scores.items():
-            found = compared.get(convention)
-            column.append(
-                {
-                    name: record.compute(found) if found else record.absent[convention][there[-1]]
-                    for name, record in METRICS.items()
-                }
-            )
+            if convention in compared:
+                column.append({name: record.compute(compared[convention]) for name, record in METRICS.items()})
+            else:
+                column.append({name: record.absent[convention][there[-1]] for name, record in METRICS.items()})
     return scores, there
 
 

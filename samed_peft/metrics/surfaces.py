@@ -21,11 +21,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class SurfaceDistances:
-    """Distances from each border voxel of one mask to the nearest one of the other, in both directions.
-
-    Attributes:
-        all: (N,) distances, of the prediction's and of the reference's border voxels.
-    """
+    """(N,) distances from each border voxel of one mask to the nearest one of the other, in both directions."""
 
     all: NDArray[np.float64]
 
@@ -51,9 +47,6 @@ def border_voxels(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
     """Indices (N, ndim) of foreground voxels with background across a face; outside the array is background.
 
     These are the voxels that medpy keeps: `mask ^ binary_erosion(mask)` with connectivity 1.
-
-    Args:
-        mask: of any number of dimensions.
     """
     interior = mask.copy()
     for axis in range(mask.ndim):
@@ -69,13 +62,7 @@ def border_voxels(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
 def surface_distances(
     first: NDArray[np.intp], second: NDArray[np.intp], *, spacing: Sequence[float]
 ) -> SurfaceDistances:
-    """Measure distances between two sets of border voxels, neither of them empty.
-
-    Args:
-        first: (N, ndim) voxel indices.
-        second: (M, ndim) voxel indices on the same grid.
-        spacing: size of a voxel along each axis.
-    """
+    """Measure distances between (N, ndim) and (M, ndim) border voxels, neither empty, of this size along each axis."""
     low = np.minimum(first.min(axis=0), second.min(axis=0))
     size = np.maximum(first.max(axis=0), second.max(axis=0)) - low + 1
     if len(first) + len(second) > _DENSE * np.prod(size):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
-from samed_peft.evaluation.pictures import case_picture
+from samed_peft.evaluation.pictures import case_picture, scan_window
 from samed_peft.io import DICOM_SEG_SUFFIX, Volume, read_volume, write_bytes, write_dicom_seg, write_mask
 from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import DTYPES
@@ -156,7 +156,8 @@ def _failures_noted(failed: dict[str, str], scan: Scan, options: PredictionOptio
 def _write_files(scan: Scan, image: Volume, mask: np.ndarray, *, config: SamedConfig, overlay: bool) -> None:
     """Write the mask last: a scan with a mask is finished."""
     if overlay:
-        picture = case_picture(image, None, mask, class_names=config.class_names, window=config.window)
+        window = scan_window(image, config.window)
+        picture = case_picture(image, None, mask, class_names=config.class_names, window=window)
         write_bytes(scan.overlay, picture)
     write = write_dicom_seg if scan.mask.suffix.lower() == DICOM_SEG_SUFFIX else write_mask
     write(mask, image, scan.mask, label_names=dict(enumerate(config.class_names, start=1)))

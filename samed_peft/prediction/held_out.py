@@ -53,18 +53,17 @@ def score_held_out(
     written = CaseVolumes.of_masks({case: masks[case] for case in mine})
     # References without a scan stay in: `evaluate_cases` refuses them.
     own = {case: partial(references.__getitem__, case) for case in references if case in mine or case not in images}
-    if own or accelerator.is_main_process:
+    if own or mine or accelerator.is_main_process:
         part = evaluate_cases(
             written, CaseVolumes(own), class_names=names, images=images, window=config.window, settings=settings
         )
     else:  # fewer cases than processes
         part = Report(names, {})
     cases = gather_scores(part.cases, names, accelerator=accelerator)
-    parts = gather_object([(dict(part.pictures), part.settings.get("cases_without_spacing", []))])
+    pictures = dict(gather_object(list(part.pictures.items())))
+    without_spacing = gather_object(list(part.settings.get("cases_without_spacing", [])))
     if not accelerator.is_main_process:
         return None
-    pictures = {case: picture for found, _ in parts for case, picture in found.items()}
-    without_spacing = {case for _, found in parts for case in found}
     spacing = {"cases_without_spacing": [case for case in references if case in without_spacing]}
     report = Report(
         names,

@@ -19,14 +19,7 @@ def mean_dice(
 ) -> float:
     """Mean Dice over cases and then classes, absent ones left out; the cases are divided among processes.
 
-    Args:
-        model: as for `predict_volume`.
-        images: case -> scan.
-        references: case -> label map.
-        accelerator: processes and precision.
-
-    Returns:
-        The same number on every process; NaN if no reference and no prediction has any label.
+    Every process gets the same number; NaN if no reference and no prediction has any label.
     """
     from samed_peft.metrics.gather import gather_scores  # `evaluate` takes seconds to import
 
@@ -36,5 +29,5 @@ def mean_dice(
         with accelerator.autocast():
             mask = predict_volume(model, images[case])
         scores[case] = score_case(mask, references[case].array, num_classes=len(class_names))
-    everywhere = gather_scores(scores, class_names, accelerator=accelerator)
-    return summarise(list(everywhere.values()), class_names)["standard"]["mean"]["dice"]
+    gathered = gather_scores(scores, class_names, accelerator=accelerator)
+    return summarise(list(gathered.values()), class_names)["standard"]["mean"]["dice"]

@@ -122,8 +122,8 @@ def test_the_card_tells_nothing_of_the_disk():
 
 
 def test_a_card_of_the_tiny_stand_in_says_so():
-    assert "The base is no SAM" in model_card(_config("tiny-sam"))
-    assert "The base is no SAM" not in model_card(_config())
+    assert "The base is not SAM" in model_card(_config("tiny-sam"))
+    assert "The base is not SAM" not in model_card(_config())
 
 
 @pytest.mark.parametrize(

@@ -157,9 +157,31 @@ def test_malformed_reports_are_refused_by_their_field(values, change, message):
 
 
 def test_means_alone_must_be_complete(values):
-    del values["standard"]["mean_ci95"]
-    with pytest.raises(InputError, match="an object with 'mean_ci95' as the report: standard"):
+    del values["samed"]["mean_ci95"]
+    with pytest.raises(InputError, match="an object with 'mean_ci95' as the report: samed"):
         Report.from_dict({**values, "cases": []})
+
+
+@pytest.mark.parametrize("way", ["absent", "null"])
+def test_published_reports_of_older_versions_state_means_alone(values, tmp_path, way):
+    for convention in ("standard", "samed"):
+        summary = values[convention]
+        summary["mean_ci95"] = None
+        if way == "absent":
+            del summary["mean_ci95"]
+        for scores in summary["classes"].values():
+            for name in ("ci95", "n_absent", "n_missed", "n_spurious"):
+                del scores[name]
+    found = Report.from_dict({**values, "cases": [], "n_cases": 4})
+    assert found.summary["standard"]["mean"]["dice"] == values["standard"]["mean"]["dice"]
+    assert all(math.isnan(end) for end in found.intervals["samed"]["classes"]["liver"]["hd95"])
+    assert math.isnan(found.summary["standard"]["classes"]["liver"]["n_missed"])
+    write_report(found, tmp_path)
+    again = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert "nan" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert again["standard"]["classes"]["liver"]["n_missed"] is None
+    again["standard"]["mean_ci95"] = again["samed"]["mean_ci95"] = None
+    assert Report.from_dict(again).n_cases == 4
 
 
 def test_means_that_are_stored_are_not_computed_again(report):

@@ -22,6 +22,7 @@ from huggingface_hub import constants
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
+from samed_peft.adapters.folder import ADAPTER_FILES
 from samed_peft.adapters.places import without_places
 from samed_peft.adapters.save_load import add_lora, load_adapter, save_adapter, write_card
 from samed_peft.cli import main
@@ -29,7 +30,7 @@ from samed_peft.config import SYNAPSE_CLASSES, TINY_SAM, SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.evaluation import Report, evaluate_cases, write_report
 from samed_peft.hub.content import published_files
-from samed_peft.hub.push import ADAPTER_FILES, push_to_hub, send_files
+from samed_peft.hub.push import push_to_hub, send_files
 from samed_peft.models.bases import load_sam, recorded_base
 
 # huggingface_hub 2.4 hands files to httpx2 by a name that is on its way out.
@@ -214,6 +215,16 @@ def test_no_places_and_no_cases_leave_the_machine(adapter, run_folder):
     config = json.loads(files["samed_config.json"])
     assert config == json.loads((adapter / "samed_config.json").read_text()) | {"base": "sam_base.pth"}
     assert config["base_sha256"] is not None
+
+
+def test_names_of_cases_are_found_in_markdown_that_escapes_them(adapter):
+    path = adapter.parent / "report.json"
+    text = path.read_text()
+    path.write_text(text.replace("patient-0042", "patient[0042]`a|b"))
+    card = adapter / "README.md"
+    card.write_text(card.read_text() + "| test_cases | \\['patient\\[0042\\]\\`a\\|b'\\] |\n")
+    assert b"0042" not in published_files(adapter)["README.md"]
+    assert b"(left out)" in published_files(adapter)["README.md"]
 
 
 def test_scores_are_sent_as_means_over_cases(adapter):

@@ -11,6 +11,7 @@ import pytest
 from accelerate import Accelerator
 
 from samed_peft.errors import InputError
+from samed_peft.evaluation import evaluate_cases
 from samed_peft.io import Volume
 from samed_peft.prediction.held_out import score_held_out
 
@@ -78,3 +79,26 @@ def test_cases_without_a_partner_are_refused(golden_model, tmp_path):
     with pytest.raises(InputError, match="found no case to evaluate"):
         score_held_out(golden_model, {}, {}, tmp_path, accelerator=Accelerator(cpu=True), settings={})
     assert not (tmp_path / "report.json").exists()
+
+
+def test_every_process_refuses_its_scans_without_reference(golden_model, tmp_path):
+    class Second(Accelerator):
+        """The second of two processes, which is refused before it waits for the other."""
+
+        num_processes, process_index, is_main_process = 2, 1, False
+
+    scan, labels = Volume(np.zeros((1, 8, 8), np.float32), normalized=True), Volume(np.zeros((1, 8, 8), np.uint8))
+    with pytest.raises(InputError, match="no reference was given"):
+        score_held_out(
+            golden_model, {"a": scan, "b": scan}, {"a": labels}, tmp_path, accelerator=Second(cpu=True), settings={}
+        )
+
+
+def test_pictures_of_normalized_scans_take_no_window(monkeypatch):
+    shown = []
+    monkeypatch.setattr("samed_peft.evaluation.cases.case_picture", lambda *_, window, **__: shown.append(window))
+    array, colour = np.zeros((1, 8, 8), np.float32), np.zeros((1, 8, 8, 3), np.uint8)
+    images = {"a": Volume(array, normalized=True), "b": Volume(array), "c": Volume(colour)}
+    labels = dict.fromkeys(images, Volume(np.zeros((1, 8, 8), np.uint8)))
+    evaluate_cases(labels, labels, class_names=["a"], images=images, window=(-125.0, 275.0))
+    assert shown == [None, (-125.0, 275.0), None]
