@@ -327,3 +327,14 @@ def test_two_processes_give_the_losses_of_one_with_the_double_batch(tmp_path):
     assert len(losses[0]) == 14
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-5, rtol=0)
     assert losses[0][0] - losses[0][-2] > 0.001
+
+
+def test_ctrl_c_does_not_end_forked_workers():
+    """A terminal sends SIGINT to the whole group; a worker that died of it would end the run without a checkpoint."""
+    with StopSignal() as stop_signal:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert not stop_signal.received
