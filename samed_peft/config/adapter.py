@@ -19,16 +19,7 @@ from samed_peft.config.fields import (
 )
 from samed_peft.config.methods import ATTENTION_TARGETS, DECODER_TARGETS, METHODS, MLP_TARGETS, methods_with
 
-SYNAPSE_CLASSES = (
-    "spleen",
-    "right kidney",
-    "left kidney",
-    "gallbladder",
-    "liver",
-    "stomach",
-    "aorta",
-    "pancreas",
-)
+SYNAPSE_CLASSES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
 """The eight organs of Synapse multi-organ CT in SAMed's order; label k is `SYNAPSE_CLASSES[k - 1]`."""
 
 SYNAPSE_NAME = "Synapse multi-organ CT (BTCV)"
@@ -72,7 +63,7 @@ def _listed(names: Iterable[str]) -> str:
 _TARGETS = (*ATTENTION_TARGETS, *MLP_TARGETS)
 
 _WINDOW: Rule = ("be (low, high) with low < high", lambda window: len(window) == 2 and window[0] < window[1])
-_ORIENTATION: Rule = ("be three letters, one each of L or R, A or P, S or I, LAS for example,", _is_orientation)
+_ORIENTATION: Rule = ("be three letters, one each of L or R, A or P, S or I, such as LAS", _is_orientation)
 _LAYERS: Rule = ("be numbers from 0 on", lambda layers: bool(layers) and min(layers) >= 0)
 
 

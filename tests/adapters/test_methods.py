@@ -13,7 +13,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
 from samed_peft.adapters.save_load import add_lora, load_adapter, save_adapter
-from samed_peft.config import METHODS, SamedConfig, Storage, TrainingConfig, methods_with
+from samed_peft.config import METHODS, SamedConfig, Storage, TrainingConfig
+from samed_peft.config.methods import methods_with
 from samed_peft.conversion.exports import export_peft_fused, export_samed
 from samed_peft.conversion.samed_format import read_samed
 from samed_peft.errors import InputError
