@@ -157,8 +157,3 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     }
 )
 """What `SamedConfig.method` can be, in the order that users see."""
-
-
-def methods_with(option: str) -> list[str]:
-    """Names of the methods that use an option."""
-    return [name for name, method in METHODS.items() if option in method.options]
