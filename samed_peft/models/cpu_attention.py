@@ -104,7 +104,7 @@ class _Block:
         of_image, of_row, of_column, of_head, of_number = tokens.stride()
         start = (self.images[0] * of_image + (self.top + rows[0]) * of_row
                  + self.left * of_column + self.heads[0] * of_head)  # fmt: skip
-        # One call: slices and permutations would take four times as long, twice the whole time of the tiny SAM.
+        # One call; slices and permutations would take four times as long, which counts on small grids.
         return tokens.as_strided(
             (*self.outer, len(rows), wide, tokens.shape[-1]),
             (of_image, tall * of_row, wide * of_column, of_head, of_row, of_column, of_number),
