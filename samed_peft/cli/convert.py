@@ -41,7 +41,11 @@ def run(args: argparse.Namespace) -> None:
     from samed_peft.models.bases import require_base
 
     if args.base is None:
-        _refuse_adapter_options(args)
+        given = [f"--{name}" for name in ("input_size", "class_names", "orientation", "dtype") if vars(args)[name]]
+        if given:
+            raise InputError(
+                f"{', '.join(given)} belong to an adapter: give --base as well, or leave them out for a SAM"
+            )
         require_base(args.checkpoint, "checkpoint")
         convert_sam(args.checkpoint, args.output, image_size=args.image_size)
         print(f"SAM written to {args.output}")
@@ -50,9 +54,3 @@ def run(args: argparse.Namespace) -> None:
     size = {} if args.image_size is None else {"image_size": args.image_size}
     convert_samed(args.checkpoint, args.base, args.output, dtype=args.dtype or "float32", **size, **options)
     print(f"adapter written to {args.output}")
-
-
-def _refuse_adapter_options(args: argparse.Namespace) -> None:
-    given = [f"--{name}" for name in ("input_size", "class_names", "orientation", "dtype") if vars(args)[name]]
-    if given:
-        raise InputError(f"{', '.join(given)} belong to an adapter: give --base as well, or leave them out for a SAM")

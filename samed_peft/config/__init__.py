@@ -1,38 +1,16 @@
 """What an adapter is (`SamedConfig`) and how it is trained (`TrainingConfig`)."""
 
-from samed_peft.config.adapter import (
-    CT_WINDOW_HU,
-    SYNAPSE_CLASSES,
-    SYNAPSE_NAME,
-    TINY_SAM,
-    TINY_SAM_NOTE,
-    SamedConfig,
-    is_hub_id,
-)
-from samed_peft.config.methods import METHOD_FIELDS, METHODS, Method, Storage, methods_with
-from samed_peft.config.options import add_options, add_run_options, from_options, option_values, parse_run_options
-from samed_peft.config.presets import DEMO, PRESETS
-from samed_peft.config.training import TrainingConfig
-
-__all__ = [
-    "CT_WINDOW_HU",
-    "DEMO",
-    "METHODS",
-    "METHOD_FIELDS",
-    "PRESETS",
-    "SYNAPSE_CLASSES",
-    "SYNAPSE_NAME",
-    "TINY_SAM",
-    "TINY_SAM_NOTE",
-    "Method",
-    "SamedConfig",
-    "Storage",
-    "TrainingConfig",
-    "add_options",
-    "add_run_options",
-    "from_options",
-    "is_hub_id",
-    "methods_with",
-    "option_values",
-    "parse_run_options",
-]
+from samed_peft.config.adapter import CT_WINDOW_HU as CT_WINDOW_HU
+from samed_peft.config.adapter import SYNAPSE_CLASSES as SYNAPSE_CLASSES
+from samed_peft.config.adapter import SYNAPSE_NAME as SYNAPSE_NAME
+from samed_peft.config.adapter import TINY_SAM as TINY_SAM
+from samed_peft.config.adapter import TINY_SAM_NOTE as TINY_SAM_NOTE
+from samed_peft.config.adapter import SamedConfig as SamedConfig
+from samed_peft.config.adapter import is_hub_id as is_hub_id
+from samed_peft.config.methods import METHODS as METHODS
+from samed_peft.config.methods import Storage as Storage
+from samed_peft.config.options import add_run_options as add_run_options
+from samed_peft.config.options import parse_run_options as parse_run_options
+from samed_peft.config.presets import DEMO as DEMO
+from samed_peft.config.presets import PRESETS as PRESETS
+from samed_peft.config.training import TrainingConfig as TrainingConfig

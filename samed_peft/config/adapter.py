@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +16,9 @@ from samed_peft.config.fields import (
     require,
     short,
 )
-from samed_peft.config.methods import ATTENTION_TARGETS, DECODER_TARGETS, METHODS, MLP_TARGETS, methods_with
+from samed_peft.config.methods import ATTENTION_TARGETS, DECODER_TARGETS, METHODS, MLP_TARGETS
 
-SYNAPSE_CLASSES = (
-    "spleen",
-    "right kidney",
-    "left kidney",
-    "gallbladder",
-    "liver",
-    "stomach",
-    "aorta",
-    "pancreas",
-)
+SYNAPSE_CLASSES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
 """The eight organs of Synapse multi-organ CT in SAMed's order; label k is `SYNAPSE_CLASSES[k - 1]`."""
 
 SYNAPSE_NAME = "Synapse multi-organ CT (BTCV)"
@@ -65,14 +55,11 @@ def _is_orientation(codes: str) -> bool:
     return len(codes) == 3 and all(sum(code in axis for code in codes) == 1 for axis in axes)
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
 _TARGETS = (*ATTENTION_TARGETS, *MLP_TARGETS)
 
 _WINDOW: Rule = ("be (low, high) with low < high", lambda window: len(window) == 2 and window[0] < window[1])
-_ORIENTATION: Rule = ("be three letters, one each of L or R, A or P, S or I, LAS for example,", _is_orientation)
+_ORIENTATION: Rule = ("be three letters, one each of L or R, A or P, S or I, such as LAS", _is_orientation)
+_METHOD: Rule = (f"be one of {', '.join(METHODS)}", METHODS.__contains__)
 _LAYERS: Rule = ("be numbers from 0 on", lambda layers: bool(layers) and min(layers) >= 0)
 
 
@@ -103,9 +90,7 @@ class SamedConfig(JsonFields):
         "number of the channel to train on, of 4-D scans or of files named as nnU-Net's, or None", None, NOT_NEGATIVE
     )
     preset: str = described("name of the published recipe that this config follows", "samed")
-    method: str = described(
-        f"how to adapt the encoder: {_listed(METHODS)}", "lora", (f"be one of {_listed(METHODS)}", METHODS.__contains__)
-    )
+    method: str = described(f"how to adapt the encoder: {', '.join(METHODS)}", "lora", _METHOD)
     rank: int = described("rank of the low-rank updates", 4)
     alpha: int | None = described(
         "LoRA is scaled by alpha / rank; None for no scaling, as in SAMed (2 / sqrt(rank) for rslora)", None, AT_LEAST_1
@@ -113,7 +98,7 @@ class SamedConfig(JsonFields):
     targets: tuple[str, ...] = described(
         "adapted linear layers, of q_proj, k_proj, v_proj and proj of attention, lin1 and lin2 of MLPs",
         ("q_proj", "v_proj"),
-        (f"be some of {_listed(_TARGETS)}", lambda names: 0 < len(names) == len(set(names) & set(_TARGETS))),
+        (f"be some of {', '.join(_TARGETS)}", lambda names: 0 < len(names) == len(set(names) & set(_TARGETS))),
     )
     layers: tuple[int, ...] | None = described(
         "numbers of the adapted layers of the encoder, counted from 0; None for all", None, _LAYERS
@@ -152,15 +137,16 @@ class SamedConfig(JsonFields):
             f"rank must be at least {method.min_rank} for {self.method}, {method.summary}; found {self.rank}",
         )
         for name in ("alpha", "rank_pattern", "dropout", "layers"):
+            users = ", ".join(other for other, record in METHODS.items() if name in record.options)
             require(
                 not vars(self)[name] or name in method.options,
-                f"{name} means nothing to {self.method}, only to {_listed(methods_with(name))}; leave it out",
+                f"{name} means nothing to {self.method}, only to {users}; leave it out",
             )
         if self.decoder == "lora":
             require("decoder" in method.options, f"decoder must be full with {self.method}; found 'lora'")
             require(
                 bool(set(self.targets) & set(DECODER_TARGETS)),
-                f"decoder lora adapts {_listed(DECODER_TARGETS)}, of which targets must have one; "
+                f"decoder lora adapts {', '.join(DECODER_TARGETS)}, of which targets must have one; "
                 f"found {list(self.targets)}",
             )
 

@@ -15,7 +15,7 @@ Rule = tuple[str, Callable[[Any], bool]]
 """What a value must do, as its error says it, and whether it does."""
 
 AT_LEAST_1: Rule = ("be at least 1", lambda value: value >= 1)
-NOT_NEGATIVE: Rule = ("not be negative", lambda value: value >= 0)
+NOT_NEGATIVE: Rule = ("be 0 or more", lambda value: value >= 0)
 POSITIVE: Rule = ("be positive", lambda value: 0 < value < math.inf)
 
 
@@ -73,7 +73,7 @@ class JsonFields:
             require(_is_of(value, kind), f"{name} must be {shown}; found {short(value)}")
             if field.metadata["must"] is not None and value is not None:
                 text, is_met = field.metadata["must"]
-                or_none = " or be None" if type(None) in get_args(kind) else ""
+                or_none = ", or None" if type(None) in get_args(kind) else ""
                 require(is_met(value), f"{name} must {text}{or_none}; found {short(value)}")
 
     def to_dict(self) -> dict[str, Any]:

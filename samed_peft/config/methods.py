@@ -97,14 +97,6 @@ def _adalora(config: "SamedConfig") -> dict[str, Any]:
     }
 
 
-def _vera(config: "SamedConfig") -> dict[str, Any]:
-    return {"r": config.rank, "vera_dropout": config.dropout}
-
-
-def _oft(config: "SamedConfig") -> dict[str, Any]:
-    return {"r": 0, "oft_block_size": config.rank, "module_dropout": config.dropout}
-
-
 def _ia3(config: "SamedConfig") -> dict[str, Any]:
     # In an MLP the factors scale the activations between its two layers: the inputs of the second.
     between = adapted_layers(replace(config, targets=("lin2",), decoder="full"))
@@ -142,13 +134,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "qlora": Method("LoRA on an encoder in 4 bits (arXiv 2305.14314)", _lora, quantized=True, extra="qlora"),
         "vera": Method(
             "trained vectors between fixed random matrices that all layers share (arXiv 2310.11454)",
-            _vera,
+            lambda config: {"r": config.rank, "vera_dropout": config.dropout},
             "VERA",
             options=("rank", *_LAYERS, "dropout", "decoder"),
         ),
         "oft": Method(  # without "decoder": PEFT's OFT takes the decoder's inputs, of four axes, for images
             "block-diagonal rotations of the inputs; the rank is the size of a block (arXiv 2306.07280)",
-            _oft,
+            lambda config: {"r": 0, "oft_block_size": config.rank, "module_dropout": config.dropout},
             "OFT",
             options=("rank", *_LAYERS, "dropout"),
             min_rank=2,
@@ -165,8 +157,3 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     }
 )
 """What `SamedConfig.method` can be, in the order that users see."""
-
-
-def methods_with(option: str) -> list[str]:
-    """Names of the methods that use an option."""
-    return [name for name, method in METHODS.items() if option in method.options]

@@ -5,20 +5,18 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from samed_peft.config.adapter import TINY_SAM, SamedConfig
 from samed_peft.config.fields import JsonFields
 from samed_peft.config.methods import METHOD_FIELDS
 from samed_peft.config.training import TrainingConfig
 
-ConfigT = TypeVar("ConfigT", bound=JsonFields)
-
 _ADAPTER_FIELDS = ("image_size", "input_size", *METHOD_FIELDS)
 """Fields of `SamedConfig` that the user chooses; others follow from the data."""
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type[ConfigT], names: Sequence[str] | None = None) -> None:
+def add_options(parser: argparse.ArgumentParser, kind: type[JsonFields], names: Sequence[str] | None = None) -> None:
     """Add options `--field` for fields of a config, with the text that `described` gave them.
 
     Args:
@@ -28,25 +26,27 @@ def add_options(parser: argparse.ArgumentParser, kind: type[ConfigT], names: Seq
     """
     types = get_type_hints(kind)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        of_field = types[field.name]
         if names is not None and field.name not in names:
             continue
         flag, shown = f"--{field.name}", field.metadata["help"].replace("%", "%%") + " (default: %(default)s)"
-        if types[field.name] is bool:
+        if of_field is bool:
             parser.add_argument(flag, default=field.default, action=argparse.BooleanOptionalAction, help=shown)
             continue
-        plain = _plain(types[field.name])
-        several: dict[str, Any] = {"nargs": "+"} if get_origin(plain) else {}
-        if get_origin(plain) is dict:
-            plain, several["metavar"] = _pair, "NAME=NUMBER"
-        elif several:
-            plain = get_args(plain)[0]
-        parser.add_argument(flag, default=field.default, type=plain, help=shown, **several)
+        plain = get_args(of_field)[0] if isinstance(of_field, UnionType) else of_field  # without `| None`
+        several: dict[str, Any] = {}
+        if container := get_origin(plain):
+            several = {"nargs": "+", "action": _Several, "const": container}
+            plain = _pair if container is dict else get_args(plain)[0]
+        metavar = "NAME=NUMBER" if plain is _pair else None
+        parser.add_argument(flag, default=field.default, type=plain, metavar=metavar, help=shown, **several)
 
 
-def _plain(kind: Any) -> Any:
-    """A field's type without `| None`."""
-    choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    return next(choice for choice in choices if choice is not type(None))
+class _Several(argparse.Action):
+    """Store several values as the tuple or dict (`const`) that the field takes."""
+
+    def __call__(self, _: object, namespace: argparse.Namespace, values: Any, *__: object) -> None:
+        vars(namespace)[self.dest] = self.const(values)
 
 
 def _pair(text: str) -> tuple[str, int]:
@@ -54,21 +54,6 @@ def _pair(text: str) -> tuple[str, int]:
     if not (name and number.isdecimal()):
         raise argparse.ArgumentTypeError(f"expected NAME=NUMBER, found {text!r}")
     return name, int(number)
-
-
-def option_values(args: argparse.Namespace, kind: type[ConfigT], names: Sequence[str]) -> dict[str, Any]:
-    """Values of options of `add_options` as the fields of a config take them."""
-    types, values = get_type_hints(kind), {}
-    for name in names:
-        value, several = vars(args)[name], get_origin(_plain(types[name]))
-        values[name] = several(value) if several and value is not None else value
-    return values
-
-
-def from_options(args: argparse.Namespace, kind: type[ConfigT]) -> ConfigT:
-    """The config that options of `add_options` give."""
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    return kind(**option_values(args, kind, names))
 
 
 def add_run_options(parser: argparse.ArgumentParser, *, base: str | None = None) -> None:
@@ -111,4 +96,5 @@ def parse_run_options(
         args.stop_epoch = min(args.stop_epoch, args.epochs)
     if bool(args.validate_epochs) != bool(args.validation_cases):
         parser.error("--validate_epochs and --validation_cases go together")
-    return args, option_values(args, SamedConfig, _ADAPTER_FIELDS), from_options(args, TrainingConfig)
+    training = TrainingConfig(**{field.name: vars(args)[field.name] for field in dataclasses.fields(TrainingConfig)})
+    return args, {name: vars(args)[name] for name in _ADAPTER_FIELDS}, training

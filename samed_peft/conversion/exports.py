@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from samed_peft.adapters.folder import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
 from samed_peft.adapters.methods import adapter_tensors, lora_layers, lora_pair, write_lora
@@ -144,18 +144,6 @@ def _fused(pairs: Mapping[str, tuple[Tensor, Tensor]], *, width: int) -> tuple[T
     return torch.cat([pairs[name][0] for name in _QKV if name in pairs]), b
 
 
-class _Logits(nn.Module):
-    """Pixels to logits, without the output class, which ONNX does not know."""
-
-    def __init__(self, model: SamForSemanticSegmentation) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        logits: Tensor = self.model(pixel_values=pixel_values).logits
-        return logits
-
-
 def export_onnx(source: str | Path, file: str | Path, *, base: str | None = None) -> float:
     """Write base and adapter as one ONNX file: `pixel_values` (B, 3, S, S) in [0, 1] to `logits` (B, K + 1, h, w).
 
@@ -208,7 +196,7 @@ def _onnx_model(merged: SamForSemanticSegmentation, pixels: Tensor) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         program = torch.onnx.export(
-            _Logits(merged).eval(),
+            merged,
             (pixels,),
             input_names=["pixel_values"],
             output_names=["logits"],

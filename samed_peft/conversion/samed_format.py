@@ -124,8 +124,8 @@ def read_samed(
     own_prompts = _own_prompts(tensors, sam)
     adapted = add_lora(sam, config, also_save=own_prompts)
     expected = adapter_tensors(adapted)
-    unused = [key for key in tensors if key not in expected and key.startswith(f"{PEFT_PREFIX}prompt_encoder.")]
-    tensors = {key: tensor for key, tensor in tensors.items() if key not in unused}
+    of_base = {key for key in tensors.keys() - expected.keys() if key.startswith(f"{PEFT_PREFIX}prompt_encoder.")}
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in of_base}
     check_tensors(tensors, expected, path)
     set_peft_model_state_dict(adapted, tensors)
     return adapted.eval()

@@ -24,34 +24,22 @@ class SamSplitAttention(nn.Module):
     padded to multiples of 8 for its fused kernels.
 
     Args:
-        hidden_size: width of the encoder.
-        num_heads: attention heads.
-        grid_size: tokens per side of the image.
+        config: a `SamVisionConfig`.
         window_size: tokens per side of a window, or 0 for attention over the whole image.
-        qkv_bias: whether the three projections have a bias.
-        use_rel_pos: whether relative positions are added.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        *,
-        grid_size: int,
-        window_size: int = 0,
-        qkv_bias: bool = True,
-        use_rel_pos: bool = True,
-    ) -> None:
+    def __init__(self, config: Any, window_size: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = hidden_size // num_heads
-        self.window = window_size or grid_size
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-        self.use_rel_pos = use_rel_pos
-        if use_rel_pos:
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.head_dim = width // self.num_heads
+        self.window = window_size or config.image_size // config.patch_size
+        self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.proj = nn.Linear(width, width)
+        self.use_rel_pos = config.use_rel_pos
+        if self.use_rel_pos:
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * self.window - 1, self.head_dim))
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * self.window - 1, self.head_dim))
 
@@ -156,14 +144,7 @@ class SamEncoderLayer(SamVisionLayer):
     def __init__(self, config: Any, index: int) -> None:
         window_size = 0 if index in config.global_attn_indexes else config.window_size
         super().__init__(config, window_size)
-        self.attn = SamSplitAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            grid_size=config.image_size // config.patch_size,
-            window_size=window_size,
-            qkv_bias=config.qkv_bias,
-            use_rel_pos=config.use_rel_pos,
-        )
+        self.attn = SamSplitAttention(config, window_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Tokens (B, H, W, C) -> the same shape."""

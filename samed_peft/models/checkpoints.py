@@ -79,12 +79,8 @@ def rename_meta_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def infer_config(state: Mapping[str, Tensor]) -> SamConfig:
     """Read the geometry of a SAM from its weights under Transformers' names.
 
-    Weights do not show the number of decoder heads; it is 8 in every published SAM.
-
-    Raises:
-        KeyError: a weight that gives the geometry is missing.
-        IndexError: it has too few dimensions.
-        ValueError: it has no elements, layers are not numbered 0, 1, 2 ..., or there are more than 256 mask tokens.
+    Weights do not show the number of decoder heads; it is 8 in every published SAM. Raises KeyError, IndexError or
+    ValueError for weights that are missing, misshapen or too many.
     """
     vision, decoder = _vision_config(state), _decoder_config(state)
     shared = {"hidden_size": vision["output_channels"]}

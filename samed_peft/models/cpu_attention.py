@@ -104,6 +104,7 @@ class _Block:
         of_image, of_row, of_column, of_head, of_number = tokens.stride()
         start = (self.images[0] * of_image + (self.top + rows[0]) * of_row
                  + self.left * of_column + self.heads[0] * of_head)  # fmt: skip
+        # One call; slices and permutations would take four times as long, which counts on small grids.
         return tokens.as_strided(
             (*self.outer, len(rows), wide, tokens.shape[-1]),
             (of_image, tall * of_row, wide * of_column, of_head, of_row, of_column, of_number),
@@ -182,16 +183,11 @@ def _one_hot(window: int, dtype: torch.dtype) -> Tensor:
 
 
 def _by_position(products: Tensor, window: int, first_row: int) -> tuple[Tensor, Tensor]:
-    """View each query's products with the table by the row and by the column of a key.
+    """View each query's products with the table by the row and by the column of a key: (*outer, rows, columns, window).
 
-    Args:
-        products: (*outer, rows, columns, 2 (2 window - 1)) for distances key - query from
-            -(window - 1) to window - 1, of rows and then of columns; contiguous.
-        window: rows and columns of a window.
-        first_row: row of the first query in its window.
-
-    Returns:
-        Two views (*outer, rows, columns, window); from one query to the next, distances move back by one.
+    `products` (*outer, rows, columns, 2 (2 window - 1)) are contiguous, for distances key - query from -(window - 1) to
+    window - 1, of rows and then of columns. From one query to the next, distances move back by one; the first query is
+    in row `first_row` of its window.
     """
     shape = (*products.shape[:-1], window)
     *outer, row, column, _ = products.stride()

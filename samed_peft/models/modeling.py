@@ -32,16 +32,7 @@ class SemanticMaskDecoder(SamMaskDecoder):
     """
 
     def forward(self, image_embeddings: Tensor, positions: Tensor, dense_prompt: Tensor) -> Tensor:
-        """Compute the class maps of images.
-
-        Args:
-            image_embeddings: (B, C, h, w) from the encoder.
-            positions: (B, C, h, w) positional encoding.
-            dense_prompt: (1, C, 1, 1), SAM's embedding for "no mask given".
-
-        Returns:
-            (B, K + 1, 4 h, 4 w) logits.
-        """
+        """Embeddings and positions (B, C, h, w), "no mask given" (1, C, 1, 1) -> logits (B, K + 1, 4 h, 4 w)."""
         batch, channels, height, width = image_embeddings.shape
         tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(batch, 1, -1, -1)
         tokens_out, image_out = self.transformer(

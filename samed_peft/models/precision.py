@@ -1,11 +1,10 @@
 """Mixed precision without a second copy of frozen weights."""
 
-from typing import Any
-
 import torch
 from accelerate import Accelerator
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
 from samed_peft.errors import InputError
@@ -52,14 +51,6 @@ def cast_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.clone()
 
 
-def _bitsandbytes() -> Any:
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise InputError(f'{error.name} is not installed; pip install "samed_peft[qlora]"') from error
-    return bitsandbytes
-
-
 def quantize_layers(layers: nn.Module) -> None:
     """Replace all linear layers of a module in place by layers with 4-bit normal-float weights.
 
@@ -68,7 +59,10 @@ def quantize_layers(layers: nn.Module) -> None:
     Raises:
         InputError: bitsandbytes is not installed.
     """
-    bitsandbytes = _bitsandbytes()
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise InputError(f'{error.name} is not installed; pip install "samed_peft[qlora]"') from error
     for name, linear in [(n, m) for n, m in layers.named_modules() if type(m) is nn.Linear]:
         device = linear.weight.device
         quantized = bitsandbytes.nn.Linear4bit(
@@ -84,15 +78,9 @@ def quantize_layers(layers: nn.Module) -> None:
 
 def dequantize_layers(model: nn.Module) -> None:
     """Replace 4-bit layers in place by linear layers with the numbers that the 4 bits encode."""
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and is_quantized(m)]
-    for name, quantized in found:
-        packed: Any = quantized.weight
-        values = _bitsandbytes().functional.dequantize_4bit(packed.data, packed.quant_state)
-        plain = nn.Linear(quantized.in_features, quantized.out_features, bias=quantized.bias is not None, device="meta")
-        plain.weight, plain.bias = nn.Parameter(values.float(), requires_grad=False), quantized.bias
-        model.set_submodule(name, plain)
-
-
-def is_quantized(linear: nn.Linear) -> bool:
-    """Whether a layer's weight is packed bits instead of a matrix of numbers."""
-    return not linear.weight.is_floating_point()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and not layer.weight.is_floating_point():
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            values = dequantize_bnb_weight(layer.weight).float()
+            plain.weight, plain.bias = nn.Parameter(values, requires_grad=False), layer.bias
+            model.set_submodule(name, plain)

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
 from samed_peft.adapters.save_load import add_lora, load_adapter, save_adapter
-from samed_peft.config import METHODS, SamedConfig, Storage, TrainingConfig, methods_with
+from samed_peft.config import METHODS, SamedConfig, Storage, TrainingConfig
 from samed_peft.conversion.exports import export_peft_fused, export_samed
 from samed_peft.conversion.samed_format import read_samed
 from samed_peft.errors import InputError
@@ -32,7 +32,7 @@ from samed_peft.training.batches import TrainingSlices
 
 CONFIG = SamedConfig("tiny-sam", ("body", "head"), image_size=64, window=None)
 WITHOUT_EXTRAS = [name for name, method in METHODS.items() if method.extra is None]  # QLoRA has a file of its own
-EVERY = [(m, "full") for m in WITHOUT_EXTRAS] + [(m, "lora") for m in WITHOUT_EXTRAS if m in methods_with("decoder")]
+EVERY = [(m, "full") for m in WITHOUT_EXTRAS] + [(m, "lora") for m in WITHOUT_EXTRAS if "decoder" in METHODS[m].options]
 
 
 def fresh(config=CONFIG):
@@ -118,7 +118,7 @@ def test_every_trainable_weight_gets_a_gradient_in_float32_and_bfloat16(method, 
     assert found[1] == pytest.approx(found[0], abs=0.02)
 
 
-@pytest.mark.parametrize("method", [name for name in WITHOUT_EXTRAS if name in methods_with("targets")])
+@pytest.mark.parametrize("method", [name for name in WITHOUT_EXTRAS if "targets" in METHODS[name].options])
 def test_a_new_adapter_changes_nothing_of_the_encoder(method, pixels):
     plain = load_sam(CONFIG.base, class_names=CONFIG.class_names, image_size=64)
     expected = plain.vision_encoder(pixels)[0]
@@ -261,7 +261,7 @@ def test_lora_plus_takes_longer_steps_with_b():
 
 @pytest.mark.parametrize("method", WITHOUT_EXTRAS)
 def test_lora_plus_is_refused_by_methods_without_b(method):
-    taken = method in methods_with("lora_plus_ratio")
+    taken = "lora_plus_ratio" in METHODS[method].options
     with contextlib.nullcontext() if taken else pytest.raises(InputError, match="lora_plus_ratio means nothing"):
         build_optimizer(fresh(dataclasses.replace(CONFIG, method=method)), weight_decay=0.0, lora_plus_ratio=2.0)
 

@@ -7,17 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from samed_peft.config import (
-    METHOD_FIELDS,
-    METHODS,
-    SYNAPSE_CLASSES,
-    SamedConfig,
-    TrainingConfig,
-    add_options,
-    add_run_options,
-    parse_run_options,
-)
+from samed_peft.config import METHODS, SYNAPSE_CLASSES, SamedConfig, TrainingConfig
 from samed_peft.config.fields import JsonFields, described
+from samed_peft.config.methods import METHOD_FIELDS
+from samed_peft.config.options import add_options, add_run_options, parse_run_options
 from samed_peft.errors import InputError, NonFiniteLossError, RunInterruptedError, exit_on_error
 
 
@@ -66,6 +59,21 @@ def test_json_round_trip(config):
 def test_bad_adapters_are_refused(values):
     with pytest.raises(InputError, match=next(iter(values))):
         SamedConfig(**({"base": "b", "class_names": ("a",)} | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"channel": -1}, "channel must be 0 or more, or None; found -1"),
+        ({"input_size": 0}, "input_size must be positive, or None; found 0"),
+        ({"window": (1, 0)}, r"window must be \(low, high\) with low < high, or None; found \(1, 0\)"),
+        ({"orientation": "las"}, "one each of L or R, A or P, S or I, such as LAS, or None; found 'las'"),
+        ({"method": "oft", "rank": 1}, "rank must be at least 2 for oft, .*the rank is the size of a block"),
+    ],
+)
+def test_the_allowed_values_are_told(values, message):
+    with pytest.raises(InputError, match=message):
+        SamedConfig("b", ("a",), **values)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import SamVisionConfig
 
 from samed_peft.models import cpu_attention
 from samed_peft.models.attention import SamSplitAttention, fused_attention
@@ -16,7 +17,8 @@ GRIDS = [(10, 4), (8, 4), (9, 5), (3, 4), (6, 6)]  # tokens per side, window
 
 def make_attention(grid, window):
     generator = torch.Generator().manual_seed(0)
-    attention = SamSplitAttention(HEADS * DIM, HEADS, grid_size=grid, window_size=window)
+    config = SamVisionConfig(hidden_size=HEADS * DIM, num_attention_heads=HEADS, image_size=grid, patch_size=1)
+    attention = SamSplitAttention(config, window)
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
