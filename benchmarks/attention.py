@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from transformers import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionLayer
 
+from samed_peft.evaluation.tables import markdown_table
+from samed_peft.io import write_json
 from samed_peft.models.attention import fused_attention
 from samed_peft.models.cpu_attention import TiledAttention
 
@@ -179,7 +181,7 @@ def table(results: list[dict[str, Any]]) -> str:
             rows.append([f"{one['image_size']}, {one['dtype']}, {step}, {part}", *times, *ratios, memory])
     head = ["pixels, type, pass, layers", *(f"{name}, ms" for name in SUBJECTS)]
     head += [*(f"{name} / samed_peft" for name in SUBJECTS[1:]), "peak MB of each"]
-    return "\n".join(measure.markdown(head, rows))
+    return markdown_table(head, rows)
 
 
 def main() -> None:
@@ -201,7 +203,7 @@ def main() -> None:
     print("\n" + table(result["results"]))
     for name, ratio in result["overall"].items():
         print(f"\nThe whole encoder, mean over sizes, types and passes: {ratio:.2f} times as fast as {name}")
-    measure.write_result(args.results_dir / f"attention-{result['date']}-{args.name}.json", result)
+    write_json(args.results_dir / f"attention-{result['date']}-{args.name}.json", result)
 
 
 if __name__ == "__main__":

@@ -165,14 +165,13 @@ def facts() -> dict[str, Any]:
     """Date and machine of a result: everything that figures depend on besides the code that is measured."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":", 1)[1].strip() for line in cpuinfo if "model name" in line), platform.machine())
-    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     machine = {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
         "load_before": round(os.getloadavg()[0], 2),
         "commit": _commit(),
-        "versions": versions,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
     }
     return {"date": str(date.today()), "machine": machine}
 
@@ -201,17 +200,3 @@ def with_range(found: dict[str, float], digits: int, *, scale: float = 1) -> str
     """Format the result of `spread` as median (smallest-largest)."""
     median, low, high = (f"{scale * found[name]:.{digits}f}" for name in ("median", "min", "max"))
     return f"{median} ({low}-{high})"
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    from samed_peft.evaluation.tables import markdown_table
-
-    return markdown_table(head, rows).splitlines()
-
-
-def write_result(path: Path | str, result: dict[str, Any]) -> None:
-    """Write a result as JSON."""
-    from samed_peft.io import write_json
-
-    write_json(path, result)

@@ -33,6 +33,8 @@ from samed_peft import SamedConfig, Volume, add_lora, predict_volume
 from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.datasets import load_synapse, write_phantom
 from samed_peft.datasets.phantom import phantom_case
+from samed_peft.evaluation.tables import markdown_table
+from samed_peft.io import write_json
 from samed_peft.models.precision import cast_frozen_weights
 from samed_peft.prediction import PredictionOptions, Scan, predict_files
 from samed_peft.training import build_optimizer, train_step
@@ -203,7 +205,7 @@ def table(found: dict[str, Any], why: dict[str, str]) -> str:
             numbers = [points, fitted, f"{line['r_squared']:.3f}", f"{line['unit_cost']:.2f}"]
             rows.append([name if end else "", one["unit"], *numbers, verdict(line) + end])
     head = ["curve", "unit", "first and last point", "line", "R²", "unit cost", "explanation"]
-    return "\n".join(measure.markdown(head, rows))
+    return markdown_table(head, rows)
 
 
 def plot(found: dict[str, Any], title: str, path: str) -> None:
@@ -267,7 +269,7 @@ def main() -> None:
     found = {name: run(curve, args) for name, curve in measured.items()}
     print("\n" + table(found, {name: curve.why for name, curve in measured.items()}))
     path = args.results_dir / f"scaling-{result['date']}-{args.name or args.geometry}"
-    measure.write_result(f"{path}.json", result | {"settings": settings, "curves": found})
+    write_json(f"{path}.json", result | {"settings": settings, "curves": found})
     plot(found, f"{args.geometry}, {args.mixed_precision} mixed precision", f"{path}.png")
 
 
