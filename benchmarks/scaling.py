@@ -106,21 +106,13 @@ def scans(args: argparse.Namespace) -> Action:
 
 @dataclass(frozen=True)
 class Curve:
-    """One quantity that is varied.
+    """One quantity that is varied."""
 
-    Attributes:
-        make: prepares the action that is timed, for options in which `varied` has one of `values`.
-        varied: name of an option.
-        unit: unit that time and memory are divided by.
-        values: values of the option.
-        why: expected growth, and its cause.
-    """
-
-    make: Callable[[argparse.Namespace], Action]
-    varied: str
-    unit: str
+    make: Callable[[argparse.Namespace], Action]  # prepares the action that is timed
+    varied: str  # name of the option that has one of `values`
+    unit: str  # unit that time and memory are divided by
     values: Sequence[int]
-    why: str
+    why: str  # expected growth, and its cause
 
     def units(self, value: int, args: argparse.Namespace) -> int:
         """Number of units at a value of the option."""
@@ -165,9 +157,9 @@ def point(task: tuple[Callable[[argparse.Namespace], Action], argparse.Namespace
 
 def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     """Least-squares line, its R², and unit cost at the last point over that at the first."""
-    line = linregress(x, y)
-    found = {"fixed": line.intercept, "per_unit": line.slope, "r_squared": line.rvalue**2 if np.ptp(y) else 1.0}
-    found["unit_cost"] = (y[-1] / x[-1]) / (y[0] / x[0])
+    line, cost = linregress(x, y), (y[-1] / x[-1]) / (y[0] / x[0])
+    r_squared = line.rvalue**2 if np.ptp(y) else 1.0
+    found = {"fixed": line.intercept, "per_unit": line.slope, "r_squared": r_squared, "unit_cost": cost}
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 

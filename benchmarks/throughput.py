@@ -130,13 +130,13 @@ def predict(workers: Mapping[str, Worker], args: argparse.Namespace, action: str
     return {"slices": slices, "subjects": subjects, "times_as_fast": times_as_fast(found)}
 
 
-def profile(args: argparse.Namespace, kinds: tuple[str, ...]) -> Figures:
+def profile(args: argparse.Namespace) -> Figures:
     """Profile this package and print the tables."""
     found: Figures = {}
     for precision in args.mixed_precision:
         subject = worker(args, "samed_peft", precision)
         subject.run("train_step")
-        for kind in kinds:
+        for kind in ("profile_step", "profile_prediction"):
             if kind == "profile_prediction":
                 subject.run("start_prediction")
                 subject.run("predict_slices")
@@ -235,7 +235,7 @@ def main() -> None:
         for subject in workers.values():
             subject.close()
         if args.profile:
-            result["profile"] = profile(args, ("profile_step", "profile_prediction"))
+            result["profile"] = profile(args)
     titles = {"training": f"A training step of {args.batch_size} images", "slices": f"{args.slices} slices in memory"}
     titles["file"] = f"A scan of {result['scan_slices']} slices, file to file"
     print(f"\n{result['step_gflop_per_image']} GFLOP an image and step; {json.dumps(result['machine'])}\n")
