@@ -163,12 +163,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def mean_ratio(results: list[dict[str, Any]], name: str) -> float:
-    """Geometric mean, over sizes, types and passes, of how many times as fast this package is for a whole encoder."""
-    steps = [step for one in results for step in one["steps"].values()]
-    return round(statistics.geometric_mean(step["encoder"]["times_as_fast"][name]["median"] for step in steps), 3)
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """All comparisons as Markdown: median milliseconds with their range, ratios, and peak memory."""
     rows = []
@@ -199,7 +193,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     settings = {name: value for name, value in vars(args).items() if name not in ("name", "results_dir")}
     result = measure.facts() | {"settings": settings, "results": run(args)}
-    result["overall"] = {name: mean_ratio(result["results"], name) for name in SUBJECTS[1:]}
+    ratios = [step["encoder"]["times_as_fast"] for one in result["results"] for step in one["steps"].values()]
+    result["overall"] = {
+        name: round(statistics.geometric_mean(ratio[name]["median"] for ratio in ratios), 3) for name in SUBJECTS[1:]
+    }
     print("\n" + table(result["results"]))
     for name, ratio in result["overall"].items():
         print(f"\nThe whole encoder, mean over sizes, types and passes: {ratio:.2f} times as fast as {name}")

@@ -63,10 +63,10 @@ class SamedPeft:
     def _endless_batches(self) -> Iterator[dict[str, Tensor]]:
         rows = load_synapse(self.args.work / "phantom", "train", cache_dir=self.args.work / "rows", num_proc=1)
         slices = TrainingSlices(rows, image_size=self.args.image_size, label_size=self.label_size, seed=0)
-        # The keys of 100 epochs at once, as restarted workers would have to be waited for.
+        # All epochs in one loader, as restarted workers would have to be waited for.
         size = len(self.batch["labels"])
         epochs = (epoch_batches(len(rows), batch_size=size, seed=0, epoch=epoch) for epoch in range(100))
-        return iter(batch_loader(slices, [*itertools.chain(*epochs)], num_workers=self.args.num_workers))
+        return batch_loader(slices, itertools.chain.from_iterable(epochs), num_workers=self.args.num_workers)
 
     def fed_step(self) -> float:
         """Take one step on slices that workers load and augment; returns the seconds spent waiting for them."""
