@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from transformers import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionLayer
 
+from samed_peft.evaluation.tables import markdown_table
+from samed_peft.io import write_json
 from samed_peft.models.attention import fused_attention
 from samed_peft.models.cpu_attention import TiledAttention
 
@@ -161,12 +163,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def mean_ratio(results: list[dict[str, Any]], name: str) -> float:
-    """Geometric mean, over sizes, types and passes, of how many times as fast this package is for a whole encoder."""
-    steps = [step for one in results for step in one["steps"].values()]
-    return round(statistics.geometric_mean(step["encoder"]["times_as_fast"][name]["median"] for step in steps), 3)
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """All comparisons as Markdown: median milliseconds with their range, ratios, and peak memory."""
     rows = []
@@ -179,7 +175,7 @@ def table(results: list[dict[str, Any]]) -> str:
             rows.append([f"{one['image_size']}, {one['dtype']}, {step}, {part}", *times, *ratios, memory])
     head = ["pixels, type, pass, layers", *(f"{name}, ms" for name in SUBJECTS)]
     head += [*(f"{name} / samed_peft" for name in SUBJECTS[1:]), "peak MB of each"]
-    return "\n".join(measure.markdown(head, rows))
+    return markdown_table(head, rows)
 
 
 def main() -> None:
@@ -197,11 +193,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     settings = {name: value for name, value in vars(args).items() if name not in ("name", "results_dir")}
     result = measure.facts() | {"settings": settings, "results": run(args)}
-    result["overall"] = {name: mean_ratio(result["results"], name) for name in SUBJECTS[1:]}
+    ratios = [step["encoder"]["times_as_fast"] for one in result["results"] for step in one["steps"].values()]
+    result["overall"] = {
+        name: round(statistics.geometric_mean(ratio[name]["median"] for ratio in ratios), 3) for name in SUBJECTS[1:]
+    }
     print("\n" + table(result["results"]))
     for name, ratio in result["overall"].items():
         print(f"\nThe whole encoder, mean over sizes, types and passes: {ratio:.2f} times as fast as {name}")
-    measure.write_result(args.results_dir / f"attention-{result['date']}-{args.name}.json", result)
+    write_json(args.results_dir / f"attention-{result['date']}-{args.name}.json", result)
 
 
 if __name__ == "__main__":

@@ -161,11 +161,6 @@ def compare_reopened(work: Path, original: dict[str, np.ndarray]) -> Iterator[Ro
     yield "samed: scores of SAMed's test.py on it", _apart(reopened["scores"], original["scores"]), 0.0
 
 
-def mask_of(path: Path) -> np.ndarray:
-    """Read a mask that SAMed's test saved, (D, H, W)."""
-    return np.asarray(nibabel.load(path).dataobj).T.astype(np.uint8)
-
-
 @torch.inference_mode()
 def margins(model: torch.nn.Module, volume: np.ndarray, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the gap between the logits of the two likeliest classes, voxel by voxel, in some slices."""
@@ -181,7 +176,8 @@ def compare_volume(work: Path, original: dict[str, np.ndarray], given: dict[str,
     """Compare a whole scan through the 224 pixel bottleneck, and its scores."""
     model = load_adapter(work / "samed")
     mask = predict_volume(model, Volume(given["volume"], normalized=True), batch_size=2)
-    theirs, exact = (mask_of(work / f"{name}_pred.nii.gz") for name in ("case", "exact"))
+    saved = (nibabel.load(work / f"{name}_pred.nii.gz") for name in ("case", "exact"))
+    theirs, exact = (np.asarray(one.dataobj).T.astype(np.uint8) for one in saved)
     differ = mask != theirs
     own = float((theirs != exact).mean())
     yield "(SAMed's own float32 mask against its float64: share of voxels that differ)", own, math.inf

@@ -15,6 +15,7 @@ A placement is targets (q, k, v, out, mlp), "+decoder" for LoRA in the decoder a
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import re
@@ -44,19 +45,12 @@ LORA_PLUS_RATIO = 16
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        kind: "rank", "placement", "method" or "baseline".
-        name: name in the table and in file names.
-        options: options of the recipe, without seed, data and output.
-        untrained: replace the base's weights by random ones.
-    """
-
-    kind: str
-    name: str
-    options: tuple[str, ...]
-    untrained: bool = False
+    kind: str  # "rank", "placement", "method" or "baseline"
+    name: str  # in the table and in file names
+    options: tuple[str, ...]  # of the recipe, without seed, data and output
+    untrained: bool = False  # replace the base's weights by random ones
 
 
 @dataclass(frozen=True)
@@ -178,20 +172,14 @@ def carry_out(run: Planned, args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
-            while _is_alive(process.pid):
-                time.sleep(0.1)
+            with contextlib.suppress(ProcessLookupError):  # raised once the whole group has ended
+                while True:
+                    os.killpg(process.pid, 0)
+                    time.sleep(0.1)
             raise RunInterruptedError(f"{run.result.stem} was stopped; the same command goes on with it") from None
     if code == 0:
         write_json(run.result, result(run, args, seconds=time.monotonic() - started))
     return code
-
-
-def _is_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def result(run: Planned, args: argparse.Namespace, *, seconds: float) -> dict[str, Any]:
@@ -247,12 +235,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def _reason(lines: Sequence[str]) -> str:
-    """Find the recipe's own error message in its log; accelerate launch writes a traceback behind it."""
-    own = [line for line in lines if line.startswith("error: ")]
-    return (own or [line for line in lines if line.strip()] or ["no output"])[-1]
-
-
 @exit_on_error
 def main() -> None:
     """Run all runs without a result."""
@@ -273,8 +255,10 @@ def main() -> None:
         if code:
             failed.append(run)
             log = run.output.with_suffix(".log")
-            reason = _reason(log.read_text(errors="replace").splitlines())
-            print(f"[{number}/{len(left)}] {run.result.stem} failed with {code}: {reason} ({log})", flush=True)
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            # The recipe's own message, if there is one: accelerate launch writes a traceback behind it.
+            reasons = [line for line in lines if line.startswith("error: ")] or lines or ["no output"]
+            print(f"[{number}/{len(left)}] {run.result.stem} failed with {code}: {reasons[-1]} ({log})", flush=True)
             continue
         finished.append(run)
         dice = read_json(run.result)["standard"]["mean"]["dice"]

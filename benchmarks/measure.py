@@ -93,10 +93,8 @@ def timed(action: Action, times: int, gemm: torch.dtype | None) -> dict[str, Any
 class Worker:
     """A process that stays alive and runs the actions of one subject on request, so that several can take turns.
 
-    Args:
-        make: called in the process with `options`; methods of the object it returns are the actions.
-        options: its arguments; `threads` and `mixed_precision` of them are also used here.
-        forked: see `processes`.
+    The process calls `make(options)`; methods of the object it returns are the actions. `options.threads` and
+    `options.mixed_precision` are also used here; for `forked` see `processes`.
     """
 
     def __init__(self, make: Callable[[Any], Any], options: Any, *, forked: bool = False) -> None:
@@ -105,14 +103,10 @@ class Worker:
     def run(
         self, action: str, times: int = 1, *, settle: str | None = None, fresh: bool = False, gemm: bool = False
     ) -> dict[str, Any]:
-        """Run an action and return what `timed` does.
+        """Run an action, the name of a method, several times; returns the result of `timed`.
 
-        Args:
-            action: name of a method.
-            times: number of calls.
-            settle: action to run once beforehand, untimed: caches are cold and memory was returned.
-            fresh: start counting peak memory anew.
-            gemm: measure matrix products too.
+        `settle` is run once beforehand, untimed, because caches are cold and memory was returned; with `fresh`, peak
+        memory is counted anew; with `gemm`, matrix products are measured too.
         """
         try:
             return self._pool.submit(_act, action, times, settle=settle, fresh=fresh, gemm=gemm).result()
@@ -166,14 +160,13 @@ def facts() -> dict[str, Any]:
     file = Path("/proc/cpuinfo")
     cpuinfo = file.read_text().splitlines() if file.is_file() else []
     cpu = next((line.split(":", 1)[1].strip() for line in cpuinfo if "model name" in line), platform.machine())
-    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     machine = {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
         "load_before": round(os.getloadavg()[0], 2),
         "commit": _commit(),
-        "versions": versions,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
     }
     return {"date": str(date.today()), "machine": machine}
 
@@ -202,17 +195,3 @@ def with_range(found: dict[str, float], digits: int, *, scale: float = 1) -> str
     """Format the result of `spread` as median (smallest-largest)."""
     median, low, high = (f"{scale * found[name]:.{digits}f}" for name in ("median", "min", "max"))
     return f"{median} ({low}-{high})"
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    from samed_peft.evaluation.tables import markdown_table
-
-    return markdown_table(head, rows).splitlines()
-
-
-def write_result(path: Path | str, result: dict[str, Any]) -> None:
-    """Write a result as JSON."""
-    from samed_peft.io import write_json
-
-    write_json(path, result)

@@ -33,6 +33,8 @@ from samed_peft import SamedConfig, Volume, add_lora, predict_volume
 from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.datasets import load_synapse, write_phantom
 from samed_peft.datasets.phantom import phantom_case
+from samed_peft.evaluation.tables import markdown_table
+from samed_peft.io import write_json
 from samed_peft.models.precision import cast_frozen_weights
 from samed_peft.prediction import PredictionOptions, Scan, predict_files
 from samed_peft.training import build_optimizer, train_step
@@ -104,21 +106,13 @@ def scans(args: argparse.Namespace) -> Action:
 
 @dataclass(frozen=True)
 class Curve:
-    """One quantity that is varied.
+    """One quantity that is varied."""
 
-    Attributes:
-        make: prepares the action that is timed, for options in which `varied` has one of `values`.
-        varied: name of an option.
-        unit: unit that time and memory are divided by.
-        values: values of the option.
-        why: expected growth, and its cause.
-    """
-
-    make: Callable[[argparse.Namespace], Action]
-    varied: str
-    unit: str
+    make: Callable[[argparse.Namespace], Action]  # prepares the action that is timed
+    varied: str  # name of the option that has one of `values`
+    unit: str  # unit that time and memory are divided by
     values: Sequence[int]
-    why: str
+    why: str  # expected growth, and its cause
 
     def units(self, value: int, args: argparse.Namespace) -> int:
         """Number of units at a value of the option."""
@@ -163,9 +157,9 @@ def point(task: tuple[Callable[[argparse.Namespace], Action], argparse.Namespace
 
 def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     """Least-squares line, its R², and unit cost at the last point over that at the first."""
-    line = linregress(x, y)
-    found = {"fixed": line.intercept, "per_unit": line.slope, "r_squared": line.rvalue**2 if np.ptp(y) else 1.0}
-    found["unit_cost"] = (y[-1] / x[-1]) / (y[0] / x[0])
+    line, cost = linregress(x, y), (y[-1] / x[-1]) / (y[0] / x[0])
+    r_squared = line.rvalue**2 if np.ptp(y) else 1.0
+    found = {"fixed": line.intercept, "per_unit": line.slope, "r_squared": r_squared, "unit_cost": cost}
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
@@ -203,7 +197,7 @@ def table(found: dict[str, Any], why: dict[str, str]) -> str:
             numbers = [points, fitted, f"{line['r_squared']:.3f}", f"{line['unit_cost']:.2f}"]
             rows.append([name if end else "", one["unit"], *numbers, verdict(line) + end])
     head = ["curve", "unit", "first and last point", "line", "R²", "unit cost", "explanation"]
-    return "\n".join(measure.markdown(head, rows))
+    return markdown_table(head, rows)
 
 
 def plot(found: dict[str, Any], title: str, path: str) -> None:
@@ -267,7 +261,7 @@ def main() -> None:
     found = {name: run(curve, args) for name, curve in measured.items()}
     print("\n" + table(found, {name: curve.why for name, curve in measured.items()}))
     path = args.results_dir / f"scaling-{result['date']}-{args.name or args.geometry}"
-    measure.write_result(f"{path}.json", result | {"settings": settings, "curves": found})
+    write_json(f"{path}.json", result | {"settings": settings, "curves": found})
     plot(found, f"{args.geometry}, {args.mixed_precision} mixed precision", f"{path}.png")
 
 

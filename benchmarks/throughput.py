@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
-from measure import Worker, markdown, spread, with_range
+from measure import Worker, spread, with_range
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -46,13 +46,6 @@ def make(args: argparse.Namespace) -> Any:
     from throughput_peers import PlainPeft, SamedPeft
 
     return SamedPeft(args) if args.subject == "samed_peft" else PlainPeft(args, args.subject.removeprefix("peft-"))
-
-
-def write_inputs(args: argparse.Namespace) -> Figures:
-    """Write the files that all subjects read."""
-    from throughput_inputs import write_inputs
-
-    return write_inputs(args)
 
 
 def worker(args: argparse.Namespace, subject: str, precision: str) -> Worker:
@@ -137,13 +130,13 @@ def predict(workers: Mapping[str, Worker], args: argparse.Namespace, action: str
     return {"slices": slices, "subjects": subjects, "times_as_fast": times_as_fast(found)}
 
 
-def profile(args: argparse.Namespace, kinds: tuple[str, ...]) -> Figures:
+def profile(args: argparse.Namespace) -> Figures:
     """Profile this package and print the tables."""
     found: Figures = {}
     for precision in args.mixed_precision:
         subject = worker(args, "samed_peft", precision)
         subject.run("train_step")
-        for kind in kinds:
+        for kind in ("profile_step", "profile_prediction"):
             if kind == "profile_prediction":
                 subject.run("start_prediction")
                 subject.run("predict_slices")
@@ -157,21 +150,21 @@ def profile(args: argparse.Namespace, kinds: tuple[str, ...]) -> Figures:
 
 def table(title: str, part: Figures, *, training: bool) -> str:
     """Format one part as Markdown tables."""
+    from samed_peft.evaluation.tables import markdown_table
+
     head = ["subject", "median s (range)", "images/s" if training else "slices/s", "peak GB"]
     head += ["GEMM peak", "first loss"] if training else []
-    others = sorted({name for ratios in part["times_as_fast"].values() for name in ratios})
     rows = []
     for name, one in part["subjects"].items():
         memory = one["peak_gpu_gb"] or one["peak_resident_gb"]
         row = [name, with_range(one["seconds"], 3), f"{one['per_second']:.2f}", f"{memory:.2f}"]
         row += [f"{one['share_of_gemm_peak']['median']:.0%}", f"{one['first_loss']:.4f}"] if training else []
         rows.append(row)
-    lines = [f"### {title}", "", *markdown(head, rows), ""]
-    ratios = [
-        [name, *(with_range(r[other], 2) if other in r else "" for other in others)]
-        for name, r in part["times_as_fast"].items()
-    ]
-    return "\n".join([*lines, *(markdown(["times as fast as", *others], ratios) if others else [])])
+    ratios = part["times_as_fast"]
+    others = sorted({other for found in ratios.values() for other in found})
+    lines = [[ours, *(with_range(r[other], 2) if other in r else "" for other in others)] for ours, r in ratios.items()]
+    compared = markdown_table(["times as fast as", *others], lines) if others else ""
+    return f"### {title}\n\n{markdown_table(head, rows)}\n\n{compared}"
 
 
 def parse() -> argparse.Namespace:
@@ -217,6 +210,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Measure, print tables and write the figures."""
+    from throughput_inputs import write_inputs
+
+    from samed_peft.io import write_json
+
     args = parse()
     os.environ |= QUIET
     # Only the last part of paths, which differ from machine to machine.
@@ -238,13 +235,13 @@ def main() -> None:
         for subject in workers.values():
             subject.close()
         if args.profile:
-            result["profile"] = profile(args, ("profile_step", "profile_prediction"))
+            result["profile"] = profile(args)
     titles = {"training": f"A training step of {args.batch_size} images", "slices": f"{args.slices} slices in memory"}
     titles["file"] = f"A scan of {result['scan_slices']} slices, file to file"
     print(f"\n{result['step_gflop_per_image']} GFLOP an image and step; {json.dumps(result['machine'])}\n")
     parts = [table(titles[part], result[part], training=part == "training") for part in titles if part in result]
     print("\n\n".join(parts))
-    measure.write_result(args.results_dir / f"throughput-{result['date']}-{args.name or args.geometry}.json", result)
+    write_json(args.results_dir / f"throughput-{result['date']}-{args.name or args.geometry}.json", result)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from samed_peft.io import write_json, write_volume
 from samed_peft.models.bases import TINY_SAM_DIR, randomize_weights
 from samed_peft.models.checkpoints import rename_meta_keys
 from samed_peft.models.modeling import SamForSemanticSegmentation
-from samed_peft.training.batches import TrainingSlices
+from samed_peft.training.batches import TrainingSlices, batch_loader
 
 GEOMETRIES = {
     "vit_b": {},
@@ -94,9 +94,8 @@ def write_data(args: argparse.Namespace) -> int:
     patch = SamConfig.from_pretrained(args.work / "sam").vision_config.patch_size
     slices = TrainingSlices(rows, image_size=args.image_size, label_size=4 * args.image_size // patch, seed=0)
     middle = len(rows) // 4
-    batch = [slices[0, middle + i] for i in range(args.batch_size)]
-    np.savez(args.work / "batch.npz", pixels=np.stack([b["pixel_values"][0] for b in batch]),
-             labels=np.stack([b["labels"] for b in batch]))  # fmt: skip
+    keys = [(0, middle + i) for i in range(args.batch_size)]
+    torch.save(next(batch_loader(slices, [keys], num_workers=0)), args.work / "batch.pth")
     scan = args.scan
     if scan is None:
         shape = {"shape_dhw": tuple(args.scan_shape), "spacing_zyx_mm": (5.0, 0.75, 0.75)}

@@ -47,9 +47,8 @@ class Original:
         self.net = LoRA_Sam(sam, args.rank).cuda().train()
         weights = filter(lambda weight: weight.requires_grad, self.net.parameters())
         self.optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.1)
-        with np.load(args.work / "batch.npz") as batch:
-            self.images = torch.from_numpy(batch["pixels"])[:, None].repeat(1, 3, 1, 1)
-            self.labels = torch.from_numpy(batch["labels"])
+        batch = torch.load(args.work / "batch.pth", weights_only=True)
+        self.images, self.labels = batch["pixel_values"].contiguous(), batch["labels"]
         self.losses = nn.CrossEntropyLoss(), utils.DiceLoss(self.classes + 1)
         # Left out: scoring, and the copies of scan and reference that it writes beside the mask.
         utils.calculate_metric_percase = lambda *_: (0, 0)

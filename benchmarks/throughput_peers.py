@@ -30,13 +30,6 @@ from samed_peft.training import build_optimizer, train_step
 from samed_peft.training.batches import TrainingSlices, batch_loader, epoch_batches
 
 
-def read_batch(args: argparse.Namespace) -> dict[str, Tensor]:
-    """Read the batch of all subjects: `pixel_values` (B, 3, S, S) and `labels` (B, h, h)."""
-    with np.load(args.work / "batch.npz") as batch:
-        pixels = torch.from_numpy(batch["pixels"])[:, None].expand(-1, 3, -1, -1)
-        return {"pixel_values": pixels, "labels": torch.from_numpy(batch["labels"])}
-
-
 class SamedPeft:
     """This package, as `training.fit` and `samed predict` use it."""
 
@@ -54,7 +47,8 @@ class SamedPeft:
         self.adapter = args.work / f"adapter-{args.mixed_precision}"
         save_adapter(model, self.adapter, config=config)
         cast_frozen_weights(model, product_dtype(self.accelerator))
-        self.label_size, self.batch, self.batches = sam.logits_size, read_batch(args), None
+        self.label_size, self.batches = sam.logits_size, None
+        self.batch = torch.load(args.work / "batch.pth", weights_only=True)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, weight_decay=0.1))
 
     def _step(self, batch: dict[str, Tensor]) -> float:
@@ -69,10 +63,10 @@ class SamedPeft:
     def _endless_batches(self) -> Iterator[dict[str, Tensor]]:
         rows = load_synapse(self.args.work / "phantom", "train", cache_dir=self.args.work / "rows", num_proc=1)
         slices = TrainingSlices(rows, image_size=self.args.image_size, label_size=self.label_size, seed=0)
-        # The keys of 100 epochs at once, as restarted workers would have to be waited for.
+        # All epochs in one loader, as restarted workers would have to be waited for.
         size = len(self.batch["labels"])
         epochs = (epoch_batches(len(rows), batch_size=size, seed=0, epoch=epoch) for epoch in range(100))
-        return iter(batch_loader(slices, [*itertools.chain(*epochs)], num_workers=self.args.num_workers))
+        return batch_loader(slices, itertools.chain.from_iterable(epochs), num_workers=self.args.num_workers)
 
     def fed_step(self) -> float:
         """Take one step on slices that workers load and augment; returns the seconds spent waiting for them."""
@@ -160,7 +154,8 @@ class PlainPeft:
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.1)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.batch, self.mask = read_batch(args), args.work / f"peft-{attention}-{args.mixed_precision}.nii.gz"
+        self.batch = torch.load(args.work / "batch.pth", weights_only=True)
+        self.mask = args.work / f"peft-{attention}-{args.mixed_precision}.nii.gz"
 
     def train_step(self) -> float:
         """Take one optimizer step; returns the loss."""

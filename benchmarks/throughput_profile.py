@@ -11,7 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from samed_peft import dice_ce_loss
 
+OUTSIDE = "outside of pytorch"
+"""Python and NumPy, for example resizing."""
+
 GROUPS = {
+    "outside of PyTorch": (OUTSIDE,),
     "optimizer": ("optimizer", "adam", "foreach", "lerp", "addcdiv", "addcmul"),
     "attention": ("scaled_dot_product", "flash", "efficient_attention", "fmha"),
     "GEMM": ("mm", "linear", "conv", "matmul", "cutlass"),
@@ -23,9 +27,6 @@ GROUPS = {
                     "elementwise", "reduce"),
 }  # fmt: skip
 """Groups of operators by parts of their names; the first match counts."""
-
-OUTSIDE = "outside of PyTorch"
-"""Python and NumPy, for example resizing."""
 
 
 def profiled(action: Callable[[], Any], *, loss_shape: tuple[int, int, int] | None = None) -> dict[str, Any]:
@@ -40,25 +41,19 @@ def profiled(action: Callable[[], Any], *, loss_shape: tuple[int, int, int] | No
     microseconds, table = _self_times(action)
     shares: Counter[str] = Counter()
     if loss_shape is not None:
-        loss = _self_times(_loss_step(*loss_shape))[0] & microseconds  # the smaller of both
+        batch, num_labels, side = loss_shape
+        logits = torch.randn(batch, num_labels, side, side, device=DEVICE, requires_grad=True)
+        labels = torch.randint(num_labels, (batch, side, side), device=DEVICE)
+        dice_ce_loss(logits, labels).backward()  # to warm up
+        loss = _self_times(lambda: dice_ce_loss(logits, labels).backward())[0] & microseconds  # the smaller of both
         microseconds -= loss
         shares["loss"] = loss.total()
     for name, own in microseconds.items():
-        shares[_group(name)] += own
+        kinds = (kind for kind, parts in GROUPS.items() if any(part in name.lower() for part in parts))
+        shares[next(kinds, "other")] += own
     whole = sum(shares.values())
     groups = {name: round(own / whole, 4) for name, own in shares.most_common()}
     return {"table": table, "seconds": whole / 1e6, "groups": groups}
-
-
-def _loss_step(batch: int, num_labels: int, side: int) -> Callable[[], None]:
-    logits = torch.randn(batch, num_labels, side, side, device=DEVICE, requires_grad=True)
-    labels = torch.randint(num_labels, (batch, side, side), device=DEVICE)
-
-    def step() -> None:
-        dice_ce_loss(logits, labels).backward()
-
-    step()
-    return step
 
 
 def _self_times(action: Callable[[], Any]) -> tuple[Counter[str], str]:
@@ -74,9 +69,3 @@ def _self_times(action: Callable[[], Any]) -> tuple[Counter[str], str]:
     if not on_gpu:
         times[OUTSIDE] = max(0.0, 1e6 * wall - times.total())
     return times, averages.table(sort_by=order, row_limit=25, max_name_column_width=50)
-
-
-def _group(name: str) -> str:
-    if name == OUTSIDE:
-        return name
-    return next((kind for kind, parts in GROUPS.items() if any(part in name.lower() for part in parts)), "other")

@@ -47,10 +47,9 @@ def load_cases(data_dir: Path) -> list[Case]:
 
 def drawn_slices(cases: list[Case], *, number: int, seed: int) -> Rows:
     """Draw slices without replacement, including those without foreground."""
-    places = [(case, index) for case, (scan, _) in enumerate(cases) for index in range(len(scan.array))]
-    drawn = np.random.default_rng(seed).permutation(len(places))[:number]
-    chosen = [(cases[places[k][0]], places[k][1]) for k in drawn]
-    return [{"image": scan.array[index], "label": labels[index]} for (scan, labels), index in chosen]
+    slices = [pair for scan, labels in cases for pair in zip(scan.array, labels, strict=True)]
+    drawn = np.random.default_rng(seed).permutation(len(slices))[:number]
+    return [dict(zip(("image", "label"), slices[k], strict=True)) for k in drawn]
 
 
 def adapt(rows: Rows, base: str, training: TrainingConfig, rank: int) -> torch.nn.Module:

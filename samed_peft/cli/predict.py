@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,38 +30,24 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     parser = new_command(
         commands, "predict", help="segment scans with an adapter", description=_DESCRIPTION, epilog=_EPILOG
     )
-    parser.add_argument("--adapter", required=True, help="adapter folder or Hub id")
-    parser.add_argument(
-        "--input", type=Path, required=True, metavar="PATH", help="scan, DICOM folder or folder of scans"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="folder for CASE.nii.gz (.nrrd, .mha and pictures keep their kind), or the name of a single scan's mask",
-    )
-    parser.add_argument("--base", help="base SAM, if it is not at the recorded location")
-    parser.add_argument("--revision", help="branch, tag or commit of an adapter on the Hub")
-    parser.add_argument(
-        "--batch_size", type=int, default=8, metavar="N", help="slices per forward pass, %(default)s by default"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps; Accelerate's choice by default")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="precision; float32 or Accelerate's by default"
-    )
-    parser.add_argument(
-        "--channel", type=int, metavar="N", help="of 4-D scans or nnU-Net's names, from 0; the adapter's by default"
-    )
-    for name, text in (
-        ("flips", "average over flips of each slice, in four times the time"),
-        ("keep_largest", "keep the largest connected part of each class"),
-        ("overlay", "also write overlays/CASE.png, the mask over the scan"),
-        ("dicom_seg", "masks of DICOM series as DICOM SEG, CASE.dcm, instead of NIfTI"),
-        ("overwrite", "segment finished scans again"),
-        ("compile", "compile the model first, in a minute or more; no gain for SAM's ViT-B on CPUs"),
-    ):
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+    add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
+    add("--adapter", required=True, help="adapter folder or Hub id")
+    add("--input", type=Path, required=True, metavar="PATH", help="scan, DICOM folder or folder of scans")
+    masks = "folder for CASE.nii.gz (.nrrd, .mha and pictures keep their kind), or the name of a single scan's mask"
+    add("--output", type=Path, required=True, metavar="PATH", help=masks)
+    add("--base", help="base SAM, if it is not at the recorded location")
+    add("--revision", help="branch, tag or commit of an adapter on the Hub")
+    add("--batch_size", type=int, default=8, metavar="N", help="slices per forward pass, %(default)s by default")
+    add("--device", help="cpu, cuda, cuda:1 or mps; Accelerate's choice by default")
+    precisions = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=precisions, help="precision; float32 or Accelerate's by default")
+    add("--channel", type=int, metavar="N", help="of 4-D scans or nnU-Net's names, from 0; the adapter's by default")
+    flag("--flips", help="average over flips of each slice, in four times the time")
+    flag("--keep_largest", help="keep the largest connected part of each class")
+    flag("--overlay", help="also write overlays/CASE.png, the mask over the scan")
+    flag("--dicom_seg", help="masks of DICOM series as DICOM SEG, CASE.dcm, instead of NIfTI")
+    flag("--overwrite", help="segment finished scans again")
+    flag("--compile", help="compile the model first, in a minute or more; no gain for SAM's ViT-B on CPUs")
     parser.set_defaults(run=run)
 
 
@@ -91,9 +78,8 @@ def run(args: argparse.Namespace) -> None:
     # Other processes exit with 0: if one failed, a launcher would stop the main process before it has reported.
     if accelerator.is_main_process:
         if len(scans) < len(sources):
-            print(
-                f"{len(sources) - len(scans)} of {len(sources)} files are other channels, by their names, and left out"
-            )
+            others = len(sources) - len(scans)
+            print(f"{others} of {len(sources)} files are other channels, by their names, and left out")
         _report(outcome, args.output)
 
 

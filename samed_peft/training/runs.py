@@ -187,7 +187,7 @@ def _claim(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
     found = {name: value for name, value in _DEFAULTS.items() if name in settings} | read_json(record)
     differing = [
         f"{name}: {found.get(name)} there, {settings.get(name)} now"
-        for name in sorted({*settings, *found})
+        for name in sorted({*settings, *found} - {"note"})  # a text for readers, worded otherwise in older versions
         if found.get(name) != settings.get(name)
     ]
     if differing:

@@ -83,7 +83,7 @@ def test_runs_are_written_once_and_failed_ones_tried_again(call, options_of, tmp
     code, printed, _ = call(options_of(tmp_path, *options))  # oft has no blocks of 1
     assert code == 1
     assert "[1/2] balls-rank-rank_1-seed0: Dice " in printed
-    assert "[2/2] balls-method-oft-seed0 failed with 1: error: rank, the size of oft's blocks, must be" in printed
+    assert "[2/2] balls-method-oft-seed0 failed with 1: error: rank must be at least 2 for oft, " in printed
     (path,) = (tmp_path / "r").iterdir()
     result = json.loads(path.read_text())
     assert (result["kind"], result["variant"], result["seed"]) == ("rank", "rank 1", 0)

@@ -253,6 +253,8 @@ def test_a_run_folder_is_claimed_once(tmp_path):
     claim_run_folder(folder, settings, resume=True, accelerator=accelerator)
     with pytest.raises(InputError, match="rank: 4 there, 8 now"):
         claim_run_folder(folder, settings | {"rank": 8}, resume=True, accelerator=accelerator)
+    # A note of another version in other words decides nothing.
+    claim_run_folder(folder, settings | {"note": "reworded"}, resume=True, accelerator=accelerator)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="found other files, which must not be lost"):
