@@ -66,7 +66,7 @@ def add_run_options(parser: argparse.ArgumentParser, *, base: str | None = None)
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder, or a run to --resume")
     base_help = f"Hub id, folder, Meta .pth or {TINY_SAM} (default: {base or 'that of the preset'})"
     parser.add_argument("--base", default=base, help=base_help)
-    precision_help = "by default that of the preset, or Accelerate's setting"
+    precision_help = "by default Accelerate's setting" if base else "by default that of the preset"
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help=precision_help)
     add_options(parser, SamedConfig, _ADAPTER_FIELDS)
     add_options(parser, TrainingConfig)

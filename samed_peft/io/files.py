@@ -59,7 +59,8 @@ def list_folder(path: Path) -> list[Path]:
     """
     with naming_unreadable(path):
         if not path.is_dir():
-            raise InputError(f"expected a folder at {path}, found {'a file' if path.exists() else 'nothing'}")
+            found = "a file" if path.exists() else "nothing"
+            raise InputError(f"expected a folder at {path}, found {found}; check the path")
         return sorted(path.iterdir())
 
 

@@ -63,7 +63,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        # Ctrl-C reaches the forked workers too; they go on, since the main process needs them for the step it ends with.
+        # Ctrl-C reaches forked workers too. They go on: the main process needs them for the step that it ends with.
         if os.getpid() != self._process and number == signal.SIGINT:
             return
         signal.signal(number, signal.SIG_DFL)

@@ -53,7 +53,12 @@ def start(environment):
     def start(*options, recipe="synapse.py"):
         command = [sys.executable, str(RECIPES / recipe), *map(str, options)]
         return subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            start_new_session=True,
         )
 
     return start
@@ -112,7 +117,7 @@ def test_everything_promised_is_there(finished, scans):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sent", "workers"), [("SIGKILL", 0), ("SIGKILL", 2), ("SIGTERM", 0)])
+@pytest.mark.parametrize(("sent", "workers"), [("SIGKILL", 0), ("SIGKILL", 2), ("SIGTERM", 0), ("SIGINT", 2)])
 def test_a_stopped_run_resumes_to_the_same_bits(finished, start, run, scans, tmp_path, sent, workers):
     options = ("--data_dir", scans, "--output_dir", tmp_path / "run", *SMALL, "--num_workers", workers)
     process = start(*options)
@@ -120,9 +125,12 @@ def test_a_stopped_run_resumes_to_the_same_bits(finished, start, run, scans, tmp
     while not list((tmp_path / "run").glob("checkpoints/step-*")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(getattr(signal, sent))
+    if sent == "SIGINT":  # as a terminal sends Ctrl-C: to the whole group, workers included
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(getattr(signal, sent))
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == {"SIGKILL": -9, "SIGTERM": 75}[sent], stderr
+    assert process.returncode == {"SIGKILL": -9, "SIGTERM": 75, "SIGINT": 75}[sent], stderr
     assert not (tmp_path / "run" / "report.json").exists()
     code, _, stderr = run(*options)
     assert code == 2
