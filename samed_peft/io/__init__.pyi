@@ -1,9 +1,7 @@
-from .atomic import FolderKind as FolderKind
 from .atomic import atomic_dir as atomic_dir
 from .atomic import atomic_file as atomic_file
+from .atomic import read_whole as read_whole
 from .atomic import recover_dir as recover_dir
-from .atomic import require_replaceable as require_replaceable
-from .atomic import require_writable_file as require_writable_file
 from .atomic import write_bytes as write_bytes
 from .atomic import write_json as write_json
 from .atomic import write_text as write_text
@@ -35,6 +33,9 @@ from .scans import read_label_names as read_label_names
 from .scans import read_labels as read_labels
 from .scans import read_volume as read_volume
 from .scans import write_mask as write_mask
+from .targets import FolderKind as FolderKind
+from .targets import require_replaceable as require_replaceable
+from .targets import require_writable_file as require_writable_file
 from .tensors import load_tensors as load_tensors
 from .tensors import load_torch_weights as load_torch_weights
 from .tensors import save_tensors as save_tensors

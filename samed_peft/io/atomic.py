@@ -1,23 +1,24 @@
-"""Write files and folders whole or not at all; refuse output names that cannot be written before work is done."""
+"""Write files and folders whole or not at all."""
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import os
-import platform
-import re
-import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from samed_peft.errors import InputError
-from samed_peft.io.files import naming_unreadable
+from samed_peft.io.targets import FolderKind, require_replaceable, require_writable_file
+from samed_peft.io.temporary import remove_leftovers, temporary_sibling
 
-_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-"""Part of temporary names, because process numbers of another machine on the same disk mean nothing here."""
+T = TypeVar("T")
+
+_SWAPS = 2  # RENAME_EXCHANGE of Linux
 
 
 def _sync(path: Path) -> None:
@@ -32,109 +33,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _temporary_sibling(path: Path) -> Path:
-    """A hidden, unused name beside `path`, with the suffix by which some writers choose the format."""
-    return path.with_name(f".tmp-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
-
-
 def _let_others_read(file: Path) -> None:
-    """Give a file the permissions of any new one: safetensors makes its files for their owner alone."""
-    probe = _temporary_sibling(file)
-    probe.touch()
-    usual = probe.stat().st_mode & 0o777
-    probe.unlink()
-    if file.stat().st_mode & 0o777 != usual:
-        file.chmod(usual)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Delete temporary siblings of `path` whose process, of this machine, was killed before it could."""
-    import psutil
-
-    mine = re.compile(rf"\.tmp-{_HOST}-(\d{{1,9}})-[0-9a-f]{{8}}-{re.escape(path.name)}")
-    for sibling in path.parent.iterdir() if path.parent.is_dir() else ():
-        match = mine.fullmatch(sibling.name)
-        if match and not psutil.pid_exists(int(match[1])):
-            shutil.rmtree(sibling) if sibling.is_dir() else sibling.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class FolderKind:
-    """The files that an output folder of one kind may already hold.
-
-    Attributes:
-        markers: files that show a folder to be of this kind; none: a folder may hold anything.
-        allowed: regular expression of all names that a folder of this kind holds; None for any.
-        in_place: files are written into the folder one by one; otherwise `atomic_dir` replaces it as a whole.
-    """
-
-    markers: tuple[str, ...] = ()
-    allowed: str | None = None
-    in_place: bool = False
-
-
-def require_replaceable(directory: str | Path, kind: FolderKind) -> None:
-    """Refuse an output folder that cannot be written, or that is neither missing, nor empty, nor of its kind.
-
-    Call it before the work whose result goes there; it creates nothing.
-
-    Raises:
-        InputError: `directory` is a file, below a file or may not be written; it holds files but not all markers, or
-            files that are not `allowed`.
-    """
-    path = Path(directory).resolve()
-    with contextlib.suppress(OSError):  # a name that the system refuses is refused below
-        if path.exists() and not path.is_dir():
-            raise InputError(
-                f"expected a folder or a free name at {path}, found a file; choose another name or move it"
-            )
-    _try_to_write(path, (path, *path.parents) if kind.in_place else path.parents)
-    if not kind.markers or not path.is_dir():
-        return
-    with naming_unreadable(path):
-        # Leftovers of a killed write belong to nobody.
-        names = [item.name for item in path.iterdir() if not item.name.startswith(".tmp-")]
-    foreign = sorted(name for name in names if kind.allowed is not None and not re.fullmatch(kind.allowed, name))
-    if foreign or (names and not {*kind.markers} <= {*names}):
-        found = f"other files {', '.join(foreign[:5])}".rstrip()
-        raise InputError(
-            f"expected an empty folder or an earlier one with {' and '.join(kind.markers)} at {path}, found {found}, "
-            "which must not be lost; choose an empty or new folder"
-        )
-
-
-def require_writable_file(path: str | Path, *, replace: bool = True) -> None:
-    """Refuse the name of an output file that cannot be created, before the work whose result goes there.
-
-    Args:
-        path: the file.
-        replace: whether it may exist already.
-
-    Raises:
-        InputError: `path` is a folder, below a file or may not be written; or it exists and `replace` is not set.
-    """
-    path = Path(path)
-    with contextlib.suppress(OSError):  # a name that the system refuses is refused below
-        if path.is_dir():
-            raise InputError(f"expected a file name, found the folder {path}; add a name for the file in it")
-    _try_to_write(path.resolve(), path.resolve().parents)
-    if path.exists() and not replace:
-        raise InputError(f"expected a free name at {path}, found a file; remove it or choose another name")
-
-
-def _try_to_write(path: Path, folders: Sequence[Path]) -> None:
-    """Create and remove a file in the first of `folders` that exists."""
-    folder = path.parent
-    try:
-        folder = next((parent for parent in folders if parent.exists()), folder)
-        if folder.is_dir():
-            probe = _temporary_sibling(folder / (path.name or "probe"))
-            probe.touch()
-            probe.unlink()
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror} in {folder}; choose another place") from error
-    if not folder.is_dir():
-        raise InputError(f"expected a folder above {path}, but {folder} is a file; choose another name")
+    """Give a file that its writer made for its owner alone, as safetensors does, the permissions of any new one."""
+    if file.stat().st_mode & 0o077 == 0:
+        probe = temporary_sibling(file)
+        probe.touch()
+        file.chmod(probe.stat().st_mode & 0o777)
+        probe.unlink()
 
 
 @contextlib.contextmanager
@@ -149,8 +54,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     require_writable_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    temporary = _temporary_sibling(path)
+    remove_leftovers(path.parent)
+    temporary = temporary_sibling(path)
     try:
         yield temporary
         _let_others_read(temporary)
@@ -182,15 +87,16 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def _backup_of(path: Path) -> Path:
-    return path.with_name(f".backup-{path.name}")
+    return path.with_name(f".backup-{hashlib.sha256(path.name.encode()).hexdigest()[:16]}")
 
 
 def recover_dir(path: str | Path) -> None:
     """Repair what a process killed inside `atomic_dir(path)` left behind; does nothing otherwise.
 
-    If `path` is missing and its backup exists, the process died between the two renames, and the old folder is
-    restored. If both exist, the new folder is complete and the backup is deleted, as are temporary folders of dead
-    processes. Call it from one process at a time, and not while another one is writing `path`.
+    Where folders cannot be exchanged at once, they are renamed in two steps. If `path` is missing and its backup
+    exists, the process died between the two, and the old folder is restored. If both exist, the new folder is complete
+    and the backup is deleted, as are temporary folders of dead processes. Call it from one process at a time, and not
+    while another one is writing `path`.
     """
     path = Path(path).resolve()
     backup = _backup_of(path)
@@ -200,23 +106,50 @@ def recover_dir(path: str | Path) -> None:
         else:
             os.rename(backup, path)
             _sync(path.parent)
-    _remove_leftovers(path)
+    remove_leftovers(path.parent)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which folder lies under a name now; None for no folder."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, so that no reader finds neither; False if the system cannot."""
+    if sys.platform != "linux":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        renameat2 = libc.renameat2
+    except AttributeError:  # a C library from before 2018
+        return False
+    at_working_folder = -100
+    if renameat2(at_working_folder, os.fsencode(one), at_working_folder, os.fsencode(other), _SWAPS) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS):  # this file system cannot, as NFS
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 def _swap_in(new: Path, path: Path) -> None:
-    """Rename `new` over `path`, whose old folder is kept as a backup until the new one is in place."""
-    backup = _backup_of(path)
-    if path.exists():
-        os.rename(path, backup)
-    try:
+    """Put `new` in the place of `path`, whose old folder is kept until the new one is there."""
+    if not path.exists():
         os.rename(new, path)
-    except OSError:
-        if backup.exists():
+    elif not _exchange(new, path):
+        backup = _backup_of(path)
+        os.rename(path, backup)
+        try:
+            os.rename(new, path)
+        except OSError:
             os.rename(backup, path)
-        raise
+            raise
+        os.rename(backup, new)
     _sync(path.parent)
-    if backup.exists():
-        shutil.rmtree(backup)
 
 
 @contextlib.contextmanager
@@ -228,13 +161,15 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     `atomic_dir` or `recover_dir` on the same path restores the last complete folder.
 
     Raises:
-        InputError: `path` is a file, below a file or may not be written.
+        InputError: `path` is a file, below a file or may not be written; or another process replaced it meanwhile,
+            whose folder stays.
     """
     path = Path(path).resolve()  # a link is followed: its target is replaced, not the link
     require_replaceable(path, FolderKind())
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_dir(path)
-    temporary = _temporary_sibling(path)
+    before = _identity(path)
+    temporary = temporary_sibling(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -243,7 +178,41 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
                 _let_others_read(Path(root, name))
                 _sync(Path(root, name))
             _sync(Path(root))
+        if _identity(path) != before:
+            raise InputError(
+                f"expected {path} as it was, found it replaced by another process meanwhile, whose result stays; "
+                "run one at a time, or choose another name"
+            )
         _swap_in(temporary, path)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_whole(directory: str | Path, read: Callable[[Path], T]) -> T:
+    """Read several files of a folder that another process may replace by `atomic_dir`, all of the same version.
+
+    Args:
+        directory: the folder, which may be missing.
+        read: reads it; called again if the folder was replaced meanwhile.
+
+    Raises:
+        Exception: an error of `read`, if the folder was not replaced meanwhile.
+    """
+    directory = Path(directory)
+    while True:
+        before = _version(directory)
+        try:
+            value = read(directory)
+        except Exception:
+            if _version(directory) == before:
+                raise
+        else:
+            if _version(directory) == before:
+                return value
+
+
+def _version(directory: Path) -> tuple[int, ...] | None:
+    """Identity of a folder and the time of its last change: numbers of deleted folders are used again."""
+    identity = _identity(directory.resolve())
+    return None if identity is None else (*identity, directory.stat().st_ctime_ns)

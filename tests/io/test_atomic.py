@@ -10,7 +10,8 @@ import pytest
 
 from samed_peft import io
 from samed_peft.errors import InputError
-from samed_peft.io.atomic import _HOST
+from samed_peft.io import atomic
+from samed_peft.io.temporary import _HOST
 
 
 def test_json_and_text(tmp_path):
@@ -66,6 +67,8 @@ def test_atomic_dir_replaces_as_a_whole(tmp_path):
 KILLED_BETWEEN_RENAMES = """
 import os, signal, sys
 from samed_peft import io
+from samed_peft.io import atomic
+atomic._exchange = lambda one, other: False  # as on file systems that cannot
 rename = os.rename
 def rename_once(*names):
     rename(*names)
@@ -92,20 +95,100 @@ def test_killed_atomic_dir_is_repaired(tmp_path, moment):
 
 def test_backup_beside_a_complete_folder_goes(tmp_path):
     fill(tmp_path / "out", "new")
-    (tmp_path / ".backup-out").mkdir()
+    atomic._backup_of(tmp_path / "out").mkdir()
     io.recover_dir(tmp_path / "out")
     assert [item.name for item in tmp_path.iterdir()] == ["out"]
 
 
 def test_live_temporaries_of_others_stay(tmp_path):
-    other = tmp_path / f".tmp-{_HOST}-{os.getppid()}-0a0b0c0d-out"
-    other.mkdir()
-    dead = tmp_path / f".tmp-{_HOST}-4194399-0a0b0c0d-out"  # above the largest process number
-    dead.mkdir()
-    elsewhere = tmp_path / ".tmp-00000000-4194399-0a0b0c0d-out"  # another machine's, where that number may live
-    elsewhere.mkdir()
+    parent, ours = os.getppid(), os.getpid()
+    kept = [
+        tmp_path / f".tmp-{_HOST}-{parent}-0a0b0c0d",
+        tmp_path / ".tmp-00000000-4194399-0a0b0c0d",  # another machine's, where that number may live
+        tmp_path / ".tmp-of-somebody",
+    ]
+    dead = [
+        tmp_path / f".tmp-{_HOST}-4194399-0a0b0c0d",  # above the largest process number
+        tmp_path / f".tmp-{_HOST}-{ours}-0a0b0c0d",  # older than this process, which has its number now
+    ]
+    for path in (*kept, *dead):
+        path.mkdir()
+    (tmp_path / f".tmp-{_HOST}-4194399-0a0b0c0e.json").touch()
+    os.utime(dead[1], (0, 0))
     fill(tmp_path / "out", "new")
-    assert {item.name for item in tmp_path.iterdir()} == {other.name, elsewhere.name, "out"}
+    assert {item.name for item in tmp_path.iterdir()} == {"out", *(path.name for path in kept)}
+
+
+def test_a_probe_of_a_killed_process_goes(tmp_path):
+    (tmp_path / f".tmp-{_HOST}-4194399-0a0b0c0d").touch()
+    io.require_replaceable(tmp_path, FILLED)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "ä" * 127 + "a", "a" * 250 + ".json"])
+def test_names_as_long_as_the_system_allows(tmp_path, name):
+    io.write_json(tmp_path / name, 1)
+    assert io.read_json(tmp_path / name) == 1
+    (tmp_path / name).unlink()
+    for text in ("old", "new"):
+        fill(tmp_path / name, text)
+    assert [item.name for item in tmp_path.iterdir()] == [name]
+    for text in ("old", "new"):
+        fill_in_two_steps(tmp_path / name, text)
+    assert [item.name for item in tmp_path.iterdir()] == [name]
+
+
+def fill_in_two_steps(path, text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(atomic, "_exchange", lambda one, other: False)
+        fill(path, text)
+    assert (path / "sub" / "file").read_text() == text
+
+
+REPLACES_OFTEN = """
+import sys
+from samed_peft import io
+for number in range(int(sys.argv[2])):
+    with io.atomic_dir(sys.argv[1]) as folder:
+        for name in "abc":
+            (folder / name).write_text(str(number))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="folders are exchanged at once on Linux alone")
+def test_readers_beside_a_replacing_writer(tmp_path):
+    path = tmp_path / "out"
+    def read(folder):
+        return [(folder / name).read_text() for name in "abc"]
+
+    with io.atomic_dir(path) as folder:
+        for name in "abc":
+            (folder / name).write_text("first")
+    writer = subprocess.Popen([sys.executable, "-c", REPLACES_OFTEN, path, "300"])
+    versions = set()
+    while writer.poll() is None:
+        found = io.read_whole(path, read)
+        assert len(set(found)) == 1
+        versions.add(found[0])
+    assert writer.returncode == 0
+    assert len(versions) > 10
+
+
+def test_read_whole_passes_errors_on(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        io.read_whole(tmp_path / "absent", lambda folder: 1 // 0)
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_the_first_of_two_writers_wins(tmp_path, existed):
+    path = tmp_path / "out"
+    if existed:
+        fill(path, "old")
+    with pytest.raises(InputError, match="replaced by another process"), io.atomic_dir(path) as folder:
+        (folder / "half").touch()
+        fill(path, "first")
+    assert (path / "sub" / "file").read_text() == "first"
+    assert [item.name for item in tmp_path.iterdir()] == ["out"]
 
 
 def test_fingerprint(tmp_path):
