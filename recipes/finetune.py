@@ -13,7 +13,7 @@ done, 2 wrong input, 3 loss diverged, 75 stopped by a signal.
 import argparse
 from pathlib import Path
 
-from samed_peft import SamedConfig, exit_on_error, score_held_out
+from samed_peft import SamedConfig, exit_resumable, score_held_out
 from samed_peft.config import add_run_options, parse_run_options
 from samed_peft.datasets import choose_splits, describe_folder, load_slices, open_folder
 from samed_peft.training import Run, finish_run, fit, start_run
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@exit_on_error
+@exit_resumable
 def main() -> None:
     """Train an adapter, test it on held-out cases and report its scores."""
     args, adapter_options, training = parse_run_options(build_parser())

@@ -12,7 +12,7 @@ its scores say nothing about SAM. A stopped or killed run goes on with --resume.
 import argparse
 from pathlib import Path
 
-from samed_peft import SamedConfig, exit_on_error, score_held_out
+from samed_peft import SamedConfig, exit_resumable, score_held_out
 from samed_peft.config import DEMO, PRESETS, add_run_options, parse_run_options
 from samed_peft.datasets import common_orientation, load_synapse, synapse_cases, write_phantom
 from samed_peft.training import Run, finish_run, fit, start_run
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@exit_on_error
+@exit_resumable
 def main() -> None:
     """Train an adapter, test it on held-out cases and report its scores."""
     args, adapter_options, training = parse_run_options(build_parser())

@@ -7,6 +7,7 @@ from .config import SamedConfig as SamedConfig
 from .config import TrainingConfig as TrainingConfig
 from .errors import InputError as InputError
 from .errors import exit_on_error as exit_on_error
+from .errors import exit_resumable as exit_resumable
 from .evaluation import Report as Report
 from .evaluation import evaluate_cases as evaluate_cases
 from .evaluation import format_table as format_table

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, naming_file
 from samed_peft.io.targets import FolderKind, require_replaceable, require_writable_file
 from samed_peft.io.temporary import remove_leftovers, temporary_sibling
 
@@ -53,17 +53,18 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     require_writable_file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent)
-    temporary = temporary_sibling(path)
-    try:
-        yield temporary
-        _let_others_read(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming_file(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+        temporary = temporary_sibling(path)
+        try:
+            yield temporary
+            _let_others_read(temporary)
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            _remove(temporary)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -166,12 +167,17 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path).resolve()  # a link is followed: its target is replaced, not the link
     require_replaceable(path, FolderKind())
+    with naming_file(path):
+        yield from _filled(path)
+
+
+def _filled(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_dir(path)
     before = _identity(path)
     temporary = temporary_sibling(path)
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         yield temporary
         for root, _, names in os.walk(temporary):
             for name in names:
@@ -185,8 +191,13 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
             )
         _swap_in(temporary, path)
     finally:
-        if temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+
+
+def _remove(temporary: Path) -> None:
+    """Remove a temporary file or folder, if it is there; on a failing disk it stays, and the error before counts."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
 def read_whole(directory: str | Path, read: Callable[[Path], T]) -> T:

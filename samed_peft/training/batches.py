@@ -1,6 +1,7 @@
 """Load batches from rows of a dataset; order and augmentation depend on (seed, epoch, index) alone."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -107,10 +108,20 @@ def batch_loader(
         pin_memory=torch.cuda.is_available(),
         # Its own generator: without one, the loader would draw from the global random state.
         generator=torch.Generator(),
+        worker_init_fn=_ignore_signals,
     )
     for batch in loader:
         moved = {name: tensor.to(device or tensor.device, non_blocking=True) for name, tensor in batch.items()}
         yield {**moved, "pixel_values": moved["pixel_values"].expand(-1, 3, -1, -1)}
+
+
+def _ignore_signals(_: int) -> None:
+    """Leave Ctrl-C and SIGTERM to the main process, which needs its workers for the step that it ends with.
+
+    Workers leave their loop when it tells them to, and end with it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

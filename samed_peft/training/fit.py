@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from samed_peft.adapters.save_load import add_lora, save_adapter
 from samed_peft.datasets.rows import warn_of_absent_classes
-from samed_peft.errors import RunInterruptedError
+from samed_peft.errors import RunInterruptedError, StopSignal
 from samed_peft.models.bases import load_sam, recorded_base
 from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import cast_frozen_weights, product_dtype
@@ -23,7 +23,7 @@ from samed_peft.training.batches import TrainingSlices
 from samed_peft.training.loop import Step, build_optimizer, steps_per_epoch, training_steps
 from samed_peft.training.resources import write_resources
 from samed_peft.training.runs import Run, claim_run_folder, run_settings, tracked
-from samed_peft.training.state import Progress, StopSignal, load_checkpoint, save_checkpoint
+from samed_peft.training.state import Progress, load_checkpoint, save_checkpoint, stop_on_any_process
 from samed_peft.training.validation import mean_dice
 
 
@@ -72,7 +72,7 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
             progress = dataclasses.replace(progress, step=step.number)
             if step.ends_epoch:
                 progress = _validate_and_save(run, model, step, progress, accelerator)
-            stopping = stop_signal.on_any_process(accelerator)
+            stopping = stop_on_any_process(stop_signal, accelerator)
             if stopping or step.ends_epoch or step.number % training.checkpoint_steps == 0:
                 save_checkpoint(out / "checkpoints", model, optimizer, progress=progress, accelerator=accelerator)
             if stopping:

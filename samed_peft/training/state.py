@@ -1,20 +1,16 @@
-"""Stop on a signal; save checkpoints and load them, so that a resumed run equals an uninterrupted one to the bit."""
+"""Save checkpoints and load them, so that a resumed run equals an uninterrupted one to the bit."""
 
 import dataclasses
 import math
-import os
 import shutil
-import signal
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Self
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, StopSignal
 from samed_peft.io import atomic_dir, load_tensors, read_json, save_tensors, write_json
 from samed_peft.training.adalora import allocation_tensors, restore_allocation
 
@@ -42,42 +38,13 @@ class Progress:
         return dataclasses.replace(self, best_dice=dice, best_epoch=epoch)
 
 
-class StopSignal:
-    """Catch SIGTERM and SIGINT within `with`, so that a run can end after its step; a second signal ends it at once.
-
-    Attributes:
-        received: whether a signal arrived.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
-        self._process = os.getpid()
-
-    def __enter__(self) -> Self:
-        signals = (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._note) for number in signals}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        # Ctrl-C reaches forked workers too. They go on: the main process needs them for the step that it ends with.
-        if os.getpid() != self._process and number == signal.SIGINT:
-            return
-        signal.signal(number, signal.SIG_DFL)
-        if os.getpid() == self._process:
-            self.received = True
-        else:  # a forked worker must end when told to
-            os.kill(os.getpid(), number)
-
-    def on_any_process(self, accelerator: Accelerator) -> bool:
-        """Whether any process got a signal; every process must ask at the same step."""
-        if accelerator.num_processes == 1:
-            return self.received
-        flag = torch.tensor(float(self.received), device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum") > 0)
+def stop_on_any_process(stop: StopSignal, accelerator: Accelerator) -> bool:
+    """Whether any process got a signal; every process must ask at the same step."""
+    received = stop.received is not None
+    if accelerator.num_processes == 1:
+        return received
+    flag = torch.tensor(float(received), device=accelerator.device)
+    return bool(accelerator.reduce(flag, reduction="sum") > 0)
 
 
 def save_checkpoint(

@@ -11,7 +11,7 @@ from samed_peft.config import METHODS, SYNAPSE_CLASSES, SamedConfig, TrainingCon
 from samed_peft.config.fields import JsonFields, described
 from samed_peft.config.methods import METHOD_FIELDS
 from samed_peft.config.options import add_options, add_run_options, parse_run_options
-from samed_peft.errors import InputError, NonFiniteLossError, RunInterruptedError, exit_on_error
+from samed_peft.errors import InputError
 
 
 def test_defaults_are_sameds():
@@ -191,15 +191,3 @@ def test_a_long_list_of_names_is_not_printed_whole():
 @pytest.mark.parametrize("codes", ["LAS", "RPI", "SAL"])
 def test_orientations_of_any_order_are_taken(codes):
     assert SamedConfig("b", ("a",), orientation=codes).orientation == codes
-
-
-@pytest.mark.parametrize(("error", "code"), [(InputError, 2), (NonFiniteLossError, 3), (RunInterruptedError, 75)])
-def test_exit_codes(error, code, capsys):
-    @exit_on_error
-    def main():
-        raise error("what happened")
-
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == code
-    assert capsys.readouterr().err == "error: what happened\n"

@@ -158,6 +158,7 @@ for number in range(int(sys.argv[2])):
 @pytest.mark.skipif(sys.platform != "linux", reason="folders are exchanged at once on Linux alone")
 def test_readers_beside_a_replacing_writer(tmp_path):
     path = tmp_path / "out"
+
     def read(folder):
         return [(folder / name).read_text() for name in "abc"]
 
@@ -184,9 +185,13 @@ def test_the_first_of_two_writers_wins(tmp_path, existed):
     path = tmp_path / "out"
     if existed:
         fill(path, "old")
-    with pytest.raises(InputError, match="replaced by another process"), io.atomic_dir(path) as folder:
-        (folder / "half").touch()
-        fill(path, "first")
+
+    def fill_while_another_does():
+        with io.atomic_dir(path):
+            fill(path, "first")
+
+    with pytest.raises(InputError, match="replaced by another process"):
+        fill_while_another_does()
     assert (path / "sub" / "file").read_text() == "first"
     assert [item.name for item in tmp_path.iterdir()] == ["out"]
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +24,6 @@ from samed_peft.errors import InputError, NonFiniteLossError
 from samed_peft.training import (
     Progress,
     Run,
-    StopSignal,
     build_optimizer,
     claim_run_folder,
     fit,
@@ -204,15 +202,6 @@ def test_validation_keeps_the_earlier_of_equals_and_no_nan():
     assert (best.best_dice, best.best_epoch) == (0.5, 2)
 
 
-def test_signals_do_again_what_they_did_before():
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignal() as stop_signal:
-        assert signal.getsignal(signal.SIGTERM) != before
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop_signal.received
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
 class NotedRows(list):
     """Rows that note which of them are read."""
 
@@ -329,14 +318,3 @@ def test_two_processes_give_the_losses_of_one_with_the_double_batch(tmp_path):
     assert len(losses[0]) == 14
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-5, rtol=0)
     assert losses[0][0] - losses[0][-2] > 0.001
-
-
-def test_ctrl_c_does_not_end_forked_workers():
-    """A terminal sends SIGINT to the whole group; a worker that died of it would end the run without a checkpoint."""
-    with StopSignal() as stop_signal:
-        child = os.fork()
-        if child == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-            os._exit(7)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-        assert not stop_signal.received

@@ -1,0 +1,203 @@
+"""One message and an exit code for whatever ends a program."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from samed_peft.errors import (
+    InputError,
+    InterruptedBySignalError,
+    NonFiniteLossError,
+    RunInterruptedError,
+    SomeCasesFailedError,
+    StopSignal,
+    exit_on_error,
+    exit_resumable,
+    printable,
+)
+from samed_peft.io import atomic_file
+
+
+def end(raising, capsys, decorate=exit_on_error):
+    """Exit code and message of a program whose `main` calls `raising`."""
+    with pytest.raises(SystemExit) as stopped:
+        decorate(raising)()
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return stopped.value.code, message.removeprefix("error: ").rstrip()
+
+
+def raises(error, cause=None):
+    def main():
+        raise error from cause
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(SomeCasesFailedError, 1), (InputError, 2), (NonFiniteLossError, 3), (RunInterruptedError, 75)],
+)
+def test_exit_codes(error, code, capsys):
+    assert end(raises(error("what happened")), capsys) == (code, "what happened")
+
+
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "/disk/mask.nii.gz")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NO_SPACE,
+        RuntimeError("An error occurred while generating the dataset"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_named_with_a_remedy(error, capsys):
+    cause = NO_SPACE if isinstance(error, RuntimeError) else None
+    code, message = end(raises(error, cause), capsys)
+    assert code == 2
+    assert "No space left on device; free space there" in message
+    assert "Results that were finished before are whole" in message
+    assert ("/disk/mask.nii.gz" in message) == (not isinstance(error, SafetensorError))
+
+
+def test_a_write_that_fails_names_the_target_and_not_its_temporary_name(tmp_path, capsys):
+    def main():
+        with atomic_file(tmp_path / "weights.safetensors"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    code, message = end(main, capsys)
+    assert code == 2
+    assert message.startswith(
+        f"{tmp_path / 'weights.safetensors'}: Input/output error; the disk or its connection fails"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")])
+def test_memory_that_runs_out(error, capsys):
+    code, message = end(raises(error), capsys)
+    assert code == 2
+    assert message.startswith("not enough memory")
+
+
+def test_an_unforeseen_error_leaves_its_trace_in_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code, message = end(lambda: {}["absent"], capsys)
+    assert code == 70
+    assert message.startswith("unexpected KeyError: 'absent'; please report this fault of samed_peft")
+    (trace,) = tmp_path.iterdir()
+    assert str(trace) in message
+    assert 'lambda: {}["absent"]' in trace.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("decorate", "code"), [(exit_on_error, None), (exit_resumable, 75)])
+def test_a_signal_ends_a_program_with_one_line(sent, decorate, code, capsys):
+    before = signal.getsignal(sent)
+    code_found, message = end(lambda: [os.kill(os.getpid(), sent), time.sleep(10)], capsys, decorate)
+    assert code_found == (code or 128 + sent)
+    assert message.startswith(f"stopped by {sent.name}")
+    assert signal.getsignal(sent) == before
+
+
+def test_an_error_of_a_library_that_a_signal_interrupts_is_that_signal(capsys):
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly") from None
+
+    assert end(main, capsys)[0] == 128 + signal.SIGTERM
+
+
+def test_what_was_done_before_a_signal_is_said(capsys):
+    code, message = end(raises(InterruptedBySignalError("3 masks written", signal.SIGINT)), capsys)
+    assert (code, message) == (130, "3 masks written")
+
+
+def test_a_second_signal_interrupts_at_once():
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGTERM
+
+
+FORKS = """
+import os, signal, sys, time
+from samed_peft.errors import exit_on_error
+
+@exit_on_error
+def main():
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    print(child, flush=True)
+    time.sleep(60)
+
+main()
+"""
+
+
+def is_running(process):
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and asks Linux to end children")
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_forked_workers_miss_signals_to_the_group_but_end_with_their_process(sent):
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    child = int(process.stdout.readline())
+    time.sleep(0.2)
+    assert os.getpgid(child) != os.getpgid(process.pid)
+    os.killpg(process.pid, sent)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == (143 if sent == signal.SIGTERM else -9)
+    assert b"Traceback" not in stderr
+    deadline = time.monotonic() + 10
+    while is_running(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+PRINTS = """
+from samed_peft.errors import exit_on_error
+
+@exit_on_error
+def main():
+    for line in range(100_000):
+        print(line)
+
+main()
+"""
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    command = f"{sys.executable} -c '{PRINTS}' | head -1"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, check=False, timeout=60)
+    assert (ended.stdout, ended.stderr) == (b"0\n", b"")
+
+
+def test_control_characters_reach_no_terminal(capsys):
+    text = "a\x1b[2J\x9b1m\u202ename\r\x07"
+    assert printable(text) == r"a\x1b[2J\x9b1m\u202ename\r\x07"
+    assert printable("Größe\t1 µm\n") == "Größe\t1 µm\n"
+    assert end(raises(InputError(text)), capsys) == (2, printable(text))
