@@ -20,12 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import facts, markdown, options_parser, seconds_of, write_result
+from measure import facts, options_parser, seconds_of
 from scipy import ndimage
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from samed_peft.datasets import load_synapse
+from samed_peft.evaluation.tables import markdown_table
+from samed_peft.io import write_json
 from samed_peft.prediction.inference import resize_on_device, upsampled_argmax
 from samed_peft.training.batches import TrainingSlices, batch_loader
 
@@ -154,13 +156,13 @@ def main() -> None:
     for row in figures.values():
         row["times_as_fast"] = round(row["original"] / row["samed_peft"], 1)
     result["machine"]["load_after"] = round(os.getloadavg()[0], 2)
-    write_result(args.results_dir / f"loader-{result['date']}.json", result | {"steps": figures})
+    write_json(args.results_dir / f"loader-{result['date']}.json", result | {"steps": figures})
     head = ("step", "original, ms a slice", "samed_peft, ms a slice", "times as fast")
     lines = [
         (name, f"{row['original']:.2f}", f"{row['samed_peft']:.2f}", str(row["times_as_fast"]))
         for name, row in figures.items()
     ]
-    print(*markdown(head, lines), sep="\n")
+    print(markdown_table(head, lines))
 
 
 if __name__ == "__main__":
