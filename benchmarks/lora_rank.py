@@ -64,11 +64,7 @@ class Planned:
 
 
 def placement_options(text: str) -> tuple[str, ...]:
-    """Options of a recipe for a placement such as "q,v+decoder@3-5".
-
-    Raises:
-        InputError: `text` is not a placement.
-    """
+    """Options of a recipe for a placement such as "q,v+decoder@3-5"; other texts are refused."""
     found = re.fullmatch(r"(?P<targets>[a-z]+(,[a-z]+)*)(?P<decoder>\+decoder)?(@(?P<first>\d+)-(?P<last>\d+))?", text)
     unknown = set(found["targets"].split(",")) - TARGETS.keys() if found else {text}
     if found is None or unknown:
@@ -130,11 +126,7 @@ def settings(run: Planned, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def is_finished(run: Planned, args: argparse.Namespace) -> bool:
-    """Whether a run's result exists.
-
-    Raises:
-        InputError: the file holds the result of a different run.
-    """
+    """Whether a run's result exists; a file with the result of a different run is refused."""
     if not run.result.is_file():
         return False
     found = read_json(run.result)

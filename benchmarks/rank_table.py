@@ -67,11 +67,7 @@ class Row:
 
 
 def rows_of(results: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Results by variant, in the order of kinds and ranks.
-
-    Raises:
-        InputError: variants were scored on different cases.
-    """
+    """Results by variant, in the order of kinds and ranks; variants scored on different cases are refused."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for run in sorted(results, key=lambda run: run["seed"]):
         groups.setdefault((run["kind"], run["variant"]), []).append(run)
