@@ -126,7 +126,6 @@ def volume_steps(*, slices: int, batch_size: int, rounds: int) -> dict[str, dict
 
 
 def main() -> None:
-    """Measure, write the figures and print them."""
     parser = options_parser(__doc__)
     parser.add_argument("--samed_dir", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)

@@ -81,7 +81,6 @@ def placement_options(text: str) -> tuple[str, ...]:
 
 
 def variants(args: argparse.Namespace) -> list[Variant]:
-    """List all rows of the table."""
     rank = ("--rank", str(args.rank))
     rows = [Variant("rank", f"rank {r}", ("--rank", str(r))) for r in args.ranks]
     rows += [Variant("placement", text, (*rank, *placement_options(text))) for text in args.placements]
@@ -140,7 +139,6 @@ def is_finished(run: Planned, args: argparse.Namespace) -> bool:
 
 
 def command(run: Planned, args: argparse.Namespace) -> list[str]:
-    """Command line of one run."""
     base = str(args.output_dir / "untrained_base") if run.variant.untrained else args.base
     launch = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(args.launch)]
     recipe = [str(RECIPES / f"{args.recipe}.py"), "--data_dir", str(args.data_dir), "--output_dir", str(run.output)]
@@ -202,7 +200,6 @@ def expected_time(done: Sequence[Path], left: int) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    """Parse the options."""
     parser = options_parser(__doc__, "results/lora_rank")
     add = parser.add_argument
     add("--data_dir", type=Path, required=True, help="as the recipe's")
@@ -229,7 +226,6 @@ def parse_args() -> argparse.Namespace:
 
 @exit_on_error
 def main() -> None:
-    """Run all runs without a result."""
     args = parse_args()
     runs = plan(args)
     finished = [run for run in runs if is_finished(run, args)]

@@ -116,7 +116,6 @@ def paired_tests(rows: Sequence[Row], metric: str) -> list[tuple[Row, Row, float
 
 
 def table(rows: Sequence[Row], *, rng: np.random.Generator) -> str:
-    """The main table."""
     classes = rows[0].reports[0].class_names
     head = ["", "Dice (95 %)", "between seeds", *classes, "HD95 mm (95 %)", "trainable", "stored", "s a step", "peak"]
     lines = []
@@ -197,7 +196,6 @@ def plot_costs(rows: Sequence[Row], path: Path) -> None:
 
 @exit_on_error
 def main() -> None:
-    """Read results, print and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder of lora_rank.py's JSONs, of one data set")
     parser.add_argument("--output_dir", type=Path, help="default: beside that folder")

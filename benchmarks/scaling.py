@@ -249,7 +249,6 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure every curve; print and write the figures."""
     args = parse()
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     measure.processes(args.quick, preload=["throughput_inputs", "torch._dynamo"])
