@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -61,6 +62,8 @@ class InterruptedBySignalError(RuntimeError):
         self.exit_code = 128 + number  # as shells report it: 130 for Ctrl-C, 143 for SIGTERM
 
 
+_FORESEEN = (SomeCasesFailedError, InputError, NonFiniteLossError, RunInterruptedError, InterruptedBySignalError)
+
 _FAULT_CODE = 70
 """EX_SOFTWARE of sysexits.h: an error that nobody foresaw."""
 
@@ -68,6 +71,9 @@ _PIPE_CODE = 128 + 13
 """As if SIGPIPE had ended the program, which Python turns into an error."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_ONE_REQUEST_S = 2.0
+"""Launchers pass on a signal that the whole group got already; a person who presses Ctrl-C again takes longer."""
 
 _REMEDIES = {
     errno.ENOSPC: "free space there",
@@ -106,8 +112,10 @@ def exit_on_error(main: Callable[P, R], *, resumable: bool = False) -> Callable[
                 if isinstance(error, BrokenPipeError) and _reader_has_left():
                     sys.exit(_PIPE_CODE)
                 message, code = _message_and_code(error, stop.received, resumable)
-        with contextlib.suppress(OSError):
-            print(f"error: {printable(message)}", file=sys.stderr)
+        is_signal = code in (RunInterruptedError.exit_code, *(128 + number for number in _SIGNALS))
+        if not is_signal or os.environ.get("RANK", "0") == "0":  # all processes of a launch get it, and one says so
+            with contextlib.suppress(OSError):
+                print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(code)
 
     return wrapped
@@ -119,14 +127,11 @@ def exit_resumable(main: Callable[P, R]) -> Callable[P, R]:
 
 
 def _message_and_code(error: BaseException, received: int | None, resumable: bool) -> tuple[str, int]:
-    if isinstance(
-        error,
-        (SomeCasesFailedError, InputError, NonFiniteLossError, RunInterruptedError, InterruptedBySignalError),
-    ):
+    if isinstance(error, _FORESEEN):
         return str(error), error.exit_code
     # Libraries may raise errors of their own where a signal interrupts them or ends their workers.
     if received is not None or isinstance(error, KeyboardInterrupt):
-        number = received or signal.SIGINT
+        number = received or next(iter(error.args), signal.SIGINT)
         name = signal.Signals(number).name
         if resumable:
             return f"stopped by {name}; --resume goes on with what was saved", RunInterruptedError.exit_code
@@ -204,7 +209,7 @@ class StopSignal:
 
     Args:
         raises: raise KeyboardInterrupt at once; otherwise the first signal is only noted, so that the work at hand
-            can be finished, and the second one raises.
+            can be finished, and a second one, later by some seconds, raises.
 
     Attributes:
         received: number of the first signal, or None.
@@ -215,6 +220,7 @@ class StopSignal:
     def __init__(self, *, raises: bool = False) -> None:
         self.received: int | None = None
         self._raises = raises
+        self._first_at_s = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -223,16 +229,21 @@ class StopSignal:
             StopSignal._active += 1
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # typeshed knows no type for what signal() returns
         StopSignal._active -= bool(self._before)
+        # Libraries raise errors of their own where a signal interrupts them.
+        if self.received is not None and isinstance(error, Exception) and not isinstance(error, _FORESEEN):
+            raise KeyboardInterrupt(self.received) from error
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
         first = self.received is None
-        self.received = self.received or number
-        if self._raises or not first:
-            raise KeyboardInterrupt
+        if first:
+            self.received, self._first_at_s = number, now
+        if self._raises if first else now - self._first_at_s > _ONE_REQUEST_S:
+            raise KeyboardInterrupt(self.received)
 
     @classmethod
     def after_fork(cls) -> None:

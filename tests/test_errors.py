@@ -126,13 +126,24 @@ def test_what_was_done_before_a_signal_is_said(capsys):
     assert (code, message) == (130, "3 masks written")
 
 
-def test_a_second_signal_interrupts_at_once():
+def test_a_signal_is_noted_and_a_later_one_interrupts(monkeypatch):
     with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
+        for sent in (signal.SIGTERM, signal.SIGINT):  # at once, as a launcher passes on what the group got already
+            os.kill(os.getpid(), sent)
         assert stop.received == signal.SIGTERM
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 5)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-        assert stop.received == signal.SIGTERM
+
+
+def test_an_error_after_a_signal_was_noted_is_that_signal(capsys):
+    def main():
+        with StopSignal():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("a worker has died")
+
+    assert end(main, capsys)[0] == 143
 
 
 FORKS = """

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel
@@ -22,7 +23,7 @@ from samed_peft.training.adalora import prune_ranks
 from samed_peft.training.batches import TrainingSlices
 from samed_peft.training.loop import Step, build_optimizer, steps_per_epoch, training_steps
 from samed_peft.training.resources import write_resources
-from samed_peft.training.runs import Run, claim_run_folder, run_settings, tracked
+from samed_peft.training.runs import Run, claim_run_folder, only_run_in, run_settings, tracked
 from samed_peft.training.state import Progress, load_checkpoint, save_checkpoint, stop_on_any_process
 from samed_peft.training.validation import mean_dice
 
@@ -46,22 +47,30 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
         NonFiniteLossError: training diverged.
         RunInterruptedError: a signal arrived; the state is saved.
     """
-    out, training = run.output_dir, run.training
+    training = run.training
     model = _fresh_model(run, accelerator)
     optimizer = build_optimizer(model, weight_decay=training.weight_decay, lora_plus_ratio=training.lora_plus_ratio)
+    settings = run_settings(config_of(model), training, data=run.data, accelerator=accelerator)
+    claim_run_folder(run.output_dir, settings, resume=resume, accelerator=accelerator)
+    with only_run_in(run.output_dir, accelerator=accelerator):
+        return _train(run, model, optimizer, accelerator=accelerator, resume=resume), settings
+
+
+def _train(
+    run: Run, model: PeftModel, optimizer: torch.optim.Optimizer, *, accelerator: Accelerator, resume: bool
+) -> Path:
+    """Train from the newest checkpoint on; returns the folder of the adapter to use."""
+    out, training = run.output_dir, run.training
     total = steps_per_epoch(len(run.rows), training, accelerator) * training.stop_epoch
     prune_ranks(model, optimizer, steps=total)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     seed = training.seed if training.augment else None
     slices = TrainingSlices(run.rows, image_size=run.config.image_size, label_size=model.logits_size, seed=seed)
-
-    settings = run_settings(config_of(model), training, data=run.data, accelerator=accelerator)
-    claim_run_folder(out, settings, resume=resume, accelerator=accelerator)
     progress = load_checkpoint(out / "checkpoints", model, optimizer, accelerator=accelerator)
     if accelerator.is_main_process:
         warn_of_absent_classes(run.rows, run.config.class_names)
         if resume and not progress.step:
-            warnings.warn(f"nothing to resume in {out}: it has no checkpoint, so the run begins anew", stacklevel=2)
+            warnings.warn(f"nothing to resume in {out}: it has no checkpoint, so the run begins anew", stacklevel=3)
 
     steps = training_steps(prepared, optimizer, slices, training=training, accelerator=accelerator, start=progress.step)
     ends_s = [time.perf_counter()]
@@ -79,7 +88,7 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
                 raise RunInterruptedError(f"stopped by a signal after step {step.number}; --resume goes on from there")
     if accelerator.is_main_process:
         write_resources(out, model, ends_s, accelerator=accelerator)
-    return out / ("adapter" if progress.best_epoch is None else "adapter_best"), settings
+    return out / ("adapter" if progress.best_epoch is None else "adapter_best")
 
 
 def _fresh_model(run: Run, accelerator: Accelerator) -> PeftModel:

@@ -2,10 +2,13 @@
 
 import contextlib
 import dataclasses
+import os
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
@@ -176,6 +179,52 @@ def claim_run_folder(directory: Path, settings: dict[str, Any], *, resume: bool,
             messages = [str(error)]
     if broadcast_object_list(messages)[0] is not None:
         raise InputError(messages[0])
+
+
+@contextlib.contextmanager
+def only_run_in(directory: Path, *, accelerator: Accelerator) -> Iterator[None]:
+    """Keep other runs out of a claimed folder within `with`; they would write its checkpoints too.
+
+    The system forgets the lock when the process ends, however it ends, and nothing is left in the folder. Windows has
+    no such locks; there nothing is kept out.
+
+    Raises:
+        InputError: another process is training in this folder; on all processes.
+    """
+    with contextlib.ExitStack() as stack:
+        messages: list[str | None] = [None]
+        if accelerator.is_main_process and sys.platform != "win32":
+            record = stack.enter_context((directory / RUN_FILE).open("rb"))
+            if not _locked(record):
+                messages = [
+                    f"another process{_holder_of(record)} is training in {directory}; wait until it has ended, or "
+                    "choose another --output_dir"
+                ]
+        if broadcast_object_list(messages)[0] is not None:
+            raise InputError(messages[0])
+        yield
+
+
+def _locked(record: BinaryIO) -> bool:
+    """Lock a file; False if another process holds it after a second, which one that was just killed may need to end."""
+    import fcntl
+
+    for _ in range(10):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _holder_of(record: BinaryIO) -> str:
+    """Process number, in brackets, of the one that holds the lock; empty where the system does not tell."""
+    inode = f":{os.fstat(record.fileno()).st_ino} "
+    try:
+        locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return ""
+    return next((f" ({line.split()[4]})" for line in locks if " FLOCK " in line and inode in line), "")
 
 
 def _claim(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:

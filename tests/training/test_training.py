@@ -36,6 +36,7 @@ from samed_peft.training import (
 )
 from samed_peft.training.batches import TrainingSlices
 from samed_peft.training.loop import learning_rate
+from samed_peft.training.runs import only_run_in
 
 
 @pytest.fixture
@@ -251,6 +252,33 @@ def test_a_run_folder_is_claimed_once(tmp_path):
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.txt"]
     with pytest.raises(InputError, match=r"expected a folder above .*, but .*thesis\.txt is a file"):
         claim_run_folder(tmp_path / "other" / "thesis.txt" / "run", settings, resume=False, accelerator=accelerator)
+
+
+HOLDS_A_RUN = """
+import sys
+from pathlib import Path
+from accelerate import Accelerator
+from samed_peft.training.runs import only_run_in
+from samed_peft.training.runs import only_run_in
+with only_run_in(Path(sys.argv[1]), accelerator=Accelerator(cpu=True)):
+    print("holds", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_a_second_run_in_a_folder_is_refused_with_the_process_it_found(tmp_path, accelerator):
+    (tmp_path / "run.json").write_text("{}")
+    command = [sys.executable, "-c", HOLDS_A_RUN, tmp_path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"holds\n"
+        number = f" ({other.pid})" if Path("/proc/locks").is_file() else ""
+        message = re.escape(f"another process{number} is training in {tmp_path}; wait")
+        with pytest.raises(InputError, match=message), only_run_in(tmp_path, accelerator=accelerator):
+            pass
+        other.kill()
+    with only_run_in(tmp_path, accelerator=accelerator):
+        assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 @pytest.fixture
