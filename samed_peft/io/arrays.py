@@ -24,6 +24,8 @@ def read_hdf5(path: Path, key: str = "image") -> tuple[np.ndarray, None]:
             f"{path} cannot be read: it does not begin as HDF5 does; it is damaged or of another format, name it after "
             "its format or fetch it again"
         )
+    if (stored := path.stat().st_size) > (end := _end_of_hdf5(path)):
+        raise damaged(path, f"it has {stored} bytes and its header claims {end}")
     with h5py.File(path, "r") as file:
         link = file.get(key, getlink=True) if key in file else None
         dataset = file[key] if isinstance(link, h5py.HardLink) else None
@@ -34,6 +36,22 @@ def read_hdf5(path: Path, key: str = "image") -> tuple[np.ndarray, None]:
             )
         _require_stored(dataset, path)
         return np.asarray(dataset[()]), None
+
+
+def _end_of_hdf5(path: Path) -> int:
+    """Where the superblock says that the file ends; libhdf5 ignores what follows, and refuses what is cut off itself.
+
+    Format: https://support.hdfgroup.org/documentation/hdf5/latest/_f_m_t3.html
+    """
+    with path.open("rb") as stream:
+        head = stream.read(64)
+    if not head.startswith(b"\x89HDF"):  # a user block of any content comes first
+        return path.stat().st_size
+    version = head[8]
+    width = head[13] if version < 2 else head[9]
+    first = {0: 24, 1: 28}.get(version, 12)
+    base, end = (int.from_bytes(head[first + skip : first + skip + width], "little") for skip in (0, 2 * width))
+    return base + end
 
 
 def _require_stored(dataset: Any, path: Path) -> None:

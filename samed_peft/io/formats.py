@@ -16,7 +16,9 @@ Read = Callable[[Path], tuple[np.ndarray, np.ndarray | None]]
 
 @dataclass(frozen=True)
 class FileFormat:
-    """A format of scans or masks. Its functions raise `InputError` for a damaged file, and name it.
+    """A format of scans or masks. Its functions raise `InputError` for a bad file, and name it.
+
+    What libraries raise while they read may be let through: `io.scans` names the file then.
 
     Attributes:
         name: for users.

@@ -102,7 +102,10 @@ def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
             [0, 1].
     """
     volume = _load(path, labels=False, channel=channel)
-    with np.errstate(over="ignore"):  # values too large for float32 are reported below, with their file
+    with (
+        naming_any_error(Path(path)),
+        np.errstate(over="ignore"),
+    ):  # values too large for float32 are reported below, with their file
         array = np.ascontiguousarray(volume.array, dtype=np.float32)
     if array.dtype != volume.array.dtype and not np.isfinite(array).all():
         raise InputError(f"expected intensities that float32 can hold, found larger ones in {path}; rescale them")

@@ -186,11 +186,14 @@ def test_hdf5_that_points_to_other_files_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"chunks": (2, 4, 3), "compression": "gzip"}, {"chunks": (5, 2, 2)}])
-def test_hdf5_stored_in_chunks(tmp_path, options):
+@pytest.mark.parametrize("version", [{}, {"libver": "latest"}, {"userblock_size": 512}])
+def test_hdf5_stored_in_chunks(tmp_path, options, version):
     image = np.linspace(0, 1, 60, dtype="f4").reshape(5, 4, 3)
-    with h5py.File(tmp_path / "a.npy.h5", "w", libver="latest") as file:
+    with h5py.File(tmp_path / "a.npy.h5", "w", **version) as file:
         file.create_dataset("image", data=image, **options)
     np.testing.assert_array_equal(io.read_volume(tmp_path / "a.npy.h5").array, image)
+    if "userblock_size" not in version:
+        _refused(tmp_path / "longer.npy.h5", (tmp_path / "a.npy.h5").read_bytes() + b"0", "its header claims")
 
 
 def test_npz_in_fortran_order_and_compressed(tmp_path):
