@@ -62,10 +62,12 @@ def _header(source: Source, path: Path) -> Any:
     stored = kind(data, check=False)
     if stored["magic"].item() == kind.pair_magic:
         raise InputError(f"{path} cannot be read: it is the header of a .hdr and .img pair; save it as a single file")
-    offset = int(stored["vox_offset"]) or kind.single_vox_offset  # some writers leave 0
-    if offset < kind.single_vox_offset:
-        raise damaged(path, f"its header says that voxels begin at byte {offset}, before its own end")
-    header = kind.from_fileobj(io.BytesIO(data + source.read(offset - len(data))))
+    begin = float(stored["vox_offset"]) or kind.single_vox_offset  # some writers leave 0
+    if not kind.single_vox_offset <= begin < math.inf:
+        raise damaged(
+            path, f"its header says that voxels begin at byte {begin:g}, and is {kind.single_vox_offset} long"
+        )
+    header = kind.from_fileobj(io.BytesIO(data + source.read(int(begin) - len(data))))
     bits = 8 * header.get_data_dtype().itemsize
     if stored["bitpix"] != bits:
         raise damaged(path, f"its header says {header.get_data_dtype()} and {stored['bitpix']} bits a voxel")
