@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,19 +23,57 @@ def naming_unreadable(path: Path) -> Iterator[None]:
 
 
 def damaged(path: Path, reason: object) -> InputError:
-    """The error for a file whose content is not of the format that its name says."""
-    return InputError(f"{path} cannot be read: {reason}; it is damaged, cut off or of another format, fetch it again")
+    """The error for a file that a checksum or a contradiction shows to be damaged."""
+    return InputError(f"{path} cannot be read: {reason}; it is damaged or cut off, fetch it again")
+
+
+def unreadable(path: Path, reason: object) -> InputError:
+    """The error for a file that a library gives up, with the library's words."""
+    return InputError(
+        f"{path} cannot be read: {reason}; it may be damaged or of another format than its name says, open it in a "
+        "viewer and export it again, or fetch it again"
+    )
 
 
 @contextlib.contextmanager
 def naming_damaged(path: Path, *errors: type[Exception]) -> Iterator[None]:
-    """Turn a library's error on a damaged file into one that names the file."""
+    """Turn a library's error on a file into one that names the file."""
     try:
         yield
     except InputError:
         raise
     except errors as error:
-        raise damaged(path, str(error).strip().rpartition("\n")[2]) from error  # ITK's reason is on its last line
+        raise unreadable(path, str(error).strip().rpartition("\n")[2]) from error  # ITK's reason is on its last line
+
+
+_OUR_MISTAKES = (TypeError, AttributeError, LookupError, NameError, AssertionError)
+
+
+@contextlib.contextmanager
+def naming_any_error(path: Path) -> Iterator[None]:
+    """Turn whatever a library raises while it reads a file into an `InputError` that names the file.
+
+    Errors of kinds that mistakes in code have are let through if a line of ours raises them.
+    """
+    try:
+        yield
+    except (InputError, ImportError, Warning):
+        raise
+    except MemoryError as error:
+        raise InputError(
+            f"{path} cannot be read: it needs more memory than is free ({error}); crop or downsample it, or free memory"
+        ) from error
+    except OSError as error:
+        if error.strerror and error.filename is not None:
+            raise InputError(f"{path} cannot be read: {error.strerror}; check its name and permissions") from error
+        raise unreadable(path, error) from error
+    except Exception as error:
+        module = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+        library = module.partition(".")[0]
+        if library == __name__.partition(".")[0] and isinstance(error, _OUR_MISTAKES):
+            raise
+        reason = str(error).strip().rpartition("\n")[2]
+        raise unreadable(path, f"{library} says {type(error).__name__}: {reason}") from error
 
 
 def require_file(path: str | Path) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from samed_peft.io import arrays, dicom, itk, nifti, pictures
+from samed_peft.io import arrays, dicom, itk, metaimage, nifti, nrrd, pictures
 from samed_peft.io.volumes import Volume
 
 Read = Callable[[Path], tuple[np.ndarray, np.ndarray | None]]
@@ -16,7 +16,9 @@ Read = Callable[[Path], tuple[np.ndarray, np.ndarray | None]]
 
 @dataclass(frozen=True)
 class FileFormat:
-    """A format of scans or masks. Its functions raise `InputError` for a damaged file, and name it.
+    """A format of scans or masks. Its functions raise `InputError` for a bad file, and name it.
+
+    What libraries raise while they read may be let through: `io.scans` names the file then.
 
     Attributes:
         name: for users.
@@ -53,8 +55,11 @@ _NIFTI = FileFormat(
 
 FORMATS = (
     _NIFTI,
-    FileFormat("NRRD", (".nrrd",), ".nrrd", itk.read, itk.read_affine, itk.write_nrrd_mask, itk.read_names),
-    FileFormat("MetaImage", (".mha",), ".mha", itk.read, itk.read_affine, itk.write_mha_mask, itk.read_names),
+    FileFormat("NRRD", (".nrrd",), ".nrrd", nrrd.read, nrrd.read_affine, itk.write_nrrd_mask, nrrd.read_names),
+    FileFormat(
+        *("MetaImage", (".mha",), ".mha", metaimage.read, metaimage.read_affine, itk.write_mha_mask),
+        read_names=metaimage.read_names,
+    ),
     FileFormat(
         *("SAMed's HDF5", (".npy.h5",), _NIFTI.mask_suffix, arrays.read_hdf5),
         read_labels=partial(arrays.read_hdf5, key="label"),

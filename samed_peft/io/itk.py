@@ -1,6 +1,5 @@
-"""NRRD and MetaImage files, through SimpleITK: scans, masks, affines and names of labels."""
+"""Images of SimpleITK as arrays, and masks written through it as NRRD and MetaImage."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ import numpy as np
 
 from samed_peft.errors import InputError
 from samed_peft.io.atomic import atomic_file
-from samed_peft.io.files import naming_damaged
-from samed_peft.io.label_names import TEXT_KEY, label_colour, parsed_names, text_of_names
+from samed_peft.io.label_names import TEXT_KEY, label_colour, text_of_names
+from samed_peft.io.text_headers import ras_affine
 from samed_peft.io.volumes import LPS_TO_RAS, Volume
 
 
@@ -23,53 +22,10 @@ def array_and_affine(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
             f"expected a 3-D scan with one number a voxel, found {image.GetDimension()}-D with "
             f"{image.GetNumberOfComponentsPerPixel()} in {path}; export one greyscale volume"
         )
-    return sitk.GetArrayFromImage(image), _affine(image)
-
-
-def _affine(image: Any) -> np.ndarray:
-    """RAS affine of a 3-D SimpleITK image or header."""
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    return np.asarray(LPS_TO_RAS @ affine)
-
-
-def _header(path: Path) -> Any:
-    import SimpleITK as sitk  # noqa: N813
-
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    with naming_damaged(path, RuntimeError):
-        reader.ReadImageInformation()
-    return reader
-
-
-def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Array (D, H, W) in stored type, and affine."""
-    import SimpleITK as sitk  # noqa: N813
-
-    with naming_damaged(path, RuntimeError):
-        return array_and_affine(sitk.ReadImage(str(path)), path)
-
-
-def read_affine(path: Path) -> np.ndarray | None:
-    """The affine from the header alone; None if the image is not 3-D."""
-    header = _header(path)
-    return _affine(header) if header.GetDimension() == 3 else None
-
-
-def read_names(path: Path) -> dict[int, str] | None:
-    """Label -> name from JSON under `labels` or from segments of 3D Slicer; None without either."""
-    header = _header(path)
-    fields = {key: header.GetMetaData(key) for key in header.GetMetaDataKeys()}
-    if TEXT_KEY in fields:
-        return parsed_names(fields[TEXT_KEY])
-    names = {}
-    for key, value in fields.items():
-        match = re.fullmatch(r"Segment(\d+)_LabelValue", key)
-        if match and value.isdecimal() and f"Segment{match[1]}_Name" in fields:
-            names[int(value)] = fields[f"Segment{match[1]}_Name"]
-    return dict(sorted(names.items())) or None
+    direction = np.array(image.GetDirection()).reshape(3, 3)
+    return sitk.GetArrayFromImage(image), ras_affine(
+        direction.T, np.array(image.GetSpacing()), np.array(image.GetOrigin())
+    )
 
 
 def write_nrrd_mask(mask: np.ndarray, like: Volume, path: Path, names: Mapping[int, str]) -> None:

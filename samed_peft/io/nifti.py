@@ -2,10 +2,9 @@
 
 import contextlib
 import gzip
+import io
 import math
-import struct
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,8 +13,9 @@ import numpy as np
 
 from samed_peft.errors import InputError
 from samed_peft.io.atomic import write_bytes
-from samed_peft.io.files import damaged, naming_damaged
+from samed_peft.io.files import damaged
 from samed_peft.io.label_names import label_colour
+from samed_peft.io.streams import GZIP_MAGIC, Source
 from samed_peft.io.volumes import Volume
 
 SUFFIXES = (".nii.gz", ".nii")
@@ -29,54 +29,104 @@ _GEOMETRY_FIELDS = (
 )
 
 
-def _naming_damaged(path: Path) -> contextlib.AbstractContextManager[None]:
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-    from nibabel.wrapstruct import WrapStructError
+_MILLIMETRES = {1: 1000.0, 3: 0.001}
+"""Metres and micrometres among the codes of `xyzt_units`; others, as the unknown 0, are read as millimetres."""
 
-    theirs = (ImageFileError, HeaderDataError, WrapStructError)
-    return naming_damaged(path, *theirs, OSError, EOFError, OverflowError, ValueError, zlib.error)
+_QUATERNION_ROUNDING = 1e-3
+"""How far a stored quaternion's squared length may exceed 1."""
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Source]]:
+    """The header, with its extensions, and the data after it, packed or not whatever the name says."""
+    with path.open("rb") as stream:
+        is_packed = stream.read(2) == GZIP_MAGIC
+        stream.seek(0)
+        source = Source(stream, path, is_packed=is_packed)
+        yield _header(source, path), source
+
+
+def _header(source: Source, path: Path) -> Any:
+    from nibabel.nifti1 import Nifti1Header
+    from nibabel.nifti2 import Nifti2Header
+
+    start = source.read(4)
+    if start not in {size.to_bytes(4, order) for size in (348, 540) for order in ("little", "big")}:
+        raise InputError(
+            f"{path} cannot be read: it does not begin with a NIfTI header; it is damaged or of another format, name "
+            "it after its format or fetch it again"
+        )
+    kind: Any = Nifti2Header if 540 in (int.from_bytes(start, "little"), int.from_bytes(start, "big")) else Nifti1Header
+    data = start + source.read(kind.template_dtype.itemsize - len(start))
+    # Unchecked: nibabel's checks set some of these fields right and write it to the log.
+    stored = kind(data, check=False)
+    if stored["magic"].item() == kind.pair_magic:
+        raise InputError(f"{path} cannot be read: it is the header of a .hdr and .img pair; save it as a single file")
+    begin = float(stored["vox_offset"]) or kind.single_vox_offset  # some writers leave 0
+    if not kind.single_vox_offset <= begin < math.inf:
+        raise damaged(
+            path, f"its header says that voxels begin at byte {begin:g}, and is {kind.single_vox_offset} long"
+        )
+    header = kind.from_fileobj(io.BytesIO(data + source.read(int(begin) - len(data))))
+    bits = 8 * header.get_data_dtype().itemsize
+    if stored["bitpix"] != bits:
+        raise damaged(path, f"its header says {header.get_data_dtype()} and {stored['bitpix']} bits a voxel")
+    _normalise_quaternion(header)
+    return header
+
+
+def _normalise_quaternion(header: Any) -> None:
+    """Shorten a quaternion that rounding made longer than 1, at which nibabel gives up."""
+    fields = ("quatern_b", "quatern_c", "quatern_d")
+    squared = sum(float(header[field]) ** 2 for field in fields)
+    if 1 < squared <= 1 + _QUATERNION_ROUNDING:
+        for field in fields:
+            header[field] = float(header[field]) / math.sqrt(squared)
+
+
+def _shape_xyz(header: Any) -> tuple[int, ...]:
+    """The stored shape, of at least three axes and without those of length one after the third."""
+    shape = [int(length) for length in header.get_data_shape()]
+    while len(shape) > 3 and shape[-1] == 1:
+        shape.pop()
+    return (*shape, 1) if len(shape) == 2 else tuple(shape)
+
+
+def _affine(header: Any) -> np.ndarray:
+    """The affine in millimetres."""
+    affine = np.array(header.get_best_affine(), dtype=np.float64)
+    affine[:3] *= _MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
+    return affine
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Array (D, H, W), or (C, D, H, W) of a 4-D file, in stored type (float64 if the header scales), and affine."""
-    import nibabel
+    from nibabel.volumeutils import apply_read_scaling
 
-    with _naming_damaged(path):
-        data = path.read_bytes()
-        if path.name.lower().endswith(".gz"):
-            data = gzip.decompress(data)  # to the end, where the checksum is
-        is_nifti2 = data[:4] in (struct.pack("<i", 540), struct.pack(">i", 540))
-        image: Any = (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image).from_bytes(data)
-        proxy = image.dataobj
-        if proxy.dtype.kind not in "iuf":
-            raise InputError(f"expected one number a voxel, found {proxy.dtype} in {path}; export it as greyscale")
-        # Before memory is allocated, of which a damaged header may claim any amount.
-        claimed = int(proxy.offset) + math.prod(map(int, proxy.shape)) * proxy.dtype.itemsize
-        if claimed > len(data):
-            raise damaged(path, f"its header claims {claimed} bytes and the file has {len(data)}")
-        # Unscaled values need no detour through float64, which would double the memory.
-        array = proxy.get_unscaled() if (proxy.slope, proxy.inter) == (1, 0) else image.get_fdata(caching="unchanged")
-        return np.asarray(array).T, np.asarray(image.affine, dtype=np.float64)
+    with _opened(path) as (header, source):
+        dtype = header.get_data_dtype()
+        if dtype.kind not in "iuf":
+            raise InputError(f"expected one number a voxel, found {dtype} in {path}; export it as greyscale")
+        slope, inter = header.get_slope_inter()
+        slope, inter = np.float64(1 if slope is None else slope), np.float64(0 if inter is None else inter)
+        affine = _affine(header)
+        array = source.array(_shape_xyz(header)[::-1], dtype)
+        source.finish()
+    # Unscaled values need no detour through float64, which would double the memory.
+    return array if (slope, inter) == (1, 0) else np.asarray(apply_read_scaling(array, slope, inter), float), affine
 
 
 def read_affine(path: Path) -> np.ndarray:
     """The affine from the header alone."""
-    import nibabel
-
-    with _naming_damaged(path):
-        image: Any = nibabel.load(path)
-        return np.asarray(image.affine, dtype=np.float64)
+    with _opened(path) as (header, _):
+        return _affine(header)
 
 
 def read_names(path: Path) -> dict[int, str] | None:
     """Label -> name from a label table of Connectome Workbench; None without one."""
-    import nibabel
-
-    with _naming_damaged(path):
-        header: Any = nibabel.load(path).header
-    # TotalSegmentator leaves the code at 0.
-    tables = [_parsed_table(e.content) for e in header.extensions if e.get_code() in (0, _WORKBENCH_ECODE)]
+    with _opened(path) as (header, _):
+        # TotalSegmentator leaves the code at 0.
+        tables = [_parsed_table(e.content) for e in header.extensions if e.get_code() in (0, _WORKBENCH_ECODE)]
     return next((names for names in tables if names), None)
 
 
@@ -121,15 +171,14 @@ def _mask_image(mask: np.ndarray, scan_header: Any) -> Any:
 
 def _scan_header(like: Volume) -> Any:
     """The header of the NIfTI file that `like` was read from; None for other scans and for a file changed since."""
-    import nibabel
-
     path = like.path
     if like.affine is None or path is None or not path.name.lower().endswith(SUFFIXES) or not path.is_file():
         return None
-    scan: Any = nibabel.load(path)
-    # A fourth axis holds channels, one of which `like` is.
-    same_grid = scan.shape[:3] == like.array.shape[::-1] and np.allclose(scan.affine, like.affine, atol=1e-4)
-    return scan.header if same_grid else None
+    with _opened(path) as (header, _):
+        # A fourth axis holds channels, one of which `like` is.
+        same_shape = _shape_xyz(header)[:3] == like.array.shape[::-1]
+        tolerance_mm = 1e-4 * min(like.spacing_zyx_mm)
+        return header if same_shape and np.allclose(_affine(header), like.affine, atol=tolerance_mm) else None
 
 
 def _new_image(array: np.ndarray, affine: np.ndarray | None) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from samed_peft.errors import InputError
-from samed_peft.io.files import naming_unreadable, require_file
+from samed_peft.io.files import naming_any_error, naming_unreadable, require_file
 from samed_peft.io.formats import DICOM_SERIES, MASK_SUFFIXES, SUFFIXES, format_of, is_picture
 from samed_peft.io.label_names import checked_names
 from samed_peft.io.volumes import Volume, checked_affine, checked_mask
@@ -30,18 +30,29 @@ def _load(path: str | Path, *, labels: bool, channel: int | None = None) -> Volu
     if file_format is None:
         raise InputError(f"expected {', '.join(SUFFIXES)} or a DICOM folder, found {path}; convert it to one of these")
     read = (labels and file_format.read_labels) or file_format.read
-    array, affine = read(path)
+    with naming_any_error(path):
+        array, affine = read(path)
     is_colour = file_format.is_picture and array.ndim == 4
     if not is_colour:
+        array = _in_3d(array)
         array = _one_channel(array, channel if file_format.has_channels else None, path)
     _check(array, affine, path, ndim=3 + is_colour)
     return Volume(array, affine, path, file_format.is_normalized)
 
 
+def _in_3d(array: np.ndarray) -> np.ndarray:
+    """A picture as a scan of one slice, and a scan without axes of length one in front of the third last."""
+    if array.ndim == 2:
+        return array[None]
+    while array.ndim > 3 and len(array) == 1:
+        array = array[0]
+    return array
+
+
 def _one_channel(array: np.ndarray, channel: int | None, path: Path) -> np.ndarray:
     """One volume (D, H, W) of an array that may have channels in front, as Decathlon's NIfTI files do."""
-    if array.ndim != 4 or len(array) < 2:
-        return array[0] if array.ndim == 4 and len(array) else array
+    if array.ndim != 4 or not len(array):
+        return array
     if channel is None:
         raise InputError(
             f"expected a 3-D scan, found 4-D with {len(array)} channels or time points in {path}; choose one of 0 to "
@@ -91,7 +102,10 @@ def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
             [0, 1].
     """
     volume = _load(path, labels=False, channel=channel)
-    with np.errstate(over="ignore"):  # values too large for float32 are reported below, with their file
+    with (
+        naming_any_error(Path(path)),
+        np.errstate(over="ignore"),
+    ):  # values too large for float32 are reported below, with their file
         array = np.ascontiguousarray(volume.array, dtype=np.float32)
     if array.dtype != volume.array.dtype and not np.isfinite(array).all():
         raise InputError(f"expected intensities that float32 can hold, found larger ones in {path}; rescale them")
@@ -140,7 +154,8 @@ def read_affine(path: str | Path) -> np.ndarray | None:
         InputError: the file is missing, its header is damaged, or the affine has no inverse.
     """
     file_format = format_of(path := require_file(path))
-    affine = file_format.read_affine(path) if file_format and file_format.read_affine else None
+    with naming_any_error(path):
+        affine = file_format.read_affine(path) if file_format and file_format.read_affine else None
     return None if affine is None else checked_affine(affine, path)
 
 
@@ -154,7 +169,8 @@ def read_label_names(path: str | Path) -> dict[int, str] | None:
         InputError: the file is missing or damaged.
     """
     file_format = format_of(path := require_file(path))
-    return file_format.read_names(path) if file_format and file_format.read_names else None
+    with naming_any_error(path):
+        return file_format.read_names(path) if file_format and file_format.read_names else None
 
 
 def write_mask(
