@@ -133,7 +133,7 @@ def read_header(path: Path) -> DicomFile | None:
             kind = text_of(header, "SOPClassUID") or text_of(header.file_meta, "MediaStorageSOPClassUID")
             kind_name = pydicom.uid.UID(kind).name
             inflated = bytes(pydicom.dcmread(path).get("PixelData") or b"") if syntax == _DEFLATED else None
-        except OSError:
+        except (OSError, Warning):
             raise
         except Exception as error:  # on damaged files pydicom raises whatever its code runs into
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
