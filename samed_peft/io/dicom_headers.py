@@ -130,8 +130,8 @@ def read_header(path: Path) -> DicomFile | None:
         try:
             header: Any = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=[*_KEYWORDS], force=True)
             syntax = text_of(header.file_meta, "TransferSyntaxUID")
-            kind = text_of(header, "SOPClassUID") or text_of(header.file_meta, "MediaStorageSOPClassUID")
-            kind_name = pydicom.uid.UID(kind).name
+            kinds = {text_of(header, "SOPClassUID"), text_of(header.file_meta, "MediaStorageSOPClassUID")} - {""}
+            names = [pydicom.uid.UID_dictionary.get(kind, ("",))[0] for kind in kinds]
             inflated = bytes(pydicom.dcmread(path).get("PixelData") or b"") if syntax == _DEFLATED else None
         except (OSError, Warning):
             raise
@@ -140,15 +140,15 @@ def read_header(path: Path) -> DicomFile | None:
             raise InputError(
                 f"{path} cannot be read as DICOM, pydicom says: {reason}; fetch or export it again"
             ) from error
-        is_known = kind_name != kind
-        is_image = "Image Storage" in kind_name
-        if not is_image and "Rows" not in header and (is_known or kind):
+        is_standard = any(kind.startswith("1.2.840.10008.") for kind in kinds)
+        is_other = len(kinds) == 1 and "Storage" in names[0] and "Image Storage" not in names[0]
+        # A class of a manufacturer need not be of images. A file that is cut off has no series yet, or part of a class.
+        is_private = len(kinds) == 1 and not is_standard and bool(text_of(header, "SeriesInstanceUID"))
+        if header.get_item("Rows") is None and (is_other or is_private):
             return None
-        is_image |= not is_known
+        is_image = not is_other
         if inflated is not None:
             return DicomFile(path, header, is_image, syntax, 0, len(inflated), inflated)
-        if not is_image and header.get_item("Rows") is None:
-            return None
         offset, length = _pixel_element(stream, path, is_big_endian=syntax == BIG_ENDIAN)
     return DicomFile(path, header, is_image, syntax, offset, length)
 

@@ -131,8 +131,8 @@ def _read(path: Path, *, indexed: bool) -> np.ndarray:
         bits_cut = _is_cut_to_8_bits(picture)
         if bits_cut and indexed:
             raise InputError(
-                f"expected label numbers in grey or 8 bits a colour, found 16 bits in mode {picture.mode} in {path}, of "
-                "which the lower ones would be lost; save it in grey without alpha"
+                f"expected label numbers in grey or 8 bits a colour, found 16 bits in mode {picture.mode} in {path}, "
+                "of which the lower ones would be lost; save it in grey without alpha"
             )
         picture.load()
         # TIFF is turned already, and then has no orientation any more.

@@ -210,12 +210,15 @@ def test_other_files_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("index", [0, 2, 4])
-@pytest.mark.parametrize("damage", ["no bytes", "cut header", "cut pixels", "other bytes", "cut before the class"])
+@pytest.mark.parametrize(
+    "damage", ["no bytes", "cut header", "cut pixels", "other bytes", "cut before the class", "cut in the class"]
+)
 def test_damaged_slices_are_named(tmp_path, index, damage):
     folder = write_series(tmp_path / "s", CT)
     path = folder / f"IM{index:04d}"
     data = path.read_bytes()
-    cut = {"no bytes": 0, "cut header": len(data) // 2, "cut pixels": -2, "other bytes": 0, "cut before the class": 150}
+    cut = {"no bytes": 0, "cut header": len(data) // 2, "cut pixels": -2, "cut before the class": 150}
+    cut |= {"cut in the class": data.index(b"1.2.840.10008.5") + 10, "other bytes": 0}
     path.write_bytes(bytes(range(128, 256)) * 4 if damage == "other bytes" else data[: cut[damage]])
     refused(folder, path)
 
