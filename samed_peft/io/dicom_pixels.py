@@ -1,5 +1,7 @@
 """Decode the pixels of DICOM frames: plain ones with NumPy, compressed ones with GDCM through SimpleITK."""
 
+import functools
+import io
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -192,22 +194,31 @@ def _decoded(frame: bytes, file: DicomFile, size_hw: tuple[int, ...], folder: Pa
 
 
 def _single_frame(frame: bytes, file: DicomFile, size_hw: tuple[int, ...], folder: Path) -> Path:
+    allocated = file.integer("BitsAllocated")
+    bits = (allocated, file.integer("BitsStored", allocated), _high_bit(file), file.integer("PixelRepresentation", 0))
+    path, padded = folder / "frame.dcm", frame + b"\0" * (len(frame) % 2)
+    fragments = _ITEM + bytes(4) + _ITEM + len(padded).to_bytes(4, "little") + padded + b"\xfe\xff\xdd\xe0" + bytes(4)
+    path.write_bytes(_head_of_frame(file.syntax, size_hw, bits) + fragments)
+    return path
+
+
+_ITEM = b"\xfe\xff\x00\xe0"
+
+
+@functools.lru_cache(maxsize=16)
+def _head_of_frame(syntax: str, size_hw: tuple[int, ...], bits: tuple[int, int, int, int]) -> bytes:
+    """A DICOM file up to the fragments of its pixels; the same for all slices of most series."""
     from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.encaps import encapsulate
     from pydicom.uid import UID, SecondaryCaptureImageStorage
 
     single = Dataset()
     single.file_meta = FileMetaDataset()
-    single.file_meta.TransferSyntaxUID = UID(file.syntax)
+    single.file_meta.TransferSyntaxUID = UID(syntax)
     single.file_meta.MediaStorageSOPClassUID = single.SOPClassUID = SecondaryCaptureImageStorage
     single.file_meta.MediaStorageSOPInstanceUID = single.SOPInstanceUID = UID("1.2.3")
     single.Rows, single.Columns = size_hw
     single.SamplesPerPixel, single.PhotometricInterpretation = 1, "MONOCHROME2"
-    single.BitsAllocated, single.HighBit = file.integer("BitsAllocated"), _high_bit(file)
-    single.BitsStored = file.integer("BitsStored", single.BitsAllocated)
-    single.PixelRepresentation = file.integer("PixelRepresentation", 0)
-    single.PixelData = encapsulate([frame])
-    single["PixelData"].is_undefined_length = True
-    path = folder / "frame.dcm"
-    single.save_as(path, enforce_file_format=True)
-    return path
+    single.BitsAllocated, single.BitsStored, single.HighBit, single.PixelRepresentation = bits
+    stream = io.BytesIO()
+    single.save_as(stream, enforce_file_format=True)
+    return stream.getvalue() + b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff"
