@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Segment a scan, or every scan in a folder: .nii.gz .nii .nrrd .mha .npy.h5 .npz .png .tif .tiff .jpg .jpeg, and folders
-with a DICOM series. Masks have the scans' own grids and the names of the classes. In a folder whose names all end in
-_0000, _0001 ... as nnU-Net's, one channel is segmented. Finished scans are skipped."""
+with a DICOM series, of single slices or multi-frame files; a .dcm file alone if it holds the whole scan. Masks have the
+scans' own grids and the names of the classes. In a folder whose names all end in _0000, _0001 ... as nnU-Net's, one
+channel is segmented. Finished scans are skipped."""
 
 _EPILOG = """\
 samed predict --adapter runs/synapse/adapter --input scan.nii.gz --output mask.nii.gz
@@ -41,6 +42,7 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     add("--device", help="cpu, cuda, cuda:1 or mps; Accelerate's choice by default")
     precisions = ("float32", "bfloat16", "float16")
     add("--dtype", choices=precisions, help="precision; float32 or Accelerate's by default")
+    add("--series", metavar="UID", help="of a DICOM folder with several series: the SeriesInstanceUID to segment")
     add("--channel", type=int, metavar="N", help="of 4-D scans or nnU-Net's names, from 0; the adapter's by default")
     flag("--flips", help="average over flips of each slice, in four times the time")
     flag("--keep_largest", help="keep the largest connected part of each class")
@@ -61,18 +63,19 @@ def run(args: argparse.Namespace) -> None:
 
     names = ("batch_size", "dtype", "flips", "keep_largest", "overlay", "overwrite", "compile")
     options = prediction.PredictionOptions(**{name: vars(args)[name] for name in names})
-    sources = prediction.list_scans(args.input)
+    sources = prediction.list_scans(args.input, series=args.series)
     if args.dicom_seg:
         require_highdicom()
     # Check inputs and outputs before a large base is loaded.
-    first = prediction.plan_masks(sources, args.output, channel=args.channel, dicom_seg=args.dicom_seg)[0]
+    kind = {"dicom_seg": args.dicom_seg, "series": args.series}
+    first = prediction.plan_masks(sources, args.output, channel=args.channel, **kind)[0]
     for folder in (first.mask.parent, *([first.overlay.parent] if args.overlay else [])):
         require_replaceable(folder, FolderKind(in_place=True))
     accelerator = Accelerator(cpu=args.device == "cpu")
     place = {name: vars(args)[name] for name in ("base", "dtype", "device", "revision")}
     model = prediction.load_segmenter(args.adapter, accelerator=accelerator, **place)
     channel = config_of(model).channel if args.channel is None else args.channel
-    scans = prediction.plan_masks(sources, args.output, channel=channel, dicom_seg=args.dicom_seg)
+    scans = prediction.plan_masks(sources, args.output, channel=channel, **kind)
     outcome = prediction.predict_files(model, scans, options=options, accelerator=accelerator)
     accelerator.end_training()
     # Other processes exit with 0: if one failed, a launcher would stop the main process before it has reported.

@@ -7,7 +7,10 @@ from .atomic import write_json as write_json
 from .atomic import write_text as write_text
 from .dicom import dicom_files as dicom_files
 from .dicom import dicom_series as dicom_series
+from .dicom import folders_below as folders_below
 from .dicom import holds_dicom as holds_dicom
+from .dicom import read_series as read_series
+from .dicom_headers import looks_like_dicom as looks_like_dicom
 from .dicom_seg import DICOM_SEG_SUFFIX as DICOM_SEG_SUFFIX
 from .dicom_seg import require_highdicom as require_highdicom
 from .dicom_seg import write_dicom_seg as write_dicom_seg
@@ -16,6 +19,7 @@ from .files import list_folder as list_folder
 from .files import naming_unreadable as naming_unreadable
 from .files import read_json as read_json
 from .files import read_text as read_text
+from .formats import DICOM_FILE as DICOM_FILE
 from .formats import DICOM_SERIES as DICOM_SERIES
 from .formats import FORMATS as FORMATS
 from .formats import MASK_SUFFIXES as MASK_SUFFIXES

@@ -11,13 +11,16 @@ from samed_peft import __version__
 from samed_peft.errors import InputError
 from samed_peft.io.atomic import atomic_file
 from samed_peft.io.dicom import dicom_files
-from samed_peft.io.files import naming_damaged
+from samed_peft.io.files import naming_unreadable
 from samed_peft.io.label_names import checked_names, label_colour
 from samed_peft.io.volumes import LPS_TO_RAS, Volume, checked_mask
 
 DICOM_SEG_SUFFIX = ".dcm"
 _LONG_STRING = 64
 """Most characters of a segment's name, by DICOM's value representation LO."""
+
+_REFERRED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
+"""What a SEG repeats of each slice."""
 
 
 def require_highdicom() -> Any:
@@ -36,7 +39,12 @@ def require_highdicom() -> Any:
 
 
 def write_dicom_seg(
-    mask: np.ndarray, like: Volume, path: str | Path, *, label_names: Mapping[int, str] | None = None
+    mask: np.ndarray,
+    like: Volume,
+    path: str | Path,
+    *,
+    label_names: Mapping[int, str] | None = None,
+    series: str | None = None,
 ) -> None:
     """Write a label mask as a binary DICOM SEG that refers to the slices of its series, atomically.
 
@@ -47,6 +55,7 @@ def write_dicom_seg(
         like: the scan; `like.path` is the folder of its DICOM series.
         path: `.dcm`; missing parent folders are made.
         label_names: label -> name, background left out; others up to the largest label are called by their numbers.
+        series: which of several series in the folder `like` was read from; None for the only one.
 
     Raises:
         InputError: highdicom is missing, the scan is not a DICOM series with one file a slice or lacks headers that a
@@ -58,7 +67,7 @@ def write_dicom_seg(
         raise InputError(f"expected a DICOM SEG name ending in {DICOM_SEG_SUFFIX}, found {path}; choose such a name")
     mask = checked_mask(mask, like, path)
     names = checked_names(label_names or {}, path)
-    slices = _source_slices(like)
+    slices = _source_slices(like, series)
     # Binary segments are numbered without gaps.
     last = max(int(mask.max()), 1, *names)
     described = [_segment(highdicom, label, names.get(label, f"label {label}")) for label in range(1, last + 1)]
@@ -71,26 +80,33 @@ def write_dicom_seg(
         except (AttributeError, KeyError, ValueError) as error:
             raise InputError(
                 f"expected a series that a DICOM SEG can refer to, found one that highdicom refuses in {like.path}: "
-                f"{error}; write .nii.gz"
+                f"{type(error).__name__}: {error}; write .nii.gz"
             ) from error
         with atomic_file(path) as temporary:
             seg.save_as(temporary)
 
 
-def _source_slices(like: Volume) -> list[Any]:
+def _source_slices(like: Volume, series: str | None) -> list[Any]:
     """Headers of the series' files, one for each slice of `like.array` and in its order."""
     import pydicom
 
     if like.path is None or not like.path.is_dir() or like.affine is None:
         raise InputError(f"expected a DICOM series for a DICOM SEG, found {like.path}; write .nii.gz for other scans")
-    files = dicom_files(like.path)
+    files = dicom_files(like.path, series)
     if len(files) != len(like.array):
         raise InputError(
             f"expected one file a slice, found {len(files)} files for {len(like.array)} slices in {like.path}; "
             "a DICOM SEG of a multi-frame series is not supported, write .nii.gz"
         )
-    with naming_damaged(like.path, OSError, pydicom.errors.InvalidDicomError):
-        slices: list[Any] = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
+    with naming_unreadable(like.path):  # whatever else may be wrong was told by `dicom_files`
+        slices: list[Any] = [pydicom.dcmread(file, stop_before_pixels=True, force=True) for file in files]
+    for header in slices:
+        blank = [name for name in _REFERRED if not header.get(name)]
+        if blank:
+            raise InputError(
+                f"expected a series that a DICOM SEG can refer to, found no {' and no '.join(blank)} in "
+                f"{header.filename}; write .nii.gz"
+            )
     to_lps = LPS_TO_RAS @ like.affine
     for index, header in enumerate(slices):
         if header.get("SliceThickness") is None:  # a CT may leave it out, a SEG may not

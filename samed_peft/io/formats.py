@@ -82,6 +82,9 @@ FORMATS = (
 DICOM_SERIES = FileFormat("DICOM series", (), _NIFTI.mask_suffix, dicom.read)
 """A folder with the slices of one scan, recognised by its content and not by its name."""
 
+DICOM_FILE = FileFormat("DICOM file", dicom.SUFFIXES, _NIFTI.mask_suffix, dicom.read_file)
+"""A single file with a whole scan; not in `FORMATS`, as such files in a folder are the slices of a series."""
+
 SUFFIXES = tuple(suffix for file_format in FORMATS for suffix in file_format.suffixes)
 MASK_SUFFIXES = tuple(suffix for file_format in FORMATS if file_format.write_mask for suffix in file_format.suffixes)
 
@@ -94,7 +97,8 @@ def suffix_of(path: Path) -> str | None:
 
 def format_of(path: Path) -> FileFormat | None:
     """Which format a file has by its name, or None."""
-    return next((file_format for file_format in FORMATS if path.name.lower().endswith(file_format.suffixes)), None)
+    known = (*FORMATS, DICOM_FILE)
+    return next((file_format for file_format in known if path.name.lower().endswith(file_format.suffixes)), None)
 
 
 def is_picture(path: Path) -> bool:

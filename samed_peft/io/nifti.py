@@ -16,7 +16,7 @@ from samed_peft.io.atomic import write_bytes
 from samed_peft.io.files import damaged
 from samed_peft.io.label_names import label_colour
 from samed_peft.io.streams import GZIP_MAGIC, Source
-from samed_peft.io.volumes import Volume
+from samed_peft.io.volumes import Volume, warn_of_shear
 
 SUFFIXES = (".nii.gz", ".nii")
 
@@ -152,6 +152,8 @@ def write_mask(mask: np.ndarray, like: Volume, path: Path, names: Mapping[int, s
     if names:
         image.header.extensions.append(nibabel.nifti1.Nifti1Extension(_WORKBENCH_ECODE, _label_table(names)))
     _write(image, path)
+    if scan_header is None:
+        warn_of_shear(like, path)
 
 
 def _mask_image(mask: np.ndarray, scan_header: Any) -> Any:

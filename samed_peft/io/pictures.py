@@ -2,7 +2,9 @@
 
 import contextlib
 import io
-from collections.abc import Mapping
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,9 +12,13 @@ import numpy as np
 
 from samed_peft.errors import InputError
 from samed_peft.io.atomic import write_bytes
-from samed_peft.io.files import naming_damaged
+from samed_peft.io.files import damaged
 from samed_peft.io.label_names import TEXT_KEY, parsed_names, text_of_names
 from samed_peft.io.volumes import Volume
+
+_TIFF_COMPRESSION = 259
+_TIFF_PARTS = ((273, 279), (324, 325))
+"""Tags of the offsets and lengths of strips, and of tiles."""
 
 
 def read(path: Path) -> tuple[np.ndarray, None]:
@@ -36,37 +42,140 @@ def refuse_labels(path: Path) -> NoReturn:
     raise InputError(f"expected a mask without loss, found JPEG in {path}, whose edges are not labels; use PNG")
 
 
-def _read(path: Path, *, indexed: bool) -> np.ndarray:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Pillow's picture, of a file whose checksums and sizes are right; errors name the file."""
     from PIL import Image
 
-    with naming_damaged(path, OSError, SyntaxError, Image.DecompressionBombError), Image.open(path) as picture:
-        with contextlib.suppress(EOFError):
-            picture.seek(1)
-            raise InputError(f"expected one picture, found several pages in {path}; split it")
-        picture.seek(0)
-        return _pixels(picture, path, indexed=indexed)[None]
+    try:
+        _require_sound_png(path)
+        # Of a file that it opens by name, Pillow maps plain TIFF into memory, wrongly if it is turned by 90 degrees.
+        with path.open("rb") as stream, Image.open(stream) as picture:
+            _require_sound_tiff(picture, path)
+            yield picture
+    except (InputError, MemoryError, Warning):
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"expected a picture of at most {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, found more in {path} "
+            f"({error}); scale it down, or cut it into tiles"
+        ) from error
+    except Exception as error:  # on damaged files Pillow raises whatever its code runs into
+        if isinstance(error, OSError) and error.strerror and error.filename is not None:
+            raise InputError(f"{path} cannot be read: {error.strerror}; check its name and permissions") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{path} cannot be read, Pillow says {reason}; it may be damaged or of another format than its name says, "
+            "open it in a viewer and save it again, or fetch it again"
+        ) from error
+
+
+def _require_sound_png(path: Path) -> None:
+    """Refuse a PNG with a wrong checksum or without its end, which Pillow reads as far as it gets."""
+    with path.open("rb") as stream:
+        if stream.read(8) != b"\x89PNG\r\n\x1a\n":
+            return
+        kind = b""
+        while kind != b"IEND":
+            head = stream.read(8)
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            data = stream.read(length) if length < 2**31 else b""
+            checksum = stream.read(4)
+            if len(checksum) < 4:
+                raise damaged(path, "it ends before its last part, IEND")
+            if zlib.crc32(data, zlib.crc32(kind)) != int.from_bytes(checksum, "big"):
+                raise damaged(path, f"the checksum of its part {kind.decode('latin-1')!r} is wrong")
+
+
+def _require_sound_tiff(picture: Any, path: Path) -> None:
+    """Refuse a TIFF whose parts lie beyond its end, or whose deflated parts have a wrong checksum.
+
+    libtiff inflates a part until its pixels are full, and does not look at the checksum behind.
+    """
+    if picture.format != "TIFF":
+        return
+    tags = picture.tag_v2
+    is_deflated = tags.get(_TIFF_COMPRESSION) in (8, 32946)
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        for offsets, lengths in _TIFF_PARTS:
+            for offset, length in zip(_as_tuple(tags.get(offsets)), _as_tuple(tags.get(lengths)), strict=False):
+                if offset + length > size:
+                    raise damaged(path, f"its pixels end at byte {offset + length}, and the file has {size}")
+                if is_deflated:
+                    stream.seek(offset)
+                    inflater = zlib.decompressobj()
+                    inflater.decompress(stream.read(length))
+                    if not inflater.eof:
+                        raise damaged(path, f"the compressed pixels at byte {offset} are cut off")
+
+
+def _as_tuple(value: Any) -> tuple[int, ...]:
+    return () if value is None else tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _read(path: Path, *, indexed: bool) -> np.ndarray:
+    """Array (1, H, W) or (1, H, W, 3), turned as viewers show it.
+
+    An orientation in EXIF is applied to scans and to label maps alike. Cameras store pictures as the sensor lies and
+    say how to turn them; viewers and annotation tools turn them first, so masks drawn there fit the turned picture and
+    have no orientation themselves. Predicted masks are written on the turned grid for the same reason. A label map that
+    was copied with its picture's EXIF is turned with it.
+    """
+    from PIL import ImageOps
+
+    with _opened(path) as picture:
+        # A camera's MPO holds its picture first, and then previews or the other eye's picture.
+        if picture.format != "MPO":
+            _require_one_page(picture, path)
+        bits_cut = _is_cut_to_8_bits(picture)
+        if bits_cut and indexed:
+            raise InputError(
+                f"expected label numbers in grey or 8 bits a colour, found 16 bits in mode {picture.mode} in {path}, "
+                "of which the lower ones would be lost; save it in grey without alpha"
+            )
+        picture.load()
+        # TIFF is turned already, and then has no orientation any more.
+        ImageOps.exif_transpose(picture, in_place=True)
+        array = _pixels(picture, path, indexed=indexed)[None]
+    if bits_cut:
+        warnings.warn(f"{path} has 16 bits a colour, of which the upper 8 are read", stacklevel=2)
+    return array
+
+
+def _require_one_page(picture: Any, path: Path) -> None:
+    with contextlib.suppress(EOFError):
+        picture.seek(1)
+        raise InputError(f"expected one picture, found several pages in {path}; split it")
+    picture.seek(0)
+
+
+def _is_cut_to_8_bits(picture: Any) -> bool:
+    """Whether Pillow takes the upper half of 16 bits, as in all modes but grey."""
+    raw = picture.tile[0].args if picture.tile else ""
+    raw = raw if isinstance(raw, str) else raw[0] if raw else ""
+    return ";16" in str(raw) and not picture.mode.startswith("I")
 
 
 def _pixels(picture: Any, path: Path, *, indexed: bool) -> np.ndarray:
     """(H, W), or (H, W, 3) in colour; a palette that holds only greys counts as grey."""
-    has_palette = picture.mode == "P" and not indexed
+    has_palette = picture.mode in ("P", "PA") and not indexed
     shown = picture.convert("RGBA") if has_palette else picture
-    if shown.mode == "RGBA":
+    if shown.mode in ("RGBA", "LA"):
         array = np.array(shown)
-        if array[..., 3].min() < 255:
+        if array[..., -1].min() < 255:
             raise InputError(f"expected an opaque picture, found transparency in {path}; flatten it")
-        is_grey = has_palette and bool((array[..., :3] == array[..., :1]).all())
+        is_grey = shown.mode == "LA" or (has_palette and bool((array[..., :3] == array[..., :1]).all()))
         return array[..., 0] if is_grey else array[..., :3]
     if shown.mode not in ("1", "L", "P", "I", "F", "RGB") and not shown.mode.startswith("I;16"):
-        raise InputError(f"expected a grey or RGB picture, found mode {picture.mode} in {path}; convert it")
+        raise InputError(f"expected a grey or RGB picture, found mode {picture.mode} in {path}; convert it to RGB")
     return np.array(shown)
 
 
 def read_names(path: Path) -> dict[int, str] | None:
     """Label -> name from JSON under `labels`; None without it."""
-    from PIL import Image
-
-    with naming_damaged(path, OSError, SyntaxError), Image.open(path) as picture:
+    with _opened(path) as picture:
+        picture.load()  # text may follow the pixels
         return parsed_names(picture.info.get(TEXT_KEY, ""))
 
 

@@ -1,5 +1,6 @@
 """Hold a scan or label map with its grid, and compare and check grids."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,24 @@ def checked_affine(affine: np.ndarray, path: Path | None) -> np.ndarray:
             "export the scan again"
         )
     return affine
+
+
+def warn_of_shear(volume: Volume, path: Path) -> None:
+    """Warn of a NIfTI mask of a file or DICOM series whose axes are not at right angles, as with a tilted gantry.
+
+    ITK opens NIfTI up to a deviation of about 1e-4 only; of NRRD and MetaImage it takes any axes.
+    """
+    if volume.affine is None or volume.path is None:
+        return
+    axes = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
+    off = float(np.abs(axes.T @ axes - np.eye(3)).max())
+    if off > 1e-4:
+        warnings.warn(
+            f"{path} has voxel axes {np.degrees(np.arcsin(min(off, 1.0))):.1f} degrees off right angles, as the scan "
+            f"{volume.path} has, probably by a tilted gantry; ITK, ITK-SNAP and SimpleITK do not open such "
+            "NIfTI. Write .nrrd or .mha, which they open, or DICOM SEG, or resample the scan first",
+            stacklevel=3,
+        )
 
 
 def checked_mask(mask: np.ndarray, like: Volume, path: Path) -> np.ndarray:

@@ -14,7 +14,15 @@ from tqdm import tqdm
 from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.evaluation.pictures import case_picture, scan_window
-from samed_peft.io import DICOM_SEG_SUFFIX, Volume, read_volume, write_bytes, write_dicom_seg, write_mask
+from samed_peft.io import (
+    DICOM_SEG_SUFFIX,
+    Volume,
+    read_series,
+    read_volume,
+    write_bytes,
+    write_dicom_seg,
+    write_mask,
+)
 from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import DTYPES
 from samed_peft.prediction.compiled import CompiledSegmenter
@@ -118,6 +126,8 @@ def _predict_all(
     failed: dict[str, str] = {}
 
     def read(scan: Scan) -> Volume:
+        if scan.series is not None:
+            return read_series(scan.source, scan.series)
         return read_volume(scan.source, channel=scan.channel)
 
     def compute(scan: Scan, reading: Callable[[], Volume]) -> Callable[[], None] | None:
@@ -159,8 +169,11 @@ def _write_files(scan: Scan, image: Volume, mask: np.ndarray, *, config: SamedCo
         window = scan_window(image, config.window)
         picture = case_picture(image, None, mask, class_names=config.class_names, window=window)
         write_bytes(scan.overlay, picture)
-    write = write_dicom_seg if scan.mask.suffix.lower() == DICOM_SEG_SUFFIX else write_mask
-    write(mask, image, scan.mask, label_names=dict(enumerate(config.class_names, start=1)))
+    names = dict(enumerate(config.class_names, start=1))
+    if scan.mask.suffix.lower() == DICOM_SEG_SUFFIX:
+        write_dicom_seg(mask, image, scan.mask, label_names=names, series=scan.series)
+    else:
+        write_mask(mask, image, scan.mask, label_names=names)
 
 
 def _precision(

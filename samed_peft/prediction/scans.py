@@ -7,14 +7,19 @@ from pathlib import Path
 
 from samed_peft.errors import InputError
 from samed_peft.io import (
+    DICOM_FILE,
     DICOM_SEG_SUFFIX,
     DICOM_SERIES,
     MASK_SUFFIXES,
     SUFFIXES,
     FileFormat,
+    dicom_files,
+    dicom_series,
+    folders_below,
     format_of,
     holds_dicom,
     list_folder,
+    looks_like_dicom,
     naming_unreadable,
     suffix_of,
 )
@@ -31,12 +36,14 @@ class Scan:
         source: file or DICOM folder.
         mask: file to write its mask to.
         channel: which volume of a 4-D file, counted from 0.
+        series: which of several series in a DICOM folder.
     """
 
     case: str
     source: Path
     mask: Path
     channel: int | None = None
+    series: str | None = None
 
     @property
     def overlay(self) -> Path:
@@ -44,11 +51,15 @@ class Scan:
         return self.mask.parent / "overlays" / f"{self.case}.png"
 
 
-def list_scans(source: Path) -> list[Path]:
+def list_scans(source: Path, *, series: str | None = None) -> list[Path]:
     """List the scans at a place: a file, a DICOM folder, or all scan files and DICOM folders directly in a folder.
 
+    Args:
+        source: the place.
+        series: list the DICOM folders that hold this series, and nothing else.
+
     Raises:
-        InputError: the place does not exist or holds no scan.
+        InputError: the place does not exist or holds no scan; it is a DICOM folder that cannot be read as one scan.
     """
     with naming_unreadable(source):
         if not source.exists():
@@ -56,27 +67,53 @@ def list_scans(source: Path) -> list[Path]:
         is_file = source.is_file()
     if is_file:
         _known_format(source)
-    if is_file or holds_dicom(source):
+        if series is not None:
+            raise InputError(f"expected a DICOM folder to choose a series from, found the file {source}; leave it out")
+        return [source]
+    if holds_dicom(source):
+        dicom_files(source, series)  # refused now and not after a large base was loaded
         return [source]
     items = [item for item in list_folder(source) if not item.name.startswith(".")]
     scans = [item for item in items if (holds_dicom(item) if item.is_dir() else suffix_of(item) is not None)]
+    if series is not None:
+        scans = [item for item in scans if item.is_dir() and series in dicom_series(item)]
     if not scans:
-        raise InputError(
-            f"expected scans ending in {', '.join(SUFFIXES)} or folders of DICOM series in {source}, found none; "
-            "check the path"
-        )
+        raise InputError(_none_found(source, series))
     return scans
+
+
+def _none_found(source: Path, series: str | None) -> str:
+    """The error for a folder without scans, which may lie further down."""
+    wanted = "" if series is None else f"the DICOM series {series} among "
+    expected = f"expected {wanted}scans ending in {', '.join(SUFFIXES)} or folders of DICOM series in {source}"
+    deeper = folders_below(source)
+    if not deeper:
+        return f"{expected}, found none; check the path"
+    others = f" and in {len(deeper) - 1} folders more" if len(deeper) > 1 else ""
+    return (
+        f"{expected}, found none there but DICOM images in {deeper[0]}{others}; give such a folder or the one it is in"
+    )
 
 
 def _known_format(path: Path) -> FileFormat:
     file_format = DICOM_SERIES if path.is_dir() else format_of(path)
+    if file_format in (None, DICOM_FILE):
+        is_dicom = path.is_file() and looks_like_dicom(path)
+        if is_dicom and file_format is None:
+            raise InputError(f"{path} is a DICOM file whose name does not say so; give the folder of its series")
+        file_format = file_format if is_dicom else None
     if file_format is None:
         raise InputError(f"expected {', '.join(SUFFIXES)} or a folder, found {path}; convert it to one of these")
     return file_format
 
 
 def plan_masks(
-    sources: Sequence[Path], output: Path, *, channel: int | None = None, dicom_seg: bool = False
+    sources: Sequence[Path],
+    output: Path,
+    *,
+    channel: int | None = None,
+    dicom_seg: bool = False,
+    series: str | None = None,
 ) -> list[Scan]:
     """Name cases and their mask files.
 
@@ -88,6 +125,8 @@ def plan_masks(
         output: folder of the masks, or for a single scan the name of its mask.
         channel: of 4-D files or of nnU-Net's names; None stands for 0 in the latter.
         dicom_seg: masks of DICOM series become DICOM SEG and not NIfTI.
+        series: which of several series in a DICOM folder, as given to `list_scans`; a part of the case's name, so that
+            another one's mask is not taken for it.
 
     Raises:
         InputError: two scans have one name, a mask would replace a scan or lie among scans, an option does not fit, or
@@ -97,7 +136,8 @@ def plan_masks(
         raise InputError(f"channel must not be negative; found {channel}")
     if dicom_seg and (other := [path for path in sources if not path.is_dir()]):
         raise InputError(f"expected DICOM series for DICOM SEG, found {other[0]}; leave dicom_seg out for other scans")
-    named = [(_case_of(path), path) for path in sources]
+    chosen_series = "" if series is None else "_" + re.sub(r"[^0-9A-Za-z.-]", "_", series)
+    named = [(_case_of(path) + chosen_series, path) for path in sources]
     if chosen := _nnunet_channel(named, channel or 0):
         named, channel = chosen, None
     _require_different(named)
@@ -105,14 +145,14 @@ def plan_masks(
     scans = []
     for case, path in named:
         suffix = DICOM_SEG_SUFFIX if dicom_seg else _known_format(path).mask_suffix
-        scans.append(Scan(case, path, file or output / f"{case}{suffix}", channel))
+        scans.append(Scan(case, path, file or output / f"{case}{suffix}", channel, series))
         _require_elsewhere(scans[-1], len(sources) > 1, dicom_seg)
     return scans
 
 
 def _case_of(path: Path) -> str:
     # A file that ends in .nii may be a folder of DICOM slices all the same.
-    suffix = None if path.is_dir() else suffix_of(path)
+    suffix = None if path.is_dir() else suffix_of(path) or (path.suffix if format_of(path) else None)
     name = path.name if path.name not in ("", "..") else path.resolve().name
     return name[: len(name) - len(suffix)] if suffix else name
 

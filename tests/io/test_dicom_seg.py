@@ -122,3 +122,13 @@ def test_without_highdicom_the_command_is_named(series, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(InputError, match=r'pip install "samed_peft\[dicom\]"'):
         io.write_dicom_seg(labels(), io.read_volume(series), tmp_path / "seg.dcm")
+
+
+@pytest.mark.parametrize("keyword", ["SOPClassUID", "FrameOfReferenceUID"])
+def test_blank_headers_are_named(series, tmp_path, keyword):
+    for path in series.iterdir():
+        header = pydicom.dcmread(path)
+        setattr(header, keyword, "")
+        header.save_as(path)
+    with pytest.raises(InputError, match=rf"found no {keyword} in .*\.dcm; write \.nii\.gz"):
+        io.write_dicom_seg(labels(), io.read_volume(series), tmp_path / "seg.dcm")

@@ -1,5 +1,7 @@
 """Pictures, channels of 4-D scans, and affines from headers."""
 
+import zlib
+
 import nibabel
 import numpy as np
 import pytest
@@ -104,3 +106,133 @@ def test_affine_from_the_header_alone(tmp_path, name):
     (tmp_path / name).write_bytes(b"nothing of the kind")
     with pytest.raises(InputError, match="damaged"):
         io.read_affine(tmp_path / name)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+def test_pictures_are_turned_as_viewers_show_them(tmp_path, suffix, orientation):
+    array = np.zeros((16, 24), np.uint8)
+    array[:8, :8] = 200
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"tiffinfo": {0x0112: orientation}} if suffix == ".tif" else {"exif": exif}
+    path = picture(tmp_path / f"p{suffix}", array, **options)
+    turned = {
+        1: array,
+        2: array[:, ::-1],
+        3: array[::-1, ::-1],
+        4: array[::-1],
+        5: array.T,
+        6: array.T[:, ::-1],
+        7: array[::-1, ::-1].T,
+        8: array.T[::-1],
+    }[orientation]
+    np.testing.assert_array_equal(io.read_volume(path).array[0] > 100, turned > 100)
+    if suffix != ".jpg":
+        np.testing.assert_array_equal(io.read_labels(path).array[0] > 0, turned > 0)
+
+
+def test_a_mask_lies_over_the_turned_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scan = io.read_volume(picture(tmp_path / "p.jpg", np.zeros((16, 24), np.uint8), exif=exif))
+    io.write_mask(np.ones((1, 24, 16), np.uint8), scan, tmp_path / "m.png")
+    with Image.open(tmp_path / "m.png") as mask:
+        assert mask.size == (16, 24)
+    assert io.read_labels(tmp_path / "m.png").array.shape == scan.array.shape
+
+
+def test_pictures_of_cameras_with_previews(tmp_path):
+    shown = Image.fromarray(np.full((40, 60, 3), 90, np.uint8))
+    shown.save(tmp_path / "p.jpg", format="MPO", save_all=True, append_images=[shown.resize((30, 20))])
+    assert io.read_volume(tmp_path / "p.jpg").array.shape == (1, 40, 60, 3)
+
+
+def test_grey_with_alpha(tmp_path):
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    opaque = picture(tmp_path / "p.png", np.dstack([grey, np.full_like(grey, 255)]))
+    np.testing.assert_array_equal(io.read_volume(opaque).array, grey[None])
+    np.testing.assert_array_equal(io.read_labels(opaque).array, grey[None])
+    with pytest.raises(InputError, match="transparency"):
+        io.read_volume(picture(tmp_path / "q.png", np.dstack([grey, grey])))
+
+
+def png_chunk(kind, data):
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+def write_png16(path, colour_type):
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour_type]
+    rows = b"".join(b"\0" + bytes([1, 7] * 4 * channels) for _ in range(4))
+    header = (4).to_bytes(4, "big") * 2 + bytes([16, colour_type, 0, 0, 0])
+    parts = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    return path
+
+
+def test_sixteen_bits(tmp_path):
+    np.testing.assert_array_equal(io.read_volume(write_png16(tmp_path / "grey.png", 0)).array, np.full((1, 4, 4), 263))
+    path = write_png16(tmp_path / "colour.png", 2)
+    with pytest.warns(UserWarning, match=r"colour\.png has 16 bits a colour, of which the upper 8"):
+        assert io.read_volume(path).array.max() == 1
+    with pytest.raises(InputError, match="16 bits in mode RGB"):  # label 7 would be lost
+        io.read_labels(path)
+    with pytest.raises(InputError, match="without alpha"):
+        io.read_labels(write_png16(tmp_path / "alpha.png", 4))
+
+
+def test_cmyk_and_many_pixels_are_told_with_the_remedy(tmp_path, monkeypatch):
+    Image.new("CMYK", (8, 8)).save(tmp_path / "c.jpg")
+    with pytest.raises(InputError, match=r"mode CMYK .* convert it to RGB"):
+        io.read_volume(tmp_path / "c.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    large = picture(tmp_path / "p.png", np.zeros((20, 20), np.uint8))
+    with pytest.raises(InputError, match=r"at most 200 pixels, found more in .*p\.png .* scale it down") as caught:
+        io.read_volume(large)
+    assert "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", [-1, -5, -13, -20])
+def test_png_that_shows_its_damage(tmp_path, end):
+    path = picture(tmp_path / "p.png", np.random.default_rng(0).integers(0, 255, (16, 16), np.uint8))
+    data = path.read_bytes()
+    path.write_bytes(data[:end])
+    with pytest.raises(InputError, match=r"p\.png cannot be read"):
+        io.read_volume(path)
+    flipped = bytearray(data)
+    flipped[end] ^= 4
+    path.write_bytes(flipped)
+    with pytest.raises(InputError, match=r"p\.png cannot be read"):
+        io.read_volume(path)
+
+
+def test_deflated_tiff_that_shows_its_damage(tmp_path):
+    path = tmp_path / "p.tif"
+    Image.fromarray(np.random.default_rng(0).integers(0, 3, (64, 64), np.uint8)).save(
+        path, compression="tiff_adobe_deflate"
+    )
+    whole, refused = path.read_bytes(), 0
+    expected = io.read_volume(path).array
+    with Image.open(path) as opened:
+        (start,), (length,) = opened.tag_v2[273], opened.tag_v2[279]
+    for at in range(start, start + length, 7):
+        flipped = bytearray(whole)
+        flipped[at] ^= 16
+        path.write_bytes(flipped)
+        try:
+            np.testing.assert_array_equal(io.read_volume(path).array, expected)
+        except InputError:
+            refused += 1
+    assert refused > length // 8
+    path.write_bytes(whole[: start + length // 2])
+    with pytest.warns(UserWarning, match="Corrupt EXIF"), pytest.raises(InputError, match=r"p\.tif cannot be read"):
+        io.read_volume(path)
+
+
+def test_names_of_labels_behind_the_pixels(tmp_path):
+    path = tmp_path / "m.png"
+    scan = io.Volume(np.zeros((1, 4, 4)), path=tmp_path / "p.png")
+    io.write_mask(np.ones((1, 4, 4), np.uint8), scan, path)
+    data = path.read_bytes()
+    path.write_bytes(data[:-12] + png_chunk(b"tEXt", b'labels\0{"1": "liver"}') + data[-12:])
+    assert io.read_label_names(path) == {1: "liver"}

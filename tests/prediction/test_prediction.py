@@ -562,6 +562,19 @@ def test_json_of_a_png_is_plain(predict, tmp_path):
         assert json.loads(mask.info["labels"]) == {str(label): name for label, name in NAMES.items()}
 
 
+def test_one_of_several_dicom_series(predict, model, tmp_path, capsys):
+    write_dicom(tmp_path / "both")
+    write_dicom(tmp_path / "both", series="1.2.3.5", first=10, positions=(-368.0, -365.0))
+    assert predict("both", "masks") == 2
+    assert "1.2.3.4 (5 files, CT); 1.2.3.5 (2 files, CT)" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="hardly fit"):
+        assert predict("both", "masks", "--series", "1.2.3.5") == 0
+    assert files_of(tmp_path / "masks") == ["both_1.2.3.5.nii.gz"]
+    assert io.read_volume(tmp_path / "masks" / "both_1.2.3.5.nii.gz").array.shape == (2, 4, 3)
+    assert predict("both/0.dcm", "mask.nii.gz") == 2
+    assert "one of 5 slices" in capsys.readouterr().err
+
+
 def test_dicom_seg(predict, model, tmp_path, capsys):
     pytest.importorskip("highdicom")
     for name in ("one", "two"):
