@@ -13,10 +13,8 @@ done, 2 wrong input, 3 loss diverged, 75 stopped by a signal.
 import argparse
 from pathlib import Path
 
-from samed_peft import SamedConfig, exit_resumable, score_held_out
-from samed_peft.config import add_run_options, parse_run_options
-from samed_peft.datasets import choose_splits, describe_folder, load_slices, open_folder
-from samed_peft.training import Run, finish_run, fit, start_run
+# Its names are imported on first use, so that help is printed and Ctrl-C is heeded from the start.
+import samed_peft as sp
 
 SPLIT = ("patient_pattern", "split_file", "test_cases", "validation_cases", "folds", "fold")
 
@@ -37,29 +35,29 @@ def build_parser() -> argparse.ArgumentParser:
     add("--test_cases", nargs="+", help="in place of folds: the cases to hold out")
     add("--validation_cases", nargs="+", default=[], help="taken from training for --validate_epochs")
     add("--patient_pattern", help="expression whose group is a case's patient, such as '(.+)_scan[0-9]+'")
-    add_run_options(parser, base="facebook/sam-vit-base")
+    sp.config.add_run_options(parser, base="facebook/sam-vit-base")
     return parser
 
 
-@exit_resumable
+@sp.exit_resumable
 def main() -> None:
     """Train an adapter, test it on held-out cases and report its scores."""
-    args, adapter_options, training = parse_run_options(build_parser())
+    args, adapter_options, training = sp.config.parse_run_options(build_parser())
     out, hub = args.output_dir, {"repo_id": args.push_to_hub}
-    accelerator = start_run(out, mixed_precision=args.mixed_precision, **hub)
+    accelerator = sp.training.start_run(out, mixed_precision=args.mixed_precision, **hub)
 
     # 1. Cases: find the scans and their label maps, and decide which are held out.
-    folder = open_folder(args.data_dir, channel=args.channel, class_names=args.class_names)
-    cases = choose_splits(folder.cases, **{name: vars(args)[name] for name in SPLIT})
+    folder = sp.datasets.open_folder(args.data_dir, channel=args.channel, class_names=args.class_names)
+    cases = sp.datasets.choose_splits(folder.cases, **{name: vars(args)[name] for name in SPLIT})
 
     # 2. What the adapter will be: classes, window, orientation and channel follow from the data.
-    described = describe_folder(folder, class_names=args.class_names, plane=args.plane, window=args.window)
-    config = SamedConfig(args.base, **described, **adapter_options)
+    described = sp.datasets.describe_folder(folder, class_names=args.class_names, plane=args.plane, window=args.window)
+    config = sp.SamedConfig(args.base, **described, **adapter_options)
 
     # 3. Rows: slices of the training scans. One process prepares them, and reads the held-out scans so that a bad file
     # stops the run now and not after the training; the other processes find the cache.
     with accelerator.main_process_first():
-        rows = load_slices(
+        rows = sp.datasets.load_slices(
             folder,
             cases.train,
             num_classes=len(config.class_names),
@@ -70,15 +68,15 @@ def main() -> None:
         )
 
     # 4. Training: the base with LoRA, optimizer steps, validation, checkpoints.
-    run = Run(config, training, rows, out, folder, cases)
-    adapter, settings = fit(run, accelerator=accelerator, resume=args.resume)
+    run = sp.training.Run(config, training, rows, out, folder, cases)
+    adapter, settings = sp.training.fit(run, accelerator=accelerator, resume=args.resume)
 
     # 5. Prediction and scores, with the adapter as it was saved.
     settings |= {"dataset": folder.name} if folder.name else {}
-    report = score_held_out(adapter, *run.test, out, accelerator=accelerator, settings=settings)
+    report = sp.score_held_out(adapter, *run.test, out, accelerator=accelerator, settings=settings)
 
     # 6. Sharing: scores go into the adapter's card, and all of it to the Hub if asked to.
-    finish_run(run, adapter, report, accelerator=accelerator, **hub)
+    sp.training.finish_run(run, adapter, report, accelerator=accelerator, **hub)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
+from . import config as config
 from . import datasets as datasets
 from . import metrics as metrics
+from . import training as training
 from .adapters.save_load import add_lora as add_lora
 from .adapters.save_load import load_adapter as load_adapter
 from .adapters.save_load import save_adapter as save_adapter

@@ -72,6 +72,12 @@ _PIPE_CODE = 128 + 13
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+_SIGNAL_AT_PARENTS_DEATH = 1
+"""PR_SET_PDEATHSIG of Linux."""
+
+_LONGEST_END_S = 15.0
+"""Time that an interrupted program gets for its cleaning up; launchers end it by force after 30 s."""
+
 _ONE_REQUEST_S = 2.0
 """Launchers pass on a signal that the whole group got already; a person who presses Ctrl-C again takes longer."""
 
@@ -101,7 +107,7 @@ def exit_on_error(main: Callable[P, R], *, resumable: bool = False) -> Callable[
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with StopSignal(raises=True) as stop:
+        with StopSignal(raises=True, code=RunInterruptedError.exit_code if resumable else None) as stop:
             try:
                 result = main(*args, **kwargs)
                 sys.stdout.flush()
@@ -210,6 +216,7 @@ class StopSignal:
     Args:
         raises: raise KeyboardInterrupt at once; otherwise the first signal is only noted, so that the work at hand
             can be finished, and a second one, later by some seconds, raises.
+        code: exit code of a process that does not end within seconds after it raised; by default 128 + signal.
 
     Attributes:
         received: number of the first signal, or None.
@@ -217,9 +224,10 @@ class StopSignal:
 
     _active: int = 0
 
-    def __init__(self, *, raises: bool = False) -> None:
+    def __init__(self, *, raises: bool = False, code: int | None = None) -> None:
         self.received: int | None = None
         self._raises = raises
+        self._code = code
         self._first_at_s = 0.0
         self._before: dict[int, object] = {}
 
@@ -243,28 +251,48 @@ class StopSignal:
         if first:
             self.received, self._first_at_s = number, now
         if self._raises if first else now - self._first_at_s > _ONE_REQUEST_S:
+            if self._raises:
+                _end_if_it_hangs(self._code or 128 + number)
             raise KeyboardInterrupt(self.received)
 
     @classmethod
-    def after_fork(cls) -> None:
-        """Set up a forked process; called by Python in each."""
+    def _before_fork(cls) -> None:
+        # Python forgets a signal that reaches a new process before it is set up, and its pool would wait for it.
         if cls._active:
-            cls._active = 0
-            with contextlib.suppress(OSError):
-                os.setpgid(0, 0)
-            if sys.platform == "linux":
-                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the process that forked it
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, _leave)
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
+    @classmethod
+    def _after_fork(cls) -> None:
+        if cls._active:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
-def _leave(number: int, _: FrameType | None) -> NoReturn:
-    # By an exception, so that locks that others wait for are released.
-    sys.exit(128 + number)
+    @classmethod
+    def _in_forked(cls) -> None:
+        if not cls._active:
+            return
+        cls._active = 0
+        with contextlib.suppress(OSError):
+            os.setpgid(0, 0)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, signal.SIGKILL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 if sys.platform != "win32":
-    os.register_at_fork(after_in_child=StopSignal.after_fork)
+    os.register_at_fork(
+        before=StopSignal._before_fork,
+        after_in_parent=StopSignal._after_fork,
+        after_in_child=StopSignal._in_forked,
+    )
+
+
+def _end_if_it_hangs(code: int) -> None:
+    """End a program that a signal interrupts even if a library waits for a worker that the signal ended too."""
+    timer = threading.Timer(_LONGEST_END_S, os._exit, [code])
+    timer.daemon = True
+    timer.start()
 
 
 @contextlib.contextmanager
