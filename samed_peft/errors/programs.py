@@ -1,7 +1,6 @@
-"""Exceptions for users, the exit codes that programs end with, and signals that ask them to stop."""
+"""End a program with one message and an exit code; say what the system's refusals mean."""
 
 import contextlib
-import ctypes
 import errno
 import functools
 import os
@@ -10,76 +9,21 @@ import select
 import signal
 import sys
 import tempfile
-import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import NoReturn, ParamSpec, Self, TypeVar
+from typing import ParamSpec, TypeVar
+
+from samed_peft.errors.exceptions import FORESEEN, InputError, RunInterruptedError
+from samed_peft.errors.signals import SIGNALS, StopSignal
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class SomeCasesFailedError(RuntimeError):
-    """Some cases of many failed; the others are done and their results written."""
-
-    exit_code = 1
-
-
-class InputError(ValueError):
-    """A file, folder or option of the user cannot be used.
-
-    The message names what was expected, what was found, the file, and a remedy. Recipes and the command line print it
-    without a traceback.
-    """
-
-    exit_code = 2
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss of a step is NaN or infinite; no weight was changed in that step."""
-
-    exit_code = 3
-
-
-class RunInterruptedError(RuntimeError):
-    """A signal asked the run to stop; its state is saved."""
-
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h, which job schedulers read as "try again"
-
-
-class InterruptedBySignalError(RuntimeError):
-    """A signal asked for a stop; the message says what was finished before.
-
-    Args:
-        message: for users.
-        number: of the signal.
-    """
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number  # as shells report it: 130 for Ctrl-C, 143 for SIGTERM
-
-
-_FORESEEN = (SomeCasesFailedError, InputError, NonFiniteLossError, RunInterruptedError, InterruptedBySignalError)
 
 _FAULT_CODE = 70
 """EX_SOFTWARE of sysexits.h: an error that nobody foresaw."""
 
 _PIPE_CODE = 128 + 13
 """As if SIGPIPE had ended the program, which Python turns into an error."""
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-_SIGNAL_AT_PARENTS_DEATH = 1
-"""PR_SET_PDEATHSIG of Linux."""
-
-_LONGEST_END_S = 15.0
-"""Time that an interrupted program gets for its cleaning up; launchers end it by force after 30 s."""
-
-_ONE_REQUEST_S = 2.0
-"""Launchers pass on a signal that the whole group got already; a person who presses Ctrl-C again takes longer."""
 
 _REMEDIES = {
     errno.ENOSPC: "free space there",
@@ -118,7 +62,7 @@ def exit_on_error(main: Callable[P, R], *, resumable: bool = False) -> Callable[
                 if isinstance(error, BrokenPipeError) and _reader_has_left():
                     sys.exit(_PIPE_CODE)
                 message, code = _message_and_code(error, stop.received, resumable)
-        is_signal = code in (RunInterruptedError.exit_code, *(128 + number for number in _SIGNALS))
+        is_signal = code in (RunInterruptedError.exit_code, *(128 + number for number in SIGNALS))
         if not is_signal or os.environ.get("RANK", "0") == "0":  # all processes of a launch get it, and one says so
             with contextlib.suppress(OSError):
                 print(f"error: {printable(message)}", file=sys.stderr)
@@ -133,7 +77,7 @@ def exit_resumable(main: Callable[P, R]) -> Callable[P, R]:
 
 
 def _message_and_code(error: BaseException, received: int | None, resumable: bool) -> tuple[str, int]:
-    if isinstance(error, _FORESEEN):
+    if isinstance(error, FORESEEN):
         return str(error), error.exit_code
     # Libraries may raise errors of their own where a signal interrupts them or ends their workers.
     if received is not None or isinstance(error, KeyboardInterrupt):
@@ -205,94 +149,6 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202
 def printable(text: object) -> str:
     r"""Text from files as it may go to a terminal: control characters, and those that reorder text, as `\x1b`."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), str(text))
-
-
-class StopSignal:
-    """Catch Ctrl-C (SIGINT) and SIGTERM within `with`.
-
-    Forked processes, such as workers that load slices or prepare scans, get neither: they leave the process group that
-    a terminal or a scheduler signals, end when told to by the process that forked them, and end with it.
-
-    Args:
-        raises: raise KeyboardInterrupt at once; otherwise the first signal is only noted, so that the work at hand
-            can be finished, and a second one, later by some seconds, raises.
-        code: exit code of a process that does not end within seconds after it raised; by default 128 + signal.
-
-    Attributes:
-        received: number of the first signal, or None.
-    """
-
-    _active: int = 0
-
-    def __init__(self, *, raises: bool = False, code: int | None = None) -> None:
-        self.received: int | None = None
-        self._raises = raises
-        self._code = code
-        self._first_at_s = 0.0
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
-            StopSignal._active += 1
-        return self
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # typeshed knows no type for what signal() returns
-        StopSignal._active -= bool(self._before)
-        # Libraries raise errors of their own where a signal interrupts them.
-        if self.received is not None and isinstance(error, Exception) and not isinstance(error, _FORESEEN):
-            raise KeyboardInterrupt(self.received) from error
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        now = time.monotonic()
-        first = self.received is None
-        if first:
-            self.received, self._first_at_s = number, now
-        if self._raises if first else now - self._first_at_s > _ONE_REQUEST_S:
-            if self._raises:
-                _end_if_it_hangs(self._code or 128 + number)
-            raise KeyboardInterrupt(self.received)
-
-    @classmethod
-    def _before_fork(cls) -> None:
-        # Python forgets a signal that reaches a new process before it is set up, and its pool would wait for it.
-        if cls._active:
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-
-    @classmethod
-    def _after_fork(cls) -> None:
-        if cls._active:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-
-    @classmethod
-    def _in_forked(cls) -> None:
-        if not cls._active:
-            return
-        cls._active = 0
-        with contextlib.suppress(OSError):
-            os.setpgid(0, 0)
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, signal.SIGKILL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-
-
-if sys.platform != "win32":
-    os.register_at_fork(
-        before=StopSignal._before_fork,
-        after_in_parent=StopSignal._after_fork,
-        after_in_child=StopSignal._in_forked,
-    )
-
-
-def _end_if_it_hangs(code: int) -> None:
-    """End a program that a signal interrupts even if a library waits for a worker that the signal ended too."""
-    timer = threading.Timer(_LONGEST_END_S, os._exit, [code])
-    timer.daemon = True
-    timer.start()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,111 @@
+"""Signals that ask a program to stop, and what they mean to the processes that it forks."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Self
+
+from samed_peft.errors.exceptions import FORESEEN
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_SIGNAL_AT_PARENTS_DEATH = 1
+"""PR_SET_PDEATHSIG of Linux."""
+
+_LONGEST_END_S = 15.0
+"""Time that an interrupted program gets for its cleaning up; launchers end it by force after 30 s."""
+
+_ONE_REQUEST_S = 2.0
+"""Launchers pass on a signal that the whole group got already; a person who presses Ctrl-C again takes longer."""
+
+
+class StopSignal:
+    """Catch Ctrl-C (SIGINT) and SIGTERM within `with`.
+
+    Forked processes, such as workers that load slices or prepare scans, get neither: they leave the process group that
+    a terminal or a scheduler signals, end when told to by the process that forked them, and end with it.
+
+    Args:
+        raises: raise KeyboardInterrupt at once; otherwise the first signal is only noted, so that the work at hand
+            can be finished, and a second one, later by some seconds, raises.
+        code: exit code of a process that does not end within seconds after it raised; by default 128 + signal.
+
+    Attributes:
+        received: number of the first signal, or None.
+    """
+
+    _active: int = 0
+
+    def __init__(self, *, raises: bool = False, code: int | None = None) -> None:
+        self.received: int | None = None
+        self._raises = raises
+        self._code = code
+        self._first_at_s = 0.0
+        self._before: dict[int, object] = {}
+        self._end: threading.Timer | None = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            StopSignal._active += 1
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # typeshed knows no type for what signal() returns
+        StopSignal._active -= bool(self._before)
+        if self._end is not None:
+            self._end.cancel()
+        # Libraries raise errors of their own where a signal interrupts them.
+        if self.received is not None and isinstance(error, Exception) and not isinstance(error, FORESEEN):
+            raise KeyboardInterrupt(self.received) from error
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        first = self.received is None
+        if first:
+            self.received, self._first_at_s = number, now
+        if self._raises if first else now - self._first_at_s > _ONE_REQUEST_S:
+            if self._raises:
+                # Libraries may wait for workers that the signal ended too.
+                self._end = threading.Timer(_LONGEST_END_S, os._exit, [self._code or 128 + number])
+                self._end.daemon = True
+                self._end.start()
+            raise KeyboardInterrupt(self.received)
+
+    @classmethod
+    def _before_fork(cls) -> None:
+        # Python forgets a signal that reaches a new process before it is set up, and its pool would wait for it.
+        if cls._active:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    @classmethod
+    def _after_fork(cls) -> None:
+        if cls._active:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    @classmethod
+    def _in_forked(cls) -> None:
+        if not cls._active:
+            return
+        cls._active = 0
+        with contextlib.suppress(OSError):
+            os.setpgid(0, 0)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, signal.SIGKILL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+if sys.platform != "win32":
+    os.register_at_fork(
+        before=StopSignal._before_fork,
+        after_in_parent=StopSignal._after_fork,
+        after_in_child=StopSignal._in_forked,
+    )
