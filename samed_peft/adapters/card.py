@@ -14,8 +14,10 @@ from samed_peft.evaluation.report import Report
 from samed_peft.evaluation.tables import (
     MAIN_COLUMNS,
     column_titles,
+    markdown_code,
     markdown_table,
     markdown_text,
+    plain_line,
     score_rows,
     with_counts,
 )
@@ -40,7 +42,8 @@ def model_card(config: SamedConfig, *, report: Report | None = None, training: M
     card = ModelCard.from_template(
         _front_matter(config, report),
         template_path=str(_TEMPLATE),
-        base=published_base(config.base),
+        base=markdown_text(published_base(config.base)),
+        base_code=markdown_code(published_base(config.base)),
         has_public_base=is_hub_id(config.base) or config.base == TINY_SAM,
         is_tiny=config.base == TINY_SAM,
         method=METHODS[config.method].summary,
@@ -88,7 +91,7 @@ def _front_matter(config: SamedConfig, report: Report | None) -> ModelCardData:
         fields["base_model"] = config.base
     results = [] if report is None else _eval_results(report)
     if results:
-        fields |= {"model_name": f"SAMed adapter of {published_base(config.base)}", "eval_results": results}
+        fields |= {"model_name": f"SAMed adapter of {plain_line(published_base(config.base))}", "eval_results": results}
     return ModelCardData(**fields)
 
 
@@ -107,9 +110,9 @@ def _eval_results(report: Report) -> list[EvalResult]:
         EvalResult(
             task_type="image-segmentation",
             dataset_type="medical-scans",
-            dataset_name=_dataset(report) or "held-out cases",
+            dataset_name=plain_line(_dataset(report)) or "held-out cases",
             metric_type=metric,
-            metric_name=name,
+            metric_name=plain_line(name),
             metric_value=round(value, 4),
         )
         for metric, name, value in found

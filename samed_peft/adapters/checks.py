@@ -9,6 +9,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor
 
 from samed_peft.adapters.folder import CARD_FILE, CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE, first_line
+from samed_peft.adapters.peft_values import check_values
 from samed_peft.config import METHODS, SamedConfig, Storage
 from samed_peft.errors import InputError
 from samed_peft.io import FolderKind, read_json, tensor_shapes
@@ -87,6 +88,7 @@ def read_peft_config(folder: Path, config: SamedConfig) -> PeftConfig:
         )
     if values.get("megatron_config") is not None:  # PEFT imports whatever module `megatron_core` names
         raise InputError(f"{folder / PEFT_FILE} asks for Megatron, which SAM does not use; save the adapter again")
+    check_values(values, config, folder / PEFT_FILE)
     try:
         peft_config = PeftConfig.from_pretrained(str(folder))
     except PEFT_ERRORS as error:
@@ -120,8 +122,6 @@ def check_ranks(peft_config: PeftConfig, folder: Path) -> None:
     """
     values = peft_config.to_dict()
     patterns = values.get("rank_pattern") or {}
-    if not isinstance(patterns, dict) or not isinstance(values.get("alpha_pattern") or {}, dict):
-        raise InputError(f"rank_pattern and alpha_pattern must be objects in {folder / PEFT_FILE}; save it again")
     shapes = tensor_shapes(folder / WEIGHTS_FILE)
     lora = {shape[0] for name, shape in shapes.items() if ".lora_A." in name and shape}
     stored = lora if isinstance(peft_config, LoraConfig) else {size for shape in shapes.values() for size in shape}

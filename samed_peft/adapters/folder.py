@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 
 from samed_peft.config import SamedConfig, is_hub_id
 from samed_peft.errors import InputError
-from samed_peft.io import read_json, read_text
+from samed_peft.io import check_files, file_sha256, read_json, read_text, with_checksums, without_checksums, write_json
 
 if TYPE_CHECKING:
     from samed_peft.evaluation.report import Report
@@ -32,15 +32,63 @@ def read_config(folder: Path) -> SamedConfig:
     Raises:
         InputError: the file is missing or damaged.
     """
-    if not (folder / CONFIG_FILE).is_file():
+    values = without_checksums(_recorded(folder), folder / CONFIG_FILE)
+    try:
+        return SamedConfig.from_dict(values)
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """All values of `samed_config.json`, its checksums among them."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
         raise InputError(
             f"{folder} is not an adapter directory: it lacks {CONFIG_FILE}; save_adapter writes one, and SAMed's own "
             ".pth files must be converted first"
         )
-    try:
-        return SamedConfig.from_dict(read_json(folder / CONFIG_FILE))
-    except InputError as error:
-        raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected an object of fields, found {type(values).__name__}; save the adapter again")
+    return values
+
+
+def require_complete(folder: Path) -> None:
+    """Require an adapter's weights and settings.
+
+    Raises:
+        InputError: naming those that are missing.
+    """
+    if missing := [name for name in (WEIGHTS_FILE, PEFT_FILE) if not (folder / name).is_file()]:
+        raise InputError(f"{folder} is not a complete adapter: it lacks {' and '.join(missing)}; save it again")
+
+
+def check_adapter_files(folder: Path) -> None:
+    """Compare an adapter's weights and settings with the checksums in its `samed_config.json`, if it has any.
+
+    Model card and report are not covered: they change when the adapter is scored.
+
+    Raises:
+        InputError: naming the file that was damaged or edited.
+    """
+    check_files(_recorded(folder), folder / CONFIG_FILE, (WEIGHTS_FILE, PEFT_FILE))
+
+
+def config_values(config: SamedConfig, *, weights: str, settings: str) -> dict[str, Any]:
+    """The content of `samed_config.json`, with checksums.
+
+    Args:
+        config: the adapter's config.
+        weights: SHA-256 of its weights' file.
+        settings: SHA-256 of PEFT's file.
+    """
+    return with_checksums(config.to_dict(), CONFIG_FILE, {WEIGHTS_FILE: weights, PEFT_FILE: settings})
+
+
+def write_config(config: SamedConfig, folder: Path) -> None:
+    """Write `samed_config.json` beside an adapter's weights and PEFT's file, with checksums of all three."""
+    weights, settings = (file_sha256(folder / name) for name in (WEIGHTS_FILE, PEFT_FILE))
+    write_json(folder / CONFIG_FILE, config_values(config, weights=weights, settings=settings))
 
 
 def adapter_folder(source: str | Path, *, revision: str | None = None) -> Path:

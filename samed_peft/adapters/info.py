@@ -5,10 +5,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from samed_peft.adapters.folder import ADAPTER_FILES, PEFT_FILE, WEIGHTS_FILE, adapter_folder, find_report, read_config
+from samed_peft.adapters.folder import (
+    ADAPTER_FILES,
+    PEFT_FILE,
+    WEIGHTS_FILE,
+    adapter_folder,
+    check_adapter_files,
+    find_report,
+    read_config,
+    require_complete,
+)
 from samed_peft.config import METHODS, TINY_SAM, TINY_SAM_NOTE, SamedConfig
 from samed_peft.errors import InputError
-from samed_peft.io import read_json, tensor_shapes
+from samed_peft.io import read_json, read_whole, tensor_shapes
 
 _MOST_CLASSES = 14
 """Rows of the table of classes, so that all of it fits a screen of 24 lines."""
@@ -31,20 +40,21 @@ def adapter_info(source: str | Path, *, revision: str | None = None) -> dict[str
     Raises:
         InputError: `source` is not an adapter, or a file is missing or damaged.
     """
-    folder = adapter_folder(source, revision=revision)
+    return {"source": str(source)} | read_whole(adapter_folder(source, revision=revision), _described)
+
+
+def _described(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
-    missing = [name for name in (WEIGHTS_FILE, PEFT_FILE) if not (folder / name).is_file()]
-    if missing:
-        raise InputError(f"{folder} is not a complete adapter: it lacks {' and '.join(missing)}; save it again")
+    require_complete(folder)
     peft = read_json(folder / PEFT_FILE)
     if not isinstance(peft, dict):
         raise InputError(f"expected an adapter's settings in {folder / PEFT_FILE}, found {type(peft).__name__}")
     sizes = {name: math.prod(shape) for name, shape in tensor_shapes(folder / WEIGHTS_FILE).items()}
+    check_adapter_files(folder)
     _, report = find_report(folder, config)
     settings = {} if report is None else report.settings
     scores = {} if report is None else report.to_dict()
     return {
-        "source": str(source),
         "classes": {str(label): name for label, name in enumerate(config.class_names, start=1)},
         "config": config.to_dict(),
         "method": METHODS[config.method].summary,

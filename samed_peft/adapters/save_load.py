@@ -19,12 +19,20 @@ from samed_peft.adapters.checks import (
     require_recorded_base,
     unusable,
 )
-from samed_peft.adapters.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, adapter_folder, read_config
+from samed_peft.adapters.folder import (
+    CARD_FILE,
+    WEIGHTS_FILE,
+    adapter_folder,
+    check_adapter_files,
+    read_config,
+    require_complete,
+    write_config,
+)
 from samed_peft.adapters.methods import adapter_tensors, initial_updates, merged, new_peft_config, save_as_lora
 from samed_peft.config import METHODS, SamedConfig, Storage, TrainingConfig
 from samed_peft.errors import InputError
 from samed_peft.evaluation.report import Report
-from samed_peft.io import atomic_dir, load_tensors, require_replaceable, save_tensors, write_json, write_text
+from samed_peft.io import atomic_dir, load_tensors, read_whole, require_replaceable, save_tensors, write_text
 from samed_peft.models.bases import load_sam
 from samed_peft.models.modeling import SamForSemanticSegmentation, config_of
 from samed_peft.models.precision import DTYPES, quantize_layers
@@ -134,7 +142,7 @@ def save_adapter(
             save_as_lora(model, folder)
         if dtype != "float32":
             _store_as(folder / WEIGHTS_FILE, DTYPES[dtype])
-        write_json(folder / CONFIG_FILE, config.to_dict())
+        write_config(config, folder)
         write_card(folder, training=training)
 
 
@@ -175,8 +183,7 @@ def load_adapter(
         InputError: `source` is not an adapter, a file is damaged, or base, rank, classes or sizes do not match.
     """
     folder = adapter_folder(source, revision=revision)
-    config = read_config(folder)
-    peft_config = read_peft_config(folder, config)
+    config, peft_config, tensors = read_whole(folder, _read_adapter)
     if base is None:
         require_recorded_base(config, folder)
     model = load_sam(
@@ -191,12 +198,10 @@ def load_adapter(
             f"{base or config.base} has weights {str(model.base_sha256)[:12]}; pass the right one as base"
         )
     peft_config.inference_mode = not trainable
-    check_ranks(peft_config, folder)
     try:
         adapted = _attach(model, peft_config, config)
     except PEFT_ERRORS as error:
         raise unusable(folder, error) from error
-    tensors = load_tensors(folder / WEIGHTS_FILE)
     check_tensors(tensors, adapter_tensors(adapted), folder / WEIGHTS_FILE)
     set_peft_model_state_dict(adapted, tensors)
     if not trainable:
@@ -204,6 +209,15 @@ def load_adapter(
     loaded = merged(adapted) if merge else adapted
     loaded.train(trainable)
     return loaded if device is None else loaded.to(device)
+
+
+def _read_adapter(folder: Path) -> tuple[SamedConfig, PeftConfig, dict[str, torch.Tensor]]:
+    config = read_config(folder)
+    require_complete(folder)
+    check_adapter_files(folder)
+    peft_config = read_peft_config(folder, config)
+    check_ranks(peft_config, folder)
+    return config, peft_config, load_tensors(folder / WEIGHTS_FILE)
 
 
 def _check_fits(model: SamForSemanticSegmentation, config: SamedConfig) -> None:

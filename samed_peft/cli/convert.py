@@ -3,7 +3,7 @@
 import argparse
 
 from samed_peft.cli.options import Commands, names, new_command
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, printable
 
 _EPILOG = """\
 samed convert --checkpoint sam_vit_b_01ec64.pth --output sam_vit_b
@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> None:
             )
         require_base(args.checkpoint, "checkpoint")
         convert_sam(args.checkpoint, args.output, image_size=args.image_size)
-        print(f"SAM written to {args.output}")
+        print(printable(f"SAM written to {args.output}"))
         return
     options = {"input_size": args.input_size, "class_names": args.class_names, "orientation": args.orientation}
     size = {} if args.image_size is None else {"image_size": args.image_size}
     convert_samed(args.checkpoint, args.base, args.output, dtype=args.dtype or "float32", **size, **options)
-    print(f"adapter written to {args.output}")
+    print(printable(f"adapter written to {args.output}"))

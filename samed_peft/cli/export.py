@@ -3,6 +3,7 @@
 import argparse
 
 from samed_peft.cli.options import Commands, new_command
+from samed_peft.errors import printable
 
 _FORMATS = {
     "samed": "the .pth that SAMed's test.py loads",
@@ -39,4 +40,4 @@ def run(args: argparse.Namespace) -> None:
 
     difference = EXPORTS[args.format](args.adapter, args.output, base=args.base)
     checked = "" if difference is None else f"; logits differ from PyTorch's by {difference:.1g} at most"
-    print(f"{args.format} written to {args.output}{checked}")
+    print(printable(f"{args.format} written to {args.output}{checked}"))

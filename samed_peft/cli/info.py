@@ -3,6 +3,7 @@
 import argparse
 
 from samed_peft.cli.options import Commands, new_command
+from samed_peft.errors import printable
 
 _DESCRIPTION = """\
 Shows an adapter's classes, base, method, input and sizes, and its scores if it was evaluated. Only the adapter's own
@@ -31,4 +32,9 @@ def run(args: argparse.Namespace) -> None:
     from samed_peft.adapters.info import adapter_info, info_text
 
     info = adapter_info(args.adapter, revision=args.revision)
-    print(json.dumps(info, indent=2, ensure_ascii=False) if args.json else info_text(info))
+    if args.json:
+        text = json.dumps(info, indent=2, ensure_ascii=False)
+        # Characters that change what a terminal shows are written as JSON's escapes.
+        print(text if printable(text) == text else json.dumps(info, indent=2))
+    else:
+        print(printable(info_text(info)))

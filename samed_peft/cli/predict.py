@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samed_peft.cli.options import Commands, new_command
-from samed_peft.errors import InputError, SomeCasesFailedError
+from samed_peft.errors import InputError, SomeCasesFailedError, printable
 
 if TYPE_CHECKING:
     from samed_peft.prediction import Outcome
@@ -92,11 +92,11 @@ def _report(outcome: "Outcome", output: Path) -> None:
     if total == 1 and outcome.failed:
         raise InputError(next(iter(outcome.failed.values())))
     for case, reason in outcome.failed.items():
-        print(f"failed: {case}: {reason}", file=sys.stderr)
+        print(printable(f"failed: {case}: {reason}"), file=sys.stderr)
     line = f"{len(outcome.written)} mask{'s' * (len(outcome.written) != 1)} written to {output}"
     if outcome.skipped:
         line += f"; {len(outcome.skipped)} finished earlier and skipped, --overwrite segments them again"
-    print(line)
+    print(printable(line))
     if len(outcome.failed) == total:
         raise SomeCasesFailedError(f"all {total} scans failed; no mask was written")
     if outcome.failed:

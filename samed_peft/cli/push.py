@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from samed_peft.cli.options import Commands, new_command
+from samed_peft.errors import printable
 
 _DESCRIPTION = """\
 Uploads an adapter in one commit: its four files and, if it was evaluated, report.json and report.md. Paths on this
@@ -36,4 +37,4 @@ def run(args: argparse.Namespace) -> None:
     check_repo_id(args.repository)
     files = published_files(args.adapter, pictures=args.pictures, cases=args.cases)
     url = send_files(files, args.repository, private=args.private)
-    print(f"sent to {url}: {', '.join(files)}")
+    print(printable(f"sent to {url}: {', '.join(files)}"))

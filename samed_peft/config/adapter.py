@@ -1,6 +1,6 @@
 """What an adapter is: `SamedConfig`."""
 
-import re
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from samed_peft.config.fields import (
     short,
 )
 from samed_peft.config.methods import ATTENTION_TARGETS, DECODER_TARGETS, METHODS, MLP_TARGETS
+from samed_peft.config.patterns import LAYER_PATTERN, is_layer_pattern
 
 SYNAPSE_CLASSES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
 """The eight organs of Synapse multi-organ CT in SAMed's order; label k is `SYNAPSE_CLASSES[k - 1]`."""
@@ -57,7 +58,13 @@ def _is_orientation(codes: str) -> bool:
 
 _TARGETS = (*ATTENTION_TARGETS, *MLP_TARGETS)
 
-_WINDOW: Rule = ("be (low, high) with low < high", lambda window: len(window) == 2 and window[0] < window[1])
+_MOST_PIXELS = 8192
+"""Pixels per side; SAM's own are 1024, and memory grows with the fourth power."""
+
+_WINDOW: Rule = (
+    "be (low, high) with low < high",
+    lambda window: len(window) == 2 and -math.inf < window[0] < window[1] < math.inf,
+)
 _ORIENTATION: Rule = ("be three letters, one each of L or R, A or P, S or I, such as LAS", _is_orientation)
 _METHOD: Rule = (f"be one of {', '.join(METHODS)}", METHODS.__contains__)
 _LAYERS: Rule = ("be numbers from 0 on", lambda layers: bool(layers) and min(layers) >= 0)
@@ -121,6 +128,9 @@ class SamedConfig(JsonFields):
             f"class_names must be 1 to 255 different names, background left out; "
             f"found {len(names)}: {short(list(names))}",
         )
+        for name in ("image_size", "input_size"):
+            pixels = vars(self)[name] or 0
+            require(pixels <= _MOST_PIXELS, f"{name} must be {_MOST_PIXELS} pixels at most; found {pixels}")
         if self.input_size is not None and self.input_size > self.image_size:
             warnings.warn(
                 f"input_size ({self.input_size}) is larger than image_size ({self.image_size}), so slices are resized "
@@ -153,10 +163,10 @@ class SamedConfig(JsonFields):
     def _check_rank_pattern(self) -> None:
         for pattern, rank in (self.rank_pattern or {}).items():
             require(rank > 0, f"rank_pattern must give ranks of at least 1; found {rank} for {pattern!r}")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                require(False, f"rank_pattern must have regular expressions; found {pattern!r}: {error}")
+            require(
+                is_layer_pattern(pattern),
+                f"rank_pattern must have regular expressions; found {short(pattern)}: use {LAYER_PATTERN}",
+            )
 
     @property
     def num_labels(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samed_peft.adapters.folder import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE
+from samed_peft.adapters.folder import CONFIG_FILE, PEFT_FILE, WEIGHTS_FILE, write_config
 from samed_peft.adapters.methods import adapter_tensors, lora_layers, lora_pair, write_lora
 from samed_peft.adapters.save_load import load_adapter
 from samed_peft.conversion.samed_format import require_plain_lora, write_tensors
@@ -24,7 +24,6 @@ from samed_peft.io import (
     require_replaceable,
     require_writable_file,
     save_torch_weights,
-    write_json,
 )
 from samed_peft.models.bases import open_sam
 from samed_peft.models.modeling import SamForSemanticSegmentation, config_of
@@ -135,7 +134,7 @@ def export_peft_fused(source: str | Path, directory: str | Path, *, base: str | 
     with atomic_dir(directory) as folder:
         write_lora(pairs, adapter_tensors(adapted), folder, target_modules=targets, modules_to_save=trained_in_full)
         sam_config.save_pretrained(folder)
-        write_json(folder / CONFIG_FILE, config.to_dict())
+        write_config(config, folder)
 
 
 def _fused(pairs: Mapping[str, tuple[Tensor, Tensor]], *, width: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage, sparse
 
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, printable
 from samed_peft.io import Volume
 
 PERCENTILES = (0.5, 99.5)
@@ -199,8 +199,9 @@ def warn_of_window(volume: Volume, window: tuple[float, float] | None) -> None:
     if span < _LEAST_SPAN or 1 - below - above < _LEAST_INSIDE or above > _MOST_ABOVE:
         window_text = f"the adapter's window, {low:g} to {high:g}"
         target = "the [0, 1] that it was scaled to" if volume.normalized else window_text
+        path = printable(volume.path or "the scan")
         warnings.warn(
-            f"{volume.path or 'the scan'} holds {first:g} to {last:g} (99 % of its voxels), which hardly fit {target}: "
+            f"{path} holds {first:g} to {last:g} (99 % of its voxels), which hardly fit {target}: "
             f"{100 * below:.0f} % lie below, {100 * above:.0f} % above, and the scan spans {100 * span:.0f} % of it; "
             "is it of the kind, and in the units, that the adapter was trained on?",
             stacklevel=3,

@@ -10,7 +10,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, Value
 from datasets.features.features import register_feature
 
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, printable
 
 
 @dataclass
@@ -122,8 +122,9 @@ def warn_of_absent_classes(rows: Dataset, class_names: Sequence[str]) -> None:
         counts += np.bincount(row["label"].ravel(), minlength=256)
     absent = [name for label, name in enumerate(class_names, start=1) if not counts[label]]
     if absent:
+        names = printable(", ".join(absent))
         warnings.warn(
-            f"no training slice has a labelled pixel of {', '.join(absent)}: the adapter cannot learn them, and where "
+            f"no training slice has a labelled pixel of {names}: the adapter cannot learn them, and where "
             "references lack them too, whatever it predicts has Dice 1 in the samed convention; check labels and names",
             stacklevel=2,
         )

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, printable
 from samed_peft.evaluation.page import html_page
 from samed_peft.evaluation.render import render
 from samed_peft.evaluation.report import Report
@@ -19,7 +19,8 @@ from samed_peft.metrics import CONVENTIONS, METRICS, Convention, format_metric
 REPORT_FOLDER = FolderKind(markers=("report.json",), allowed=r"report\.(json|csv|html|md)|pictures")
 """A folder that `write_report` filled."""
 
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+_FORMULA_STARTS = re.compile(r"[\s\0]*[=+\-@＝＋－＠−|%]|[\s\0]*[\t\r\n]")  # noqa: RUF001
+"""How a text begins that a spreadsheet runs as a formula, in full width where it reads Japanese."""
 
 
 def write_report(report: Report, directory: str | Path, *, pictures: Mapping[str, bytes] | None = None) -> None:
@@ -66,7 +67,9 @@ def csv_text(report: Report) -> str:
 
 
 def _inert(name: str) -> str:
-    return f"'{name}" if name.lstrip(" ").startswith(_FORMULA_STARTS) else name
+    # Line ends stay: they are quoted.
+    shown = re.sub(r"[^\r\n]+", lambda found: printable(found[0]), name)
+    return f"'{shown}" if _FORMULA_STARTS.match(name) else shown
 
 
 CaseTable = tuple[str, Sequence[str], Sequence[Sequence[str]]]

@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from samed_peft.errors import printable
 from samed_peft.evaluation import tables
 from samed_peft.io import read_text
 from samed_peft.metrics import METRICS, format_metric
@@ -19,7 +20,7 @@ def _environment(*, is_markdown: bool) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=not is_markdown,
-        finalize=_escaped if is_markdown else None,
+        finalize=_escaped if is_markdown else _visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -30,6 +31,10 @@ def _environment(*, is_markdown: bool) -> Environment:
 
 def _escaped(value: Any) -> Any:
     return value if isinstance(value, Markup) else tables.markdown_text(value)
+
+
+def _visible(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _table(*columns: Any, **options: Any) -> Markup:

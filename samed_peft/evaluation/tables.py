@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from samed_peft.errors import printable
 from samed_peft.evaluation.report import Report
 from samed_peft.metrics import CONVENTIONS, METRICS, Convention, Interval, Metric, format_metric
 
@@ -44,9 +45,25 @@ def column_titles(columns: Columns) -> list[str]:
     return titles
 
 
+_MARKDOWN = re.compile(
+    r"[\\|<\[\]`*~$&]|^>|^[#+=-](?=[\s#=-]|$)|^\d+[.)](?=\s|$)|(?<=\w):(?=//)|(?<=www)\.|@(?=\w)", re.IGNORECASE
+)
+"""What Markdown readers take for the end of a cell, a link, code, HTML, formulas, mentions or the start of a block."""
+
+
+def plain_line(value: Any) -> str:
+    """`value` in one line without control characters."""
+    return printable(" ".join(str(value).split()))
+
+
 def markdown_text(value: Any) -> str:
-    """`value` in one line that Markdown readers take neither for the end of a cell nor for a link, code or HTML."""
-    return re.sub(r"[\\|<\[\]`]", r"\\\g<0>", " ".join(str(value).split()))
+    """`value` in one line that Markdown readers show as it is, in a cell as in running text."""
+    return _MARKDOWN.sub(lambda found: "".join(f"\\{c}" if not c.isdigit() else c for c in found[0]), plain_line(value))
+
+
+def markdown_code(name: str) -> str:
+    """A name as code, if it cannot end the code, otherwise as text."""
+    return f"`{name}`" if re.fullmatch(r"[\w./\\ :+-]+", name, re.ASCII) else markdown_text(name)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, text_columns: int = 1) -> str:
@@ -132,12 +149,12 @@ def format_table(report: Report, *, width: int | None = None) -> str:
         table.add_column(name, justify="right", no_wrap=True)
     for cells in class_rows(report):
         # Text, because a class name in square brackets would be read as markup.
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*(Text(plain_line(cell)) for cell in cells))
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, color_system=None, legacy_windows=False)
     console.print(table)
     for line in remarks(report):
-        console.print(Text(line))
+        console.print(Text(plain_line(line)))
     if failed := report.settings.get("failed_cases", {}):
-        console.print(Text(f"{len(failed)} failed and left out: {', '.join(failed)}"))
+        console.print(Text(plain_line(f"{len(failed)} failed and left out: {', '.join(failed)}")))
     return "\n".join(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines())

@@ -3,12 +3,15 @@
 Everything is made in memory; the files on disk are only read.
 """
 
+import dataclasses
+import functools
+import hashlib
 import io
 import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from samed_peft.adapters.folder import (
     CONFIG_FILE,
     PEFT_FILE,
     WEIGHTS_FILE,
+    check_adapter_files,
+    config_values,
     find_report,
     read_config,
 )
@@ -31,7 +36,7 @@ from samed_peft.evaluation.artefacts import CaseTable, report_text
 from samed_peft.evaluation.report import Report
 from samed_peft.evaluation.stored import Means
 from samed_peft.evaluation.tables import column_titles, markdown_text
-from samed_peft.io import list_folder, naming_unreadable, read_json, read_text, tensor_shapes
+from samed_peft.io import list_folder, naming_unreadable, read_json, read_text, read_whole, tensor_shapes
 from samed_peft.metrics import CONVENTIONS, METRICS, format_metric
 
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -52,16 +57,21 @@ def published_files(directory: str | Path, *, pictures: bool = False, cases: boo
     Raises:
         InputError: the directory is not a complete adapter, a file in it is damaged, or pictures are missing.
     """
-    directory = Path(directory)
+    return read_whole(directory, functools.partial(_published, pictures=pictures, cases=cases))
+
+
+def _published(directory: Path, *, pictures: bool, cases: bool) -> dict[str, bytes]:
     _require_complete(directory)
     config = read_config(directory)
     tensor_shapes(directory / WEIGHTS_FILE)
+    weights, settings = _plain_weights(directory / WEIGHTS_FILE), _peft_settings(directory / PEFT_FILE)
+    check_adapter_files(directory)
     folder, report = find_report(directory, config)
     names = [] if cases else _case_names(report)
     published = {
-        WEIGHTS_FILE: _plain_weights(directory / WEIGHTS_FILE),
-        PEFT_FILE: _peft_settings(directory / PEFT_FILE),
-        CONFIG_FILE: _settings(directory / CONFIG_FILE, config),
+        WEIGHTS_FILE: weights,
+        PEFT_FILE: settings,
+        CONFIG_FILE: _settings(directory, config, {WEIGHTS_FILE: weights, PEFT_FILE: settings}),
         CARD_FILE: _card(directory, config, names),
     }
     if report is not None:
@@ -100,9 +110,13 @@ def _plain_weights(path: Path) -> bytes:
     return save(load(data), metadata={"format": "pt"})
 
 
-def _settings(path: Path, config: SamedConfig) -> bytes:
+def _settings(directory: Path, config: SamedConfig, others: Mapping[str, bytes]) -> bytes:
+    """The adapter's config, with checksums of the files as they are published."""
     base = published_base(config.base)
-    return _read(path) if base == config.base else _json(config.to_dict() | {"base": base})
+    if base == config.base and all(_read(directory / name) == content for name, content in others.items()):
+        return _read(directory / CONFIG_FILE)
+    weights, settings = (hashlib.sha256(others[name]).hexdigest() for name in (WEIGHTS_FILE, PEFT_FILE))
+    return _json(config_values(dataclasses.replace(config, base=base), weights=weights, settings=settings))
 
 
 def _peft_settings(path: Path) -> bytes:

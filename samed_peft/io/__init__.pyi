@@ -5,6 +5,10 @@ from .atomic import recover_dir as recover_dir
 from .atomic import write_bytes as write_bytes
 from .atomic import write_json as write_json
 from .atomic import write_text as write_text
+from .checksums import check_files as check_files
+from .checksums import file_sha256 as file_sha256
+from .checksums import with_checksums as with_checksums
+from .checksums import without_checksums as without_checksums
 from .dicom import dicom_files as dicom_files
 from .dicom import dicom_series as dicom_series
 from .dicom import folders_below as folders_below

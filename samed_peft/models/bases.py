@@ -7,14 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, SamConfig, SamModel
 
 from samed_peft.config import TINY_SAM, SamedConfig, is_hub_id
 from samed_peft.errors import InputError
+from samed_peft.models.base_files import check_base_config, check_base_folder, check_no_adapter
 from samed_peft.models.checkpoints import load_meta_checkpoint
 from samed_peft.models.modeling import SamForSemanticSegmentation
+
+_UNUSABLE = (
+    OSError, ValueError, StrictDataclassError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError
+)  # fmt: skip
+"""Errors that Transformers raises for files that it cannot use, values of wrong types among them."""
 
 TINY_SAM_DIR = Path(__file__).parent / "tiny_sam"
 
@@ -65,24 +72,39 @@ def open_sam(base: str, revision: str | None = None) -> SamModel:
         return load_meta_checkpoint(path)
     require_base(base)
     source = str(path) if path.is_dir() else base
+    if path.is_dir():
+        check_base_folder(path)
     try:
+        values, _ = SamConfig.get_config_dict(source, revision=revision)
+        check_base_config(values, f"config.json of base {base}")
         # By default Transformers asks on the terminal whether to run code from the folder.
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except _UNUSABLE as error:
         raise _cannot_open(base, error) from error
     if not isinstance(config, SamConfig):
         raise InputError(
             f"base {base} is a {config.model_type} model, not a SAM; use facebook/sam-vit-base, -large or -huge"
         )
+    check_no_adapter(source, revision)
     try:
         sam, info = SamModel.from_pretrained(
-            source, revision=revision, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            source,
+            revision=revision,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,  # never a pickle
         )
-    except (OSError, SafetensorError) as error:
+    except (SafetensorError, *_UNUSABLE) as error:
         raise _cannot_open(base, error) from error
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
         raise InputError(f"base {base} lacks weights of a SAM: {', '.join(lacking[:5])} ({len(lacking)} in all)")
+    if unread := sorted(key for key in info["unexpected_keys"] if key.startswith("vision_encoder.layers.")):
+        raise InputError(
+            f"base {base} has weights that its config.json leaves out: {', '.join(unread[:3])} ({len(unread)} in all); "
+            "fetch it again"
+        )
     return sam
 
 
@@ -121,7 +143,9 @@ def randomize_weights(sam: nn.Module) -> None:
 
 def _cannot_open(base: str, error: Exception) -> InputError:
     """Build the error for a base that Transformers cannot open, with advice for offline use of a Hub id."""
-    message = f"base {base} cannot be opened as a SAM: {error}"
+    if isinstance(error, InputError):
+        return error
+    message = f"base {base} cannot be opened as a SAM: {' '.join(str(error).split())}"
     if is_hub_id(base) and isinstance(error, OSError):
         message += "; without a connection, give as base a folder that Transformers saved or one of Meta's .pth files"
     return InputError(message)

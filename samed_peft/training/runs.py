@@ -17,7 +17,7 @@ from datasets import Dataset
 from samed_peft.adapters.save_load import write_card
 from samed_peft.config import TINY_SAM, TINY_SAM_NOTE, SamedConfig, TrainingConfig
 from samed_peft.datasets import CaseVolumes, LabelledFolder, Splits
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, printable
 from samed_peft.evaluation import Report, format_table
 from samed_peft.hub.push import check_repo_id, push_to_hub
 from samed_peft.io import FolderKind, Volume, read_json, require_replaceable, write_json
@@ -114,9 +114,9 @@ def finish_run(
     """
     if report is not None:
         write_card(adapter, report=report, training=run.training)
-        print(format_table(report), f"adapter, masks, report and pictures are in {run.output_dir}", sep="\n")
+        print(format_table(report), printable(f"adapter, masks, report and pictures are in {run.output_dir}"), sep="\n")
         if repo_id:
-            print(push_to_hub(adapter, repo_id))
+            print(printable(push_to_hub(adapter, repo_id)))
     accelerator.end_training()
 
 

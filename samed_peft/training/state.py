@@ -11,10 +11,23 @@ from accelerate import Accelerator
 from torch import nn
 
 from samed_peft.errors import InputError, StopSignal
-from samed_peft.io import atomic_dir, load_tensors, read_json, save_tensors, write_json
+from samed_peft.io import (
+    atomic_dir,
+    check_files,
+    file_sha256,
+    load_tensors,
+    read_json,
+    save_tensors,
+    with_checksums,
+    without_checksums,
+    write_json,
+)
 from samed_peft.training.adalora import allocation_tensors, restore_allocation
 
+_WEIGHTS_FILE, _MOMENTS_FILE = "model.safetensors", "optimizer.safetensors"
 _ALLOCATION_FILE = "ranks.safetensors"
+_STATE_FILE = "state.json"
+_SCALER_FIELDS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 
 @dataclass(frozen=True)
@@ -72,11 +85,13 @@ def save_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / f"step-{progress.step:08d}"
     with atomic_dir(target) as folder:
-        save_tensors({name: parameter.detach() for name, parameter in trainable.items()}, folder / "model.safetensors")
-        save_tensors(moments, folder / "optimizer.safetensors")
+        save_tensors({name: parameter.detach() for name, parameter in trainable.items()}, folder / _WEIGHTS_FILE)
+        save_tensors(moments, folder / _MOMENTS_FILE)
         if allocation := allocation_tensors(model):
             save_tensors(allocation, folder / _ALLOCATION_FILE)
-        write_json(folder / "state.json", {"progress": vars(progress), "scaler": scaler})
+        sums = {path.name: file_sha256(path) for path in folder.iterdir()}
+        values = {"progress": vars(progress), "scaler": scaler}
+        write_json(folder / _STATE_FILE, with_checksums(values, _STATE_FILE, sums))
     for path in older:
         if path != target:
             shutil.rmtree(path)
@@ -97,24 +112,73 @@ def load_checkpoint(
     if not found:
         return Progress()
     path = found[-1]
-    state = read_json(path / "state.json")
-    tensors, moments = load_tensors(path / "model.safetensors"), load_tensors(path / "optimizer.safetensors")
+    progress, scaler = _read_state(path)
+    tensors, moments = load_tensors(path / _WEIGHTS_FILE), load_tensors(path / _MOMENTS_FILE)
     trainable = _trainable(accelerator.unwrap_model(model))
     shapes = {name: value.shape for name, value in tensors.items()}
     if shapes != {name: parameter.shape for name, parameter in trainable.items()}:
         raise InputError(f"{path} belongs to another model; remove it or choose another output folder")
+    for key, value in moments.items():
+        if (name := key.rpartition("|")[0]) not in trainable or value.shape not in (trainable[name].shape, ()):
+            raise InputError(
+                f"expected the optimizer's moments of this model in {path / _MOMENTS_FILE}, found {key!r:.80} of shape "
+                f"{tuple(value.shape)}; {_REMEDY}"
+            )
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(tensors[name])
     for key, value in moments.items():
-        name, kind = key.rsplit("|", 1)
+        name, _, kind = key.rpartition("|")
         parameter = trainable[name]
         optimizer.state[parameter][kind] = value.to(parameter.device)  # fused AdamW counts steps there too
     if (path / _ALLOCATION_FILE).is_file():
         restore_allocation(model, load_tensors(path / _ALLOCATION_FILE))
-    if accelerator.scaler is not None and state["scaler"] is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    return Progress(**state["progress"])
+    if accelerator.scaler is not None and scaler is not None:
+        accelerator.scaler.load_state_dict(scaler)
+    return progress
+
+
+_REMEDY = "remove this checkpoint to resume from none, or fetch it again"
+
+
+def _read_state(path: Path) -> tuple[Progress, dict[str, float] | None]:
+    """Position of the run and state of the loss scaler, after comparing all files with their checksums."""
+    file = path / _STATE_FILE
+    values = read_json(file)
+    if not isinstance(values, dict):
+        raise InputError(f"expected an object in {file}, found {type(values).__name__}; {_REMEDY}")
+    state = without_checksums(values, file)
+    names = [_WEIGHTS_FILE, _MOMENTS_FILE, *([_ALLOCATION_FILE] if (path / _ALLOCATION_FILE).is_file() else [])]
+    check_files(values, file, tuple(names))
+    found, scaler = state.get("progress"), state.get("scaler")
+    fields = {field.name for field in dataclasses.fields(Progress)}
+    if not isinstance(found, dict) or found.keys() != fields or not _is_position(**found):
+        raise InputError(
+            f"expected the step, best_dice and best_epoch of a run as progress in {file}, found {found!r:.120}; "
+            f"{_REMEDY}"
+        )
+    if scaler is not None and not (
+        isinstance(scaler, dict)
+        and scaler.keys() <= set(_SCALER_FIELDS)
+        and all(_is_number(value) for value in scaler.values())
+    ):
+        raise InputError(
+            f"expected null or the numbers {', '.join(_SCALER_FIELDS)} as scaler in {file}, found {scaler!r:.120}; "
+            f"{_REMEDY}"
+        )
+    return Progress(**found), scaler
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and 0 <= value < math.inf
+
+
+def _is_position(step: object, best_dice: object, best_epoch: object) -> bool:
+    counts = [step] if best_epoch is None else [step, best_epoch]
+    return (
+        all(type(count) is int and 0 <= count < 10**9 for count in counts)
+        and (best_dice is None or (_is_number(best_dice) and best_dice <= 1))  # type: ignore[operator]
+    )
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

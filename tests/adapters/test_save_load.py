@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import shutil
+import time
 
 import pytest
 import torch
-from conftest import GOLDEN, load_samed_weights
+from conftest import GOLDEN, edit_adapter, load_samed_weights
 from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -168,11 +169,6 @@ def test_another_base_is_refused(saved, tmp_path):
         load_adapter(saved, base=str(tmp_path / "other"))
 
 
-def edit_config(folder, **changes):
-    path = folder / "samed_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -184,7 +180,7 @@ def edit_config(folder, **changes):
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(saved, changes, message):
-    edit_config(saved, **changes)
+    edit_adapter(saved, **changes)
     with pytest.raises(InputError, match=message):
         load_adapter(saved)
 
@@ -194,6 +190,7 @@ def test_weights_of_another_rank_are_refused(saved):
     weights = load_file(path)
     key = next(key for key in weights if "lora_A" in key)
     save_file(weights | {key: weights[key][:2].clone()}, path)
+    edit_adapter(saved)
     with pytest.raises(InputError, match=r"should be \(4, 48\).* but is \(2, 48\)"):
         load_adapter(saved)
 
@@ -225,7 +222,7 @@ def test_a_model_for_other_classes_is_refused(golden_config):
 
 def test_the_adapter_is_found_where_the_base_has_moved(saved, tmp_path):
     shutil.copy(GOLDEN / "sam_base.pth", tmp_path / "moved.pth")
-    edit_config(saved, base="gone/elsewhere/sam.pth")
+    edit_adapter(saved, base="gone/elsewhere/sam.pth")
     recorded = r"gone/elsewhere/sam\.pth is neither .*; .*samed_config\.json records it: .* base, or --base"
     with pytest.raises(InputError, match=recorded):
         load_adapter(saved)
@@ -251,6 +248,7 @@ def test_config_survives_the_journey(saved, golden_config, golden_model):
     ],
 )
 def test_files_without_a_config_of_peft_are_refused(saved, content, message):
+    edit_adapter(saved)
     (saved / "adapter_config.json").write_text(content)
     with pytest.raises(InputError, match=message):
         load_adapter(saved)
@@ -259,29 +257,75 @@ def test_files_without_a_config_of_peft_are_refused(saved, content, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank_pattern": {"q_proj": 30_000_000}}, "asks for rank 30000000, but the tensors of .* have 4"),
-        ({"rank_pattern": {"q_proj": "4"}}, "asks for rank '4'"),
-        ({"rank_pattern": [4]}, "must be objects"),
-        ({"alpha_pattern": "x"}, "must be objects"),
-        ({"alpha_pattern": {"q_proj": "x"}}, "PEFT cannot use"),
+        ({"rank_pattern": {"q_proj": 3}}, "asks for rank 3, but the tensors of .* have 4"),
+        ({"rank_pattern": {"q_proj": 30_000_000}}, "ranks by names of layers.* as rank_pattern .*30000000"),
+        ({"rank_pattern": {"q_proj": "4"}}, "ranks by names of layers.* as rank_pattern .*'4'"),
+        ({"rank_pattern": [4]}, "an object with ranks"),
+        ({"alpha_pattern": "x"}, "an object with numbers"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "an object with numbers"),
         ({"megatron_config": {"a": 1}, "megatron_core": "this"}, "asks for Megatron"),
-        ({"r": "4"}, "says rank 4, adapter_config.json says 4|asks for rank '4'"),
-        ({"target_modules": "(("}, "PEFT cannot use"),
+        ({"r": "4"}, "a whole number up to 65536 as r .* found '4'"),
+        ({"target_modules": "(("}, "names of layers"),
         ({"target_modules": "nothing"}, "PEFT cannot use"),
-        ({"target_modules": 5}, "PEFT cannot use"),
-        ({"init_lora_weights": "junk"}, "PEFT cannot use"),
-        ({"init_lora_weights": "loftq"}, "PEFT cannot use"),
-        ({"lora_alpha": "x"}, "PEFT cannot use"),
+        ({"target_modules": 5}, "names of layers"),
+        ({"init_lora_weights": "junk"}, "expected True as init_lora_weights"),
+        ({"init_lora_weights": "loftq"}, "expected True as init_lora_weights"),
+        ({"init_lora_weights": "pissa"}, "expected True as init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "expected True as init_lora_weights"),
+        ({"init_lora_weights": False}, "expected True as init_lora_weights"),
+        ({"lora_alpha": "x"}, "a number above 0 .* as lora_alpha"),
+        ({"lora_alpha": 0}, "a number above 0 .* as lora_alpha"),
+        ({"lora_alpha": 1e300}, "a number above 0 .* as lora_alpha"),
+        ({"lora_alpha": float("inf")}, "expected JSON in"),
         ({"modules_to_save": None}, "has unknown weights"),
-        ({"modules_to_save": 5}, "PEFT cannot use"),
-        ({"lora_dropout": "x"}, "PEFT cannot use"),
+        ({"modules_to_save": 5}, "null or a list of names as modules_to_save"),
+        ({"modules_to_save": ["(a+)+"]}, "null or a list of names as modules_to_save"),
+        ({"lora_dropout": "x"}, "at least 0 and below 1 as lora_dropout"),
+        ({"peft_type": "IA3"}, "expected LORA, that of the method lora as peft_type"),
+        ({"use_dora": True}, "expected False as use_dora"),
+        ({"use_rslora": True}, "expected False as use_rslora"),
+        ({"bias": "all"}, "expected 'none' as bias"),
+        ({"fan_in_fan_out": True}, "expected False as fan_in_fan_out"),
+        ({"layer_replication": [[0, 2]]}, "expected None as layer_replication"),
+        ({"layers_to_transform": [0], "layers_pattern": "(a+)+"}, "expected None as layers_"),
+        ({"exclude_modules": "(a+)+"}, "expected None as exclude_modules"),
+        ({"target_parameters": ["x"]}, "expected None as target_parameters"),
+        ({"trainable_token_indices": [1]}, "expected None as trainable_token_indices"),
+        ({"loftq_config": {"loftq_bits": 4}}, "expected {} as loftq_config"),
+        ({"eva_config": {"rho": 2.0}}, "expected None as eva_config"),
+        ({"corda_config": {"cache_file": "/etc/passwd"}}, "expected None as corda_config"),
+        ({"revision": "main"}, "expected None as revision"),
+        ({"auto_mapping": {"base_model_class": "Popen", "parent_library": "subprocess"}}, "as auto_mapping"),
     ],
 )
 def test_values_that_peft_cannot_use_are_refused(saved, changes, message):
-    path = saved / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit_adapter(saved, "adapter_config.json", **changes)
     with pytest.raises(InputError, match=message):
         load_adapter(saved)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(.*a)*b",
+        "((v|v)(i|i)(s|s))+x",
+        r"(\w+\.?)+x",
+        "(v|vi)(ision|sion)x",
+        r".*.*.*.*.*.*.*.*x",
+        "(?P<a>.)x",
+        "(?=x)",
+        "x{1,9999}",
+        "v" * 5000,
+        "",
+    ],
+)
+@pytest.mark.parametrize("field", ["target_modules", "rank_pattern", "alpha_pattern"])
+def test_expressions_that_take_for_ever_are_refused_before_they_are_tried(saved, field, pattern):
+    edit_adapter(saved, "adapter_config.json", **{field: pattern if field == "target_modules" else {pattern: 4}})
+    started = time.perf_counter()
+    with pytest.raises(InputError, match=rf"layers.* as {field} in .*adapter_config\.json"):
+        load_adapter(saved)
+    assert time.perf_counter() - started < 5
 
 
 def test_an_adapter_that_cannot_be_fetched_is_named(monkeypatch, tmp_path):

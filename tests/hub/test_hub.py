@@ -16,7 +16,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, load_samed_weights
+from conftest import GOLDEN, edit_adapter, load_samed_weights
 from hub_server import FORBIDDEN, TOKEN, UNKNOWN, Hub
 from huggingface_hub import constants
 from PIL import Image, PngImagePlugin
@@ -119,8 +119,8 @@ def test_a_push_is_one_commit_of_the_adapter_and_its_scores(hub, adapter):
 
 
 def test_an_adapter_that_says_nothing_of_this_machine_is_sent_byte_for_byte(hub, adapter):
-    edit_json(adapter / "samed_config.json", base="facebook/sam-vit-base")
-    edit_json(adapter / "adapter_config.json", base_model_name_or_path="facebook/sam-vit-base")
+    edit_adapter(adapter, base="facebook/sam-vit-base")
+    edit_adapter(adapter, "adapter_config.json", base_model_name_or_path="facebook/sam-vit-base")
     push_to_hub(adapter, REPO)
     (files,) = commits(hub)
     assert {name: files[name] for name in ADAPTER_FILES} == {n: (adapter / n).read_bytes() for n in ADAPTER_FILES}
@@ -205,6 +205,7 @@ def test_no_places_and_no_cases_leave_the_machine(adapter, run_folder):
     card.write_text(card.read_text() + mine + "patient-0042 is hard.\n")
     weights = adapter / "adapter_model.safetensors"
     save_file(load_file(weights), weights, metadata={"format": "pt", "made_from": "/home/jdoe/patient-0042"})
+    edit_adapter(adapter)
     files = published_files(adapter, pictures=True)
     everything = b"\n".join(files.values()) + repr(list(files)).encode()
     for secret in ("home/", "John Doe", "jdoe", "/mnt", "scans\\", "/srv", "hospital/", "patient-00", "bad"):
@@ -213,6 +214,7 @@ def test_no_places_and_no_cases_leave_the_machine(adapter, run_folder):
     for name in ("samed_config.json", "adapter_config.json"):
         assert b"sam_base.pth" in files[name]
     config = json.loads(files["samed_config.json"])
+    assert config.pop("checksums")["adapter_config.json"] == hashlib.sha256(files["adapter_config.json"]).hexdigest()
     assert config == json.loads((adapter / "samed_config.json").read_text()) | {"base": "sam_base.pth"}
     assert config["base_sha256"] is not None
 
@@ -264,7 +266,7 @@ def test_of_a_report_only_figures_are_sent(adapter):
 def test_a_report_that_is_none_is_not_sent_in_parts(adapter, changes):
     edit_json(adapter.parent / "report.json", **changes)
     if "standard" in changes:
-        edit_json(adapter / "samed_config.json", class_names=["liver"])
+        edit_adapter(adapter, class_names=["liver"])
     with pytest.raises(InputError, match=r"expected a report of this package in .*report\.json, found another"):
         published_files(adapter, cases=True)
 
@@ -303,7 +305,7 @@ def test_pictures_that_are_none_are_refused(adapter, damage):
 
 
 def test_the_tiny_sam_and_its_note_are_named(adapter):
-    edit_json(adapter / "samed_config.json", base=TINY_SAM)
+    edit_adapter(adapter, base=TINY_SAM)
     files = published_files(adapter)
     assert json.loads(files["samed_config.json"])["base"] == TINY_SAM
     assert b"The base is not SAM" in files["report.md"]
@@ -462,6 +464,7 @@ def pushed(hub, adapter):
     first = hub.repositories[REPO].oid()
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({k: v * 2 for k, v in weights.items()}, adapter / "adapter_model.safetensors", {"format": "pt"})
+    edit_adapter(adapter)
     push_to_hub(adapter, REPO)
     return first
 
