@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -627,3 +629,41 @@ def test_prediction_does_not_load_the_datasets_library(adapter, tmp_path):
         timeout=120,
     )
     assert ended.stdout.splitlines()[-1] == "False", ended.stdout
+
+
+@pytest.mark.parametrize("error", [ValueError("odd\nmore"), KeyError("x"), RuntimeError(""), MemoryError()])
+def test_any_error_of_a_scan_is_its_own(model, tmp_path, monkeypatch, error):
+    def reading(path, **options):
+        if path.name.startswith("1"):
+            raise error
+        return io.read_volume(path, **options)
+
+    monkeypatch.setattr("samed_peft.prediction.files.read_volume", reading)
+    scans = planned(tmp_path, 3)
+    outcome = predict_files(model, scans, options=PredictionOptions(), accelerator=Accelerator(cpu=True))
+    assert outcome.written == ("0", "2")
+    assert outcome.failed.keys() == {"1"}
+    assert str(scans[1].source) in outcome.failed["1"]
+    assert "\n" not in outcome.failed["1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_scan_at_hand_finish(adapter, tmp_path, number):
+    for case in range(60):
+        write_scan(tmp_path / "scans" / f"{case:02d}.nii.gz", scan_array(case))
+    options = ("--adapter", adapter, "--input", tmp_path / "scans", "--output", tmp_path / "masks", "--device", "cpu")
+    command = [sys.executable, "-m", "samed_peft", "predict", *map(str, options)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    ) as program:
+        while program.poll() is None and not list((tmp_path / "masks").glob("0*.nii.gz")):
+            time.sleep(0.01)
+        program.send_signal(number)
+        _, errors = program.communicate(timeout=60)
+    done = files_of(tmp_path / "masks")
+    assert program.returncode == 128 + number, errors
+    assert f"{len(done)} mask" in errors
+    assert f"{60 - len(done)} scan" in errors
+    assert "Traceback" not in errors
+    assert all(io.read_labels(tmp_path / "masks" / name).array.shape == SHAPE for name in done)
