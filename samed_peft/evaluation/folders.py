@@ -10,7 +10,7 @@ from samed_peft.errors import InputError, InterruptedBySignalError, StopSignal, 
 from samed_peft.evaluation.cases import checked_names, score_pair
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.evaluation.report import Report
-from samed_peft.io import SUFFIXES, Volume, list_folder, numbered_names, read_labels, read_volume, suffix_of
+from samed_peft.io import SUFFIXES, Volume, is_picture, list_folder, numbered_names, read_labels, read_volume, suffix_of
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance
 
 Files = Mapping[str, Sequence[Path]]
@@ -46,7 +46,7 @@ def evaluate_folders(
         InterruptedBySignalError: Ctrl-C or SIGTERM arrived; the case at hand was finished.
     """
     tolerance_mm = checked_tolerance(tolerance_mm)
-    predicted, referenced = list_files(predictions), list_files(references)
+    predicted, referenced = _without_companions(list_files(predictions)), list_files(references)
     _require_shared_name(predicted, referenced)
     scans = {} if images is None else _scans_of(sorted(referenced), images)
     if class_names is None:
@@ -111,6 +111,15 @@ def list_files(folder: Path, *, folders_too: bool = False) -> dict[str, list[Pat
     if not found:
         raise InputError(f"expected files ending in {', '.join(SUFFIXES)} in {folder}, found none; check the folder")
     return found
+
+
+def _without_companions(files: Files) -> dict[str, list[Path]]:
+    """Leave out nnU-Net's probabilities (`.npz`) and previews (pictures) beside a mask of another format."""
+    masks = {
+        case: [path for path in paths if not (is_picture(path) or suffix_of(path) == ".npz")]
+        for case, paths in files.items()
+    }
+    return {case: masks[case] or list(paths) for case, paths in files.items()}
 
 
 def _writable(text: str) -> str:

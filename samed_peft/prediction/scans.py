@@ -14,6 +14,7 @@ from samed_peft.io import (
     FileFormat,
     format_of,
     holds_dicom,
+    is_picture,
     list_folder,
     naming_unreadable,
     suffix_of,
@@ -81,7 +82,7 @@ def plan_masks(
     """Name cases and their mask files.
 
     If all names end in _0000, _0001 and so on before the suffix, as nnU-Net's do, one channel's scans are taken, and
-    the ending is left out of the case's name.
+    the ending is left out of the case's name. Without a channel, pictures of one stem numbered without a gap are cases.
 
     Args:
         sources: from `list_scans`.
@@ -98,7 +99,7 @@ def plan_masks(
     if dicom_seg and (other := [path for path in sources if not path.is_dir()]):
         raise InputError(f"expected DICOM series for DICOM SEG, found {other[0]}; leave dicom_seg out for other scans")
     named = [(_case_of(path), path) for path in sources]
-    if chosen := _nnunet_channel(named, channel or 0):
+    if (channel is not None or not _are_frames(named)) and (chosen := _nnunet_channel(named, channel or 0)):
         named, channel = chosen, None
     _require_different(named)
     file = _single_mask(named, output, dicom_seg)
@@ -115,6 +116,15 @@ def _case_of(path: Path) -> str:
     suffix = None if path.is_dir() else suffix_of(path)
     name = path.name if path.name not in ("", "..") else path.resolve().name
     return name[: len(name) - len(suffix)] if suffix else name
+
+
+def _are_frames(named: Sequence[tuple[str, Path]]) -> bool:
+    """Whether pictures are numbered as the frames of one sequence, frame_0000 and on, and not as channels of cases."""
+    matches = [_NNUNET_NAME.fullmatch(case) for case, path in named if is_picture(path)]
+    parts = [(match[1], int(match[2])) for match in matches if match]
+    numbers = sorted(number for _, number in parts)
+    one_sequence = len({stem for stem, _ in parts}) == 1 and numbers == list(range(len(numbers)))
+    return len(parts) == len(named) and one_sequence
 
 
 def _nnunet_channel(named: Sequence[tuple[str, Path]], channel: int) -> list[tuple[str, Path]]:

@@ -234,6 +234,25 @@ def test_numbers_of_cases_are_no_channels(tmp_path):
     assert one.mask == tmp_path / "out" / "case_0000.nii.gz"
 
 
+def test_pictures_numbered_from_0000_are_cases(predict, tmp_path, capsys):
+    (tmp_path / "scans").mkdir()
+    for number in range(3):
+        Image.fromarray(np.full((12, 10), 40 * number, np.uint8)).save(tmp_path / "scans" / f"frame_{number:04d}.png")
+    assert predict("scans", "masks") == 0
+    assert files_of(tmp_path / "masks") == [f"frame_{number:04d}.png" for number in range(3)]
+    sources = list_scans(tmp_path / "scans")
+    assert [scan.case for scan in plan_masks(sources, tmp_path / "one", channel=1)] == ["frame"]
+
+
+def test_files_left_out_for_channels_nobody_named_are_told(predict, tmp_path, capsys):
+    for number in range(2):
+        write_scan(tmp_path / "scans" / f"visit_{number:04d}.nii.gz", scan_array(number))
+    assert predict("scans", "masks") == 1
+    assert "1 of 2 files are other channels" in (errors := capsys.readouterr().err)
+    assert "give --channel 0 if that is right" in errors
+    assert predict("scans", "other", "--channel", 0) == 0
+
+
 def test_flips_and_largest_parts(predict, model, tmp_path):
     scan = write_scan(tmp_path / "scan.nii.gz")
     plain = expected_mask(model, scan)
