@@ -80,10 +80,15 @@ def run(args: argparse.Namespace) -> None:
     accelerator.end_training()
     # Other processes exit with 0: if one failed, a launcher would stop the main process before it has reported.
     if accelerator.is_main_process:
+        others = f"{len(sources) - len(scans)} of {len(sources)} files are other channels, by their names, and left out"
         if len(scans) < len(sources):
-            others = len(sources) - len(scans)
-            print(f"{others} of {len(sources)} files are other channels, by their names, and left out")
+            print(others)
         _report(outcome, args.output)
+        if len(scans) < len(sources) and channel is None:
+            raise SomeCasesFailedError(
+                f"{others}, but the adapter knows no channels; give --channel 0 if that is right, or rename files that "
+                "are cases, so that their names do not end in _0000, _0001 and so on"
+            )
 
 
 def _report(outcome: "Outcome", output: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from samed_peft.config.adapter import TINY_SAM, SamedConfig
 from samed_peft.config.fields import JsonFields
-from samed_peft.config.methods import METHOD_FIELDS
+from samed_peft.config.methods import METHOD_FIELDS, METHODS
 from samed_peft.config.training import TrainingConfig
 
 _ADAPTER_FIELDS = ("image_size", "input_size", *METHOD_FIELDS)
@@ -96,5 +96,20 @@ def parse_run_options(
         args.stop_epoch = min(args.stop_epoch, args.epochs)
     if bool(args.validate_epochs) != bool(args.validation_cases):
         parser.error("--validate_epochs and --validation_cases go together")
+    if args.validate_epochs > args.stop_epoch:
+        parser.error(
+            f"--validate_epochs {args.validate_epochs} never validates in {args.stop_epoch} epochs; choose fewer"
+        )
+    _refuse_ignored(parser, args)
     training = TrainingConfig(**{field.name: vars(args)[field.name] for field in dataclasses.fields(TrainingConfig)})
     return args, {name: vars(args)[name] for name in _ADAPTER_FIELDS}, training
+
+
+def _refuse_ignored(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse options of the command line that the method does not use; in adapters that exist they do no harm."""
+    if args.method not in METHODS:
+        return  # refused by `SamedConfig`, which names those there are
+    for name in (*METHOD_FIELDS[1:], "lora_plus_ratio"):
+        if vars(args)[name] != parser.get_default(name) and name not in METHODS[args.method].options:
+            users = ", ".join(other for other, record in METHODS.items() if name in record.options)
+            parser.error(f"--{name} means nothing to --method {args.method}, only to {users}; leave it out")

@@ -107,6 +107,13 @@ def _reader_has_left() -> bool:
     return True
 
 
+def reason_of(error: Exception) -> str:
+    """Why one case of many failed, in one line; errors that nobody foresaw are preceded by their type."""
+    if isinstance(error, MemoryError):
+        return f"it does not fit into memory ({_first_line(error)}); close other programs, or crop or resample it"
+    return str(error) if isinstance(error, (InputError, OSError)) else f"{type(error).__name__}: {_first_line(error)}"
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, InterruptedBySignalError, StopSignal, reason_of
 from samed_peft.evaluation.cases import checked_names, score_pair
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.evaluation.report import Report
-from samed_peft.io import SUFFIXES, Volume, list_folder, numbered_names, read_labels, read_volume, suffix_of
+from samed_peft.io import SUFFIXES, Volume, is_picture, list_folder, numbered_names, read_labels, read_volume, suffix_of
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance
 
 Files = Mapping[str, Sequence[Path]]
@@ -43,9 +43,10 @@ def evaluate_folders(
     Raises:
         InputError: a folder is missing or has no label maps, no name is in both, every case failed, or no case has
             an image.
+        InterruptedBySignalError: Ctrl-C or SIGTERM arrived; the case at hand was finished.
     """
     tolerance_mm = checked_tolerance(tolerance_mm)
-    predicted, referenced = list_files(predictions), list_files(references)
+    predicted, referenced = _without_companions(list_files(predictions)), list_files(references)
     _require_shared_name(predicted, referenced)
     scans = {} if images is None else _scans_of(sorted(referenced), images)
     if class_names is None:
@@ -56,7 +57,7 @@ def evaluate_folders(
     pictures: dict[str, bytes] = {}
     without_spacing: list[str] = []
     failed: dict[str, str] = {}
-    for case in tqdm(sorted({*predicted, *referenced}), unit="case", leave=False, disable=None):
+    for case in _until_stopped(sorted({*predicted, *referenced})):
         try:
             prediction = read_labels(_only(predicted, case, predictions))
             reference = read_labels(_only(referenced, case, references))
@@ -64,9 +65,9 @@ def evaluate_folders(
             without_spacing += [case] if reference.affine is None else []
             if case in scans:
                 pictures[case] = _picture(_only(scans, case, images), reference, prediction, class_names=names)
-        except (InputError, OSError) as error:
+        except Exception as error:  # libraries raise errors of many kinds for bad files
             scored = "scored, but has no picture: " if case in scores else ""
-            failed[case] = _writable(f"{scored}{error}")
+            failed[case] = _writable(f"{scored}{reason_of(error)}")
             on_failure(case, failed[case])
     if not scores:
         raise InputError(f"none of the {len(failed)} cases in {predictions} and {references} could be scored")
@@ -79,6 +80,19 @@ def evaluate_folders(
         **{name: found for name, found in lists.items() if found},
     }
     return Report(names, scores, settings=settings, pictures=pictures)
+
+
+def _until_stopped(cases: Sequence[str]) -> Iterator[str]:
+    """The cases, under a progress bar; a signal ends it when the case at hand is done."""
+    with StopSignal() as stop:
+        for done, case in enumerate(tqdm(cases, unit="case", leave=False, disable=None), start=1):
+            yield case
+            if stop.received is not None and done < len(cases):
+                raise InterruptedBySignalError(
+                    f"stopped by a signal when {done} of {len(cases)} cases were scored; no report is written, start "
+                    "again to score all of them",
+                    stop.received,
+                )
 
 
 def list_files(folder: Path, *, folders_too: bool = False) -> dict[str, list[Path]]:
@@ -97,6 +111,15 @@ def list_files(folder: Path, *, folders_too: bool = False) -> dict[str, list[Pat
     if not found:
         raise InputError(f"expected files ending in {', '.join(SUFFIXES)} in {folder}, found none; check the folder")
     return found
+
+
+def _without_companions(files: Files) -> dict[str, list[Path]]:
+    """Leave out nnU-Net's probabilities (`.npz`) and previews (pictures) beside a mask of another format."""
+    masks = {
+        case: [path for path in paths if not (is_picture(path) or suffix_of(path) == ".npz")]
+        for case, paths in files.items()
+    }
+    return {case: masks[case] or list(paths) for case, paths in files.items()}
 
 
 def _writable(text: str) -> str:
@@ -125,8 +148,9 @@ def _only(files: Files, case: str, folder: Path | None) -> Path:
 def _readable(references: Files) -> Iterator[Volume]:
     for path in (path for paths in references.values() for path in paths):
         # A case that cannot be read fails with this message when it is its turn.
-        with contextlib.suppress(InputError, OSError):
-            yield read_labels(path)
+        with contextlib.suppress(Exception):
+            volume = read_labels(path)
+            yield volume
 
 
 def _scans_of(cases: Sequence[str], images: Path) -> dict[str, list[Path]]:

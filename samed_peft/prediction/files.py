@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from samed_peft.config import SamedConfig
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, InterruptedBySignalError, StopSignal, reason_of
 from samed_peft.evaluation.pictures import case_picture, scan_window
 from samed_peft.io import (
     DICOM_SEG_SUFFIX,
@@ -97,6 +98,7 @@ def predict_files(
 
     Raises:
         InputError: `options.compile` is set, and nothing can be compiled on this machine.
+        InterruptedBySignalError: Ctrl-C or SIGTERM arrived; each process has finished the scan at hand.
     """
     # Decided by one process before any writes: others might see its first masks and divide another list.
     pending = [scan for scan in scans if options.overwrite or not _is_finished(scan, options)]
@@ -104,14 +106,28 @@ def predict_files(
     mine = pending[accelerator.process_index :: accelerator.num_processes]
     if options.compile and mine:
         model = CompiledSegmenter(model, options.batch_size)
-    failed = _predict_all(model, mine, options=options, accelerator=accelerator)
-    if accelerator.num_processes > 1:
-        failed = dict(gather_object(list(failed.items())))
+    with StopSignal() as stop:
+        written, failed = _predict_all(model, mine, options=options, accelerator=accelerator, stop=stop)
+        received = [stop.received or 0]
+        if accelerator.num_processes > 1:  # within the block: a signal must not end a process before the others' turn
+            failed = dict(gather_object(list(failed.items())))
+            written, received = gather_object(written), gather_object(received)
     pending_cases = [scan.case for scan in pending]
+    if any(received) and (left := len(set(pending_cases).difference(written, failed))):
+        raise InterruptedBySignalError(_what_is_left(written, failed, left, pending[0].mask.parent), max(received))
     return Outcome(
-        written=tuple(case for case in pending_cases if case not in failed),
+        written=tuple(case for case in pending_cases if case in set(written)),
         skipped=tuple(scan.case for scan in scans if scan.case not in set(pending_cases)),
         failed={case: failed[case] for case in pending_cases if case in failed},
+    )
+
+
+def _what_is_left(written: Sequence[str], failed: dict[str, str], left: int, folder: Path) -> str:
+    bad = "".join(f"; {case} failed: {reason}" for case, reason in failed.items())
+    masks, scans = ("mask" + "s" * (len(written) != 1), "scans are" if left > 1 else "scan is")
+    return (
+        f"stopped by a signal: {len(written)} {masks} written to {folder}{bad}; {left} {scans} left, the same command "
+        "without --overwrite goes on with them"
     )
 
 
@@ -120,9 +136,10 @@ def _is_finished(scan: Scan, options: PredictionOptions) -> bool:
 
 
 def _predict_all(
-    model: Segmenter, scans: Sequence[Scan], *, options: PredictionOptions, accelerator: Accelerator
-) -> dict[str, str]:
-    """Segment scan after scan while others are read and written; returns case -> reason of its failure."""
+    model: Segmenter, scans: Sequence[Scan], *, options: PredictionOptions, accelerator: Accelerator, stop: StopSignal
+) -> tuple[list[str], dict[str, str]]:
+    """Segment scan after scan while others are read and written; returns the cases written, and case -> failure."""
+    written: list[str] = []
     failed: dict[str, str] = {}
 
     def read(scan: Scan) -> Volume:
@@ -143,24 +160,30 @@ def _predict_all(
     def write(scan: Scan, image: Volume, mask: np.ndarray) -> None:
         with _failures_noted(failed, scan, options):
             _write_files(scan, image, mask, config=config_of(model), overlay=options.overlay)
+            written.append(scan.case)
 
     hidden = None if accelerator.is_main_process else True  # None: shown in terminals only
     progress = tqdm(total=len(scans), desc="segmenting", unit="scan", disable=hidden)
-    process_in_order(scans, read, compute, progress=progress)
-    return failed
+    process_in_order(scans, read, compute, progress=progress, stopped=lambda: stop.received is not None)
+    return written, failed
 
 
 @contextlib.contextmanager
 def _failures_noted(failed: dict[str, str], scan: Scan, options: PredictionOptions) -> Iterator[None]:
-    """Note errors that concern one scan alone."""
+    """Note any error as the failure of one scan: libraries raise errors of many kinds for bad files."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
         failed[scan.case] = (
             f"{scan.source} does not fit into memory; choose a smaller batch_size than {options.batch_size}"
         )
-    except (InputError, OSError) as error:
-        failed[scan.case] = str(error)
+    except Exception as error:
+        failed[scan.case] = _one_line(scan, error)
+
+
+def _one_line(scan: Scan, error: Exception) -> str:
+    """The reason, with the file where a library's error does not name it."""
+    return reason_of(error) if isinstance(error, (InputError, OSError)) else f"{scan.source}: {reason_of(error)}"
 
 
 def _write_files(scan: Scan, image: Volume, mask: np.ndarray, *, config: SamedConfig, overlay: bool) -> None:

@@ -17,6 +17,7 @@ def process_in_order(
     compute: Callable[[ItemT, Callable[[], ReadT]], Callable[[], None] | None],
     *,
     progress: tqdm,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> None:
     """Compute item after item, while one thread prefetches the next item and another writes the previous result.
 
@@ -28,6 +29,7 @@ def process_in_order(
         compute: takes an item and a function that returns the value of `read`, or raises its error; returns a function
             that writes the result, which runs in another thread, or None.
         progress: bar that counts finished items.
+        stopped: asked before each item; no further item is computed once it is true.
 
     Raises:
         Exception: any error of `compute`, or of the function it returned.
@@ -35,6 +37,8 @@ def process_in_order(
     with progress, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         writing: Future[None] | None = None
         for item, reading in _prefetched(items, read, reader):
+            if stopped():
+                break
             write = compute(item, reading.result)
             if writing is not None:
                 writing.result()

@@ -18,6 +18,7 @@ from samed_peft.io import (
     folders_below,
     format_of,
     holds_dicom,
+    is_picture,
     list_folder,
     looks_like_dicom,
     naming_unreadable,
@@ -118,7 +119,7 @@ def plan_masks(
     """Name cases and their mask files.
 
     If all names end in _0000, _0001 and so on before the suffix, as nnU-Net's do, one channel's scans are taken, and
-    the ending is left out of the case's name.
+    the ending is left out of the case's name. Without a channel, pictures of one stem numbered without a gap are cases.
 
     Args:
         sources: from `list_scans`.
@@ -138,7 +139,7 @@ def plan_masks(
         raise InputError(f"expected DICOM series for DICOM SEG, found {other[0]}; leave dicom_seg out for other scans")
     chosen_series = "" if series is None else "_" + re.sub(r"[^0-9A-Za-z.-]", "_", series)
     named = [(_case_of(path) + chosen_series, path) for path in sources]
-    if chosen := _nnunet_channel(named, channel or 0):
+    if (channel is not None or not _are_frames(named)) and (chosen := _nnunet_channel(named, channel or 0)):
         named, channel = chosen, None
     _require_different(named)
     file = _single_mask(named, output, dicom_seg)
@@ -155,6 +156,15 @@ def _case_of(path: Path) -> str:
     suffix = None if path.is_dir() else suffix_of(path) or (path.suffix if format_of(path) else None)
     name = path.name if path.name not in ("", "..") else path.resolve().name
     return name[: len(name) - len(suffix)] if suffix else name
+
+
+def _are_frames(named: Sequence[tuple[str, Path]]) -> bool:
+    """Whether pictures are numbered as the frames of one sequence, frame_0000 and on, and not as channels of cases."""
+    matches = [_NNUNET_NAME.fullmatch(case) for case, path in named if is_picture(path)]
+    parts = [(match[1], int(match[2])) for match in matches if match]
+    numbers = sorted(number for _, number in parts)
+    one_sequence = len({stem for stem, _ in parts}) == 1 and numbers == list(range(len(numbers)))
+    return len(parts) == len(named) and one_sequence
 
 
 def _nnunet_channel(named: Sequence[tuple[str, Path]], channel: int) -> list[tuple[str, Path]]:

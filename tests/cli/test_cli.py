@@ -138,6 +138,16 @@ def test_bad_cases_are_left_out_and_told(folders, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, file names are Unicode")
+def test_probabilities_and_previews_beside_masks_are_no_masks(folders):
+    for case in "ab":
+        np.savez_compressed(folders / "preds" / f"{case}.npz", probabilities=np.zeros((2, 2, 2, 2), np.float16))
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(folders / "preds" / f"{case}.png")
+        (folders / "preds" / f"{case}.pkl").write_bytes(b"")
+    code, report = _evaluate(folders)
+    assert code == 0
+    assert [row["case"] for row in report["cases"]] == ["a", "b"]
+
+
 def test_file_names_need_not_be_utf_8(folders):
     odd = os.fsdecode(b"caf\xe9.nii.gz")
     for name in ("preds", "refs"):

@@ -166,6 +166,21 @@ def test_options_of_every_recipe(capsys):
     assert "--validate_epochs and --validation_cases go together" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "ia3", "--rank", "8"], "--rank means nothing to --method ia3, only to lora, rslora"),
+        (["--method", "bitfit", "--targets", "k_proj"], "--targets means nothing to --method bitfit"),
+        (["--method", "vera", "--lora_plus_ratio", "2"], "--lora_plus_ratio means nothing to --method vera"),
+        (["--epochs", "1", "--validate_epochs", "2", "--validation_cases", "a"], "2 never validates in 1 epochs"),
+    ],
+)
+def test_options_without_effect_are_refused(capsys, options, message):
+    with pytest.raises(SystemExit, match="2"):
+        parse_run_options(run_parser(), ["--output_dir", "x", *options])
+    assert message in capsys.readouterr().err
+
+
 def test_a_bottleneck_wider_than_the_model_is_told():
     with pytest.warns(UserWarning, match=r"input_size \(224\) is larger than image_size \(128\)"):
         SamedConfig("x", ("a",), image_size=128, input_size=224)

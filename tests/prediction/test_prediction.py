@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -230,6 +232,25 @@ def test_numbers_of_cases_are_no_channels(tmp_path):
     assert [scan.case for scan in plan_masks(sources, tmp_path / "out", channel=0)] == ["case_0001", "case_0002"]
     (one,) = plan_masks([tmp_path / "case_0000.nii.gz"], tmp_path / "out")
     assert one.mask == tmp_path / "out" / "case_0000.nii.gz"
+
+
+def test_pictures_numbered_from_0000_are_cases(predict, tmp_path, capsys):
+    (tmp_path / "scans").mkdir()
+    for number in range(3):
+        Image.fromarray(np.full((12, 10), 40 * number, np.uint8)).save(tmp_path / "scans" / f"frame_{number:04d}.png")
+    assert predict("scans", "masks") == 0
+    assert files_of(tmp_path / "masks") == [f"frame_{number:04d}.png" for number in range(3)]
+    sources = list_scans(tmp_path / "scans")
+    assert [scan.case for scan in plan_masks(sources, tmp_path / "one", channel=1)] == ["frame"]
+
+
+def test_files_left_out_for_channels_nobody_named_are_told(predict, tmp_path, capsys):
+    for number in range(2):
+        write_scan(tmp_path / "scans" / f"visit_{number:04d}.nii.gz", scan_array(number))
+    assert predict("scans", "masks") == 1
+    assert "1 of 2 files are other channels" in (errors := capsys.readouterr().err)
+    assert "give --channel 0 if that is right" in errors
+    assert predict("scans", "other", "--channel", 0) == 0
 
 
 def test_flips_and_largest_parts(predict, model, tmp_path):
@@ -640,3 +661,41 @@ def test_prediction_does_not_load_the_datasets_library(adapter, tmp_path):
         timeout=120,
     )
     assert ended.stdout.splitlines()[-1] == "False", ended.stdout
+
+
+@pytest.mark.parametrize("error", [ValueError("odd\nmore"), KeyError("x"), RuntimeError(""), MemoryError()])
+def test_any_error_of_a_scan_is_its_own(model, tmp_path, monkeypatch, error):
+    def reading(path, **options):
+        if path.name.startswith("1"):
+            raise error
+        return io.read_volume(path, **options)
+
+    monkeypatch.setattr("samed_peft.prediction.files.read_volume", reading)
+    scans = planned(tmp_path, 3)
+    outcome = predict_files(model, scans, options=PredictionOptions(), accelerator=Accelerator(cpu=True))
+    assert outcome.written == ("0", "2")
+    assert outcome.failed.keys() == {"1"}
+    assert str(scans[1].source) in outcome.failed["1"]
+    assert "\n" not in outcome.failed["1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_scan_at_hand_finish(adapter, tmp_path, number):
+    for case in range(60):
+        write_scan(tmp_path / "scans" / f"{case:02d}.nii.gz", scan_array(case))
+    options = ("--adapter", adapter, "--input", tmp_path / "scans", "--output", tmp_path / "masks", "--device", "cpu")
+    command = [sys.executable, "-m", "samed_peft", "predict", *map(str, options)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    ) as program:
+        while program.poll() is None and not list((tmp_path / "masks").glob("0*.nii.gz")):
+            time.sleep(0.01)
+        program.send_signal(number)
+        _, errors = program.communicate(timeout=60)
+    done = files_of(tmp_path / "masks")
+    assert program.returncode == 128 + number, errors
+    assert f"{len(done)} mask" in errors
+    assert f"{60 - len(done)} scan" in errors
+    assert "Traceback" not in errors
+    assert all(io.read_labels(tmp_path / "masks" / name).array.shape == SHAPE for name in done)
