@@ -81,8 +81,18 @@ def _published(directory: Path, *, pictures: bool, cases: bool) -> dict[str, byt
     return published
 
 
+def _refuse_links(paths: Iterable[Path]) -> None:
+    """A link may lead to any file of this machine, under a harmless name."""
+    if links := [path for path in paths if path.is_symlink()]:
+        raise InputError(
+            f"expected a file of its own, found a link at {links[0]}; nothing is sent from elsewhere: put a copy there"
+        )
+
+
 def _require_complete(directory: Path) -> None:
     files = [directory / name for name in ADAPTER_FILES]
+    around = Path(os.path.abspath(directory)).parent
+    _refuse_links([*files, *(folder / name for folder in (directory, around) for name in ("report.json", "report.md"))])
     if missing := [file.name for file in files if not file.is_file() or file.stat().st_size == 0]:
         raise InputError(
             f"expected the adapter files {', '.join(ADAPTER_FILES)} in {directory}; "
@@ -199,6 +209,7 @@ def _case_tables(report: Report) -> Iterator[CaseTable]:
 
 def _pictures(folder: Path, *, named: bool) -> dict[str, bytes]:
     files = [path for path in list_folder(folder) if path.suffix == ".png"] if folder.is_dir() else []
+    _refuse_links([folder, *files])
     if not files:
         raise InputError(f"expected a report's pictures in {folder} or around it, found none; leave pictures out")
     return {

@@ -1,11 +1,12 @@
 """Save and load weights: safetensors for our own, `.pth` files of others through `torch.load(weights_only=True)`."""
 
 import contextlib
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, system_error
 from samed_peft.io.atomic import atomic_file
 from samed_peft.io.files import require_file
 from samed_peft.io.pickles import check_torch_file, is_zip, unsafe
@@ -27,7 +28,7 @@ def save_tensors(
     from safetensors.torch import save_file
 
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    with atomic_file(path) as temporary:
+    with atomic_file(path) as temporary, naming_refusals():
         save_file(copies, temporary, metadata=dict(metadata) if metadata else None)
 
 
@@ -35,9 +36,25 @@ def save_torch_weights(tensors: "Mapping[str, Tensor]", path: str | Path) -> Non
     """Write tensors as a `.pth` file, in their order, for programs that read nothing else; atomically."""
     import torch
 
-    # Given a path, PyTorch would store the temporary name inside; equal weights shall make equal files.
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        torch.save(dict(tensors), file)
+    # In memory first: given a path, PyTorch would store the temporary name inside, and equal weights shall make equal
+    # files; on a full disk, it hides the system's reason behind "unexpected pos".
+    buffer = io.BytesIO()
+    torch.save(dict(tensors), buffer)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+@contextlib.contextmanager
+def naming_refusals() -> Iterator[None]:
+    """Raise the system's refusal to write, such as a full disk, that safetensors wraps into an error of its own."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if (refusal := system_error(error)) is not None:
+            raise refusal from error
+        raise
 
 
 def _require_finite(tensors: "Mapping[str, Tensor]", path: Path) -> None:

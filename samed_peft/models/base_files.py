@@ -78,7 +78,7 @@ def check_base_config(values: Mapping[str, Any], place: str) -> None:
         key = name.rpartition(".")[2]
         if _FOREIGN.search(key) and value:
             raise InputError(
-                f"expected a plain SAM in {place}, found {name}: {value!r:.80}, which makes Transformers run or read "
+                f"{place} cannot be opened as a SAM: found {name}: {value!r:.80}, which makes Transformers run or read "
                 "something else; do not trust its source, or save it anew by save_pretrained"
             )
         if "_implementation" in key and not (value in _ATTENTIONS or isinstance(value, bool)):

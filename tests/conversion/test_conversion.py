@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import GOLDEN, npz
+from conftest import GOLDEN, edit_adapter, npz
 from peft import PeftModel
 from segment_anything import sam_model_registry
 from transformers import SamConfig, SamModel
@@ -500,8 +500,8 @@ def test_weights_beyond_what_onnx_holds_are_refused(samed_adapter, tmp_path, mon
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_the_scaling_of_rslora_survives_fusing(tmp_path):
     convert_samed(GOLDEN / FILES["samed_s"], BASE, tmp_path / "adapter", **SIZES)
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": True}))
+    edit_adapter(tmp_path / "adapter", method="rslora")
+    edit_adapter(tmp_path / "adapter", "adapter_config.json", use_rslora=True)
     convert_sam(BASE, tmp_path / "base", image_size=128)
     export_peft_fused(tmp_path / "adapter", tmp_path / "fused")
     config = SamConfig.from_pretrained(tmp_path / "fused")

@@ -649,3 +649,20 @@ def test_help_of_push_comes_at_once():
     assert done.returncode == 0
     assert "--private" in done.stdout
     assert done.stderr.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "adapter_config.json", "adapter_model.safetensors", "samed_config.json", "../report.json"]
+)
+def test_links_are_not_followed(adapter, tmp_path, name):
+    (adapter / name).replace(tmp_path / "elsewhere")
+    (adapter / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"expected a file of its own, found a link at .*put a copy there"):
+        published_files(adapter)
+
+
+def test_linked_pictures_are_not_followed(adapter, tmp_path):
+    (adapter.parent / "pictures").rename(tmp_path / "elsewhere")
+    (adapter.parent / "pictures").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="found a link at"):
+        published_files(adapter, pictures=True)

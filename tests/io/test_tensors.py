@@ -1,7 +1,9 @@
 """Weights as safetensors and as PyTorch files."""
 
+import errno
 import math
 import pickle
+import resource
 
 import pytest
 import torch
@@ -89,3 +91,16 @@ def test_unsafe_torch_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="tensor 'a'"):
         io.load_torch_weights(path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("save", [io.save_tensors, io.save_torch_weights])
+def test_a_disk_that_takes_no_more_is_named_as_such(tmp_path, save):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*w\.bin") as error:
+            save({"a": torch.ones(50_000)}, tmp_path / "w.bin")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
