@@ -10,5 +10,6 @@ from samed_peft.errors.programs import exit_on_error as exit_on_error
 from samed_peft.errors.programs import exit_resumable as exit_resumable
 from samed_peft.errors.programs import naming_file as naming_file
 from samed_peft.errors.programs import printable as printable
+from samed_peft.errors.programs import reason_of as reason_of
 from samed_peft.errors.programs import system_error as system_error
 from samed_peft.errors.signals import StopSignal as StopSignal
