@@ -86,6 +86,9 @@ _FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 """Fields whose values differ between adapters: what each may be, as errors say it, and whether a value is that."""
 
 
+_OWN_TYPES = {PeftType.LORA.value, *(method.peft_type for method in METHODS.values())}
+
+
 def check_values(values: Mapping[str, Any], config: SamedConfig, path: Path) -> None:
     """Refuse values that `save_adapter` does not write for an adapter of this config.
 
@@ -97,9 +100,12 @@ def check_values(values: Mapping[str, Any], config: SamedConfig, path: Path) -> 
     method = METHODS[config.method]
     is_as_trained = method.storage is Storage.AS_TRAINED
     kind = method.peft_type if is_as_trained else PeftType.LORA.value
-    if values["peft_type"] != kind:
-        raise _unexpected("peft_type", f"{kind}, that of the method {config.method}", values["peft_type"], path)
     chosen = method.peft_values(config) if is_as_trained else {}
+    if (found := values["peft_type"]) != kind:
+        # PEFT has more methods than our records; an adapter of one, made by PEFT's own functions, has its defaults.
+        if found in _OWN_TYPES or found not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            raise _unexpected("peft_type", f"{kind}, that of the method {config.method}", found, path)
+        kind, chosen = found, {}
     known = {field.name: field for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)])}
     for name in known.keys() & values.keys() - {"peft_type", "runtime_config"}:  # PEFT itself drops the latter
         value = values[name]

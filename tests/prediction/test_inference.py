@@ -161,7 +161,7 @@ def test_adapters_are_merged_in_float32_alone(saved, golden_model, golden_volume
 def test_an_adapter_that_cannot_be_merged_predicts_all_the_same(golden_config, golden_volume, tmp_path):
     sam = load_sam(golden_config.base, class_names=golden_config.class_names, image_size=128)
     sam.samed_config = golden_config
-    layers, parts = r".*vision_encoder.*\.(q_proj|v_proj)", ["mask_decoder", "no_mask_embed"]
+    layers, parts = r".*vision_encoder\.layers\.\d+\.attn\.(q_proj|v_proj)", ["mask_decoder", "no_mask_embed"]
     lily = get_peft_model(sam, LilyConfig(r=4, target_modules=layers, modules_to_save=parts))
     torch.nn.init.normal_(next(p for name, p in lily.named_parameters() if "lily_B" in name))
     save_adapter(lily, tmp_path / "lily", config=golden_config)

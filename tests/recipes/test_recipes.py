@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, recipes_in_process
+from conftest import GOLDEN, edit_adapter, recipes_in_process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import SamModel
 
@@ -294,8 +294,7 @@ def converted(tmp_path_factory):
     """An adapter of Synapse's organs that sees scans through a window of its own."""
     folder = tmp_path_factory.mktemp("converted") / "adapter"
     convert_samed(GOLDEN / "samed_adapter.pth", str(GOLDEN / "sam_base.pth"), folder, image_size=128)
-    path = folder / "samed_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"window": [0.0, 60.0]}))
+    edit_adapter(folder, window=[0.0, 60.0])
     return folder
 
 
