@@ -179,7 +179,6 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure, print a table and write the figures."""
     parser = measure.options_parser(__doc__)
     parser.add_argument("--image_sizes", type=int, nargs="+", default=[512, 1024], help="pixels per side")
     parser.add_argument("--batch_size", type=int, default=1)

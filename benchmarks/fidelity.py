@@ -146,8 +146,9 @@ def compare_training(work: Path, variant: str, original: dict[str, np.ndarray]) 
     # AdamW's first steps use a gradient's sign: if it is zero up to rounding, weights move by the learning rate.
     yield f"{variant}: losses of the next {STEPS - 1}", float(apart[1:].max()), 1e-3
     save_adapter(model, work / f"{variant}_end", config=model.samed_config)
-    export_samed(work / f"{variant}_end", work / "end.pth")
-    ours, theirs = load_torch_weights(work / "end.pth"), load_torch_weights(work / f"{variant}_end.pth")
+    export_samed(work / f"{variant}_end", work / f"{variant}_trained.pth")
+    ours = load_torch_weights(work / f"{variant}_trained.pth")
+    theirs = load_torch_weights(work / f"{variant}_end.pth")
     squares = torch.cat([(ours[key] - theirs[key]).detach().double().square().flatten() for key in theirs])
     yield f"{variant}: weights after them, root mean square", float(squares.mean().sqrt()), 1e-3
 

@@ -14,18 +14,20 @@ import random
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measure import facts, markdown, options_parser, seconds_of, write_result
+from measure import Action, facts, options_parser, seconds_of
 from scipy import ndimage
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from samed_peft.datasets import load_synapse
+from samed_peft.evaluation.tables import markdown_table
+from samed_peft.io import write_json
 from samed_peft.prediction.inference import resize_on_device, upsampled_argmax
 from samed_peft.training.batches import TrainingSlices, batch_loader
 
@@ -51,16 +53,17 @@ def smooth_slices(count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarra
         yield image, np.clip(np.floor(8 * coarse), 0, 8).astype(np.float32)
 
 
-def alternating(sides: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, float]:
-    """Median seconds of each side, one call of each in turn.
+def alternating(theirs: Action, ours: Action, *, slices: int, rounds: int, warmup: int = 1) -> dict[str, float]:
+    """Median milliseconds a slice of each side, one call of each in turn.
 
     Loading warms up for longer: the weights for an angle of rotation are computed once a process.
     """
+    sides = {"original": theirs, "samed_peft": ours}
     for call in sides.values():
         for _ in range(warmup):
             call()
     turns = [{name: seconds_of(call)[0] for name, call in sides.items()} for _ in range(rounds)]
-    return {name: statistics.median(turn[name] for turn in turns) for name in sides}
+    return {name: round(1e3 * statistics.median(turn[name] for turn in turns) / slices, 3) for name in sides}
 
 
 def training_slices(original: Any, size: int, *, batch_size: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -89,16 +92,11 @@ def training_slices(original: Any, size: int, *, batch_size: int, rounds: int) -
             epoch = next(epochs)
             return next(batch_loader(ours, [[(epoch, index) for index in range(batch_size)]], num_workers=0))
 
-        found = {
-            "": alternating({"original": their_slices, "samed_peft": our_slices}, rounds=rounds, warmup=8),
-            ", in a batch": alternating(
-                {"original": lambda: default_collate(their_slices()), "samed_peft": our_batch}, rounds=rounds
-            ),
+        step, numbers = f"training slice of {size} x {size}", {"slices": batch_size, "rounds": rounds}
+        return {
+            step: alternating(their_slices, our_slices, **numbers, warmup=8),
+            f"{step}, in a batch": alternating(lambda: default_collate(their_slices()), our_batch, **numbers),
         }
-    return {
-        f"training slice of {size} x {size}{end}": {k: round(1e3 * v / batch_size, 3) for k, v in sides.items()}
-        for end, sides in found.items()
-    }
 
 
 def volume_steps(*, slices: int, batch_size: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -122,20 +120,12 @@ def volume_steps(*, slices: int, batch_size: int, rounds: int) -> dict[str, dict
         return [upsampled_argmax(batch, IMAGE_SIZE) for batch in logits.split(batch_size)]
 
     apart = np.abs(np.stack(their_pixels()) - torch.cat(our_pixels())[:, 0].numpy()).max()
-    found = {
-        "slice to pixels": alternating({"original": their_pixels, "samed_peft": our_pixels}, rounds=rounds),
-        "logits to labels": alternating({"original": their_labels, "samed_peft": our_labels}, rounds=rounds),
-    }
-    figures = {
-        step: {side: round(1e3 * seconds / slices, 3) for side, seconds in sides.items()}
-        for step, sides in found.items()
-    }
-    figures["slice to pixels"]["largest_difference"] = float(apart)
-    return figures
+    pixels = alternating(their_pixels, our_pixels, slices=slices, rounds=rounds)
+    labels = alternating(their_labels, our_labels, slices=slices, rounds=rounds)
+    return {"slice to pixels": pixels | {"largest_difference": float(apart)}, "logits to labels": labels}
 
 
 def main() -> None:
-    """Measure, write the figures and print them."""
     parser = options_parser(__doc__)
     parser.add_argument("--samed_dir", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
@@ -154,13 +144,13 @@ def main() -> None:
     for row in figures.values():
         row["times_as_fast"] = round(row["original"] / row["samed_peft"], 1)
     result["machine"]["load_after"] = round(os.getloadavg()[0], 2)
-    write_result(args.results_dir / f"loader-{result['date']}.json", result | {"steps": figures})
+    write_json(args.results_dir / f"loader-{result['date']}.json", result | {"steps": figures})
     head = ("step", "original, ms a slice", "samed_peft, ms a slice", "times as fast")
     lines = [
         (name, f"{row['original']:.2f}", f"{row['samed_peft']:.2f}", str(row["times_as_fast"]))
         for name, row in figures.items()
     ]
-    print(*markdown(head, lines), sep="\n")
+    print(markdown_table(head, lines))
 
 
 if __name__ == "__main__":

@@ -64,11 +64,7 @@ class Planned:
 
 
 def placement_options(text: str) -> tuple[str, ...]:
-    """Options of a recipe for a placement such as "q,v+decoder@3-5".
-
-    Raises:
-        InputError: `text` is not a placement.
-    """
+    """Options of a recipe for a placement such as "q,v+decoder@3-5"; other texts are refused."""
     found = re.fullmatch(r"(?P<targets>[a-z]+(,[a-z]+)*)(?P<decoder>\+decoder)?(@(?P<first>\d+)-(?P<last>\d+))?", text)
     unknown = set(found["targets"].split(",")) - TARGETS.keys() if found else {text}
     if found is None or unknown:
@@ -85,7 +81,6 @@ def placement_options(text: str) -> tuple[str, ...]:
 
 
 def variants(args: argparse.Namespace) -> list[Variant]:
-    """List all rows of the table."""
     rank = ("--rank", str(args.rank))
     rows = [Variant("rank", f"rank {r}", ("--rank", str(r))) for r in args.ranks]
     rows += [Variant("placement", text, (*rank, *placement_options(text))) for text in args.placements]
@@ -130,11 +125,7 @@ def settings(run: Planned, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def is_finished(run: Planned, args: argparse.Namespace) -> bool:
-    """Whether a run's result exists.
-
-    Raises:
-        InputError: the file holds the result of a different run.
-    """
+    """Whether a run's result exists; a file with the result of a different run is refused."""
     if not run.result.is_file():
         return False
     found = read_json(run.result)
@@ -148,7 +139,6 @@ def is_finished(run: Planned, args: argparse.Namespace) -> bool:
 
 
 def command(run: Planned, args: argparse.Namespace) -> list[str]:
-    """Command line of one run."""
     base = str(args.output_dir / "untrained_base") if run.variant.untrained else args.base
     launch = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(args.launch)]
     recipe = [str(RECIPES / f"{args.recipe}.py"), "--data_dir", str(args.data_dir), "--output_dir", str(run.output)]
@@ -210,7 +200,6 @@ def expected_time(done: Sequence[Path], left: int) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    """Parse the options."""
     parser = options_parser(__doc__, "results/lora_rank")
     add = parser.add_argument
     add("--data_dir", type=Path, required=True, help="as the recipe's")
@@ -237,7 +226,6 @@ def parse_args() -> argparse.Namespace:
 
 @exit_on_error
 def main() -> None:
-    """Run all runs without a result."""
     args = parse_args()
     runs = plan(args)
     finished = [run for run in runs if is_finished(run, args)]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.context import BaseContext
 from operator import methodcaller
@@ -81,15 +82,6 @@ def seconds_of(action: Action) -> tuple[float, Any]:
     return time.perf_counter() - started, value
 
 
-def timed(action: Action, times: int, gemm: torch.dtype | None) -> dict[str, Any]:
-    """Call an action several times; its seconds and results, peak memory, and the rate of GEMM right around it."""
-    before = gemm and gemm_gflops(gemm)
-    seconds, values = zip(*(seconds_of(action) for _ in range(times)), strict=True)
-    peaks = {"peak_resident_gb": peak_resident_gb(), "peak_gpu_gb": peak_gpu_gb()}
-    rate = (before + gemm_gflops(gemm)) / 2 if gemm else None
-    return {"seconds": list(seconds), "values": list(values), "gemm_gflops": rate, **peaks}
-
-
 class Worker:
     """A process that stays alive and runs the actions of one subject on request, so that several can take turns.
 
@@ -103,10 +95,10 @@ class Worker:
     def run(
         self, action: str, times: int = 1, *, settle: str | None = None, fresh: bool = False, gemm: bool = False
     ) -> dict[str, Any]:
-        """Run an action, the name of a method, several times; returns the result of `timed`.
+        """Run an action, the name of a method, several times; returns its seconds and values, and peak memory.
 
         `settle` is run once beforehand, untimed, because caches are cold and memory was returned; with `fresh`, peak
-        memory is counted anew; with `gemm`, matrix products are measured too.
+        memory is counted anew; with `gemm`, the rate of matrix products right before and after is measured too.
         """
         try:
             return self._pool.submit(_act, action, times, settle=settle, fresh=fresh, gemm=gemm).result()
@@ -128,14 +120,17 @@ def _start(make: Callable[[Any], Any], options: Any) -> None:
 
 
 def _act(action: str, times: int, *, settle: str | None, fresh: bool, gemm: bool) -> dict[str, Any]:
-    subject = _in_worker["subject"]
+    subject, dtype = _in_worker["subject"], _in_worker["dtype"]
     if fresh:
         reset_peak()
     if settle:
         methodcaller(settle)(subject)
-    found = timed(lambda: methodcaller(action)(subject), times, _in_worker["dtype"] if gemm else None)
+    before = gemm_gflops(dtype) if gemm else 0.0
+    seconds, values = zip(*(seconds_of(partial(methodcaller(action), subject)) for _ in range(times)), strict=True)
+    peaks = {"peak_resident_gb": peak_resident_gb(), "peak_gpu_gb": peak_gpu_gb()}
+    rate = (before + gemm_gflops(dtype)) / 2 if gemm else None
     release_memory()
-    return found
+    return {"seconds": list(seconds), "values": list(values), "gemm_gflops": rate, **peaks}
 
 
 def processes(forked: bool, preload: Sequence[str] = ()) -> BaseContext:
@@ -160,12 +155,15 @@ def facts() -> dict[str, Any]:
     file = Path("/proc/cpuinfo")
     cpuinfo = file.read_text().splitlines() if file.is_file() else []
     cpu = next((line.split(":", 1)[1].strip() for line in cpuinfo if "model name" in line), platform.machine())
+    describe = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
+    described = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=False)
     machine = {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
         "load_before": round(os.getloadavg()[0], 2),
-        "commit": _commit(),
+        # With "+changes" if files differ from the commit; None outside of a checkout.
+        "commit": described.stdout.strip() or None,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
     }
     return {"date": str(date.today()), "machine": machine}
@@ -176,13 +174,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _commit() -> str | None:
-    """This checkout's commit, with "+changes" if files differ from it; None outside of a checkout."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
-    described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=False)
-    return described.stdout.strip() or None
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

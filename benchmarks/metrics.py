@@ -71,7 +71,6 @@ def measure(prediction: np.ndarray, reference: np.ndarray, *, repeats: int) -> d
 
 
 def main() -> None:
-    """Measure both pairs, compare scores and write the figures."""
     parser = options_parser(__doc__)
     parser.add_argument("--shape", type=int, nargs=3, metavar=("D", "H", "W"), default=SHAPE_DHW)
     parser.add_argument("--repeats", type=int, default=5, help="calls of ours, of which the median counts")

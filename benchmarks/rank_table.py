@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.stats import wilcoxon
 
 from samed_peft.config import TINY_SAM, TINY_SAM_NOTE
@@ -68,11 +67,7 @@ class Row:
 
 
 def rows_of(results: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Results by variant, in the order of kinds and ranks.
-
-    Raises:
-        InputError: variants were scored on different cases.
-    """
+    """Results by variant, in the order of kinds and ranks; variants scored on different cases are refused."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for run in sorted(results, key=lambda run: run["seed"]):
         groups.setdefault((run["kind"], run["variant"]), []).append(run)
@@ -121,7 +116,6 @@ def paired_tests(rows: Sequence[Row], metric: str) -> list[tuple[Row, Row, float
 
 
 def table(rows: Sequence[Row], *, rng: np.random.Generator) -> str:
-    """The main table."""
     classes = rows[0].reports[0].class_names
     head = ["", "Dice (95 %)", "between seeds", *classes, "HD95 mm (95 %)", "trainable", "stored", "s a step", "peak"]
     lines = []
@@ -153,7 +147,8 @@ def tests_table(rows: Sequence[Row]) -> str:
 
 def plot_ranks(rows: Sequence[Row], baselines: Sequence[Row], path: Path, *, rng: np.random.Generator) -> None:
     """Dice and HD95 against the rank."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     ranks = [row.runs[0]["config"]["rank"] for row in rows]
     for axis, metric, label in zip(axes, MAIN_METRICS, ("Dice", "HD95, mm"), strict=True):
         means = np.array([row.mean(metric) for row in rows])
@@ -171,12 +166,12 @@ def plot_ranks(rows: Sequence[Row], baselines: Sequence[Row], path: Path, *, rng
         axis.minorticks_off()
     axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def plot_costs(rows: Sequence[Row], path: Path) -> None:
     """Dice against stored size and peak memory."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, field, label, unit in (
         (axes[0], "stored_bytes", "adapter on disk, MB", 1e6),
         (axes[1], rows[0].memory, "peak memory of training, GB", 1),
@@ -197,17 +192,14 @@ def plot_costs(rows: Sequence[Row], path: Path) -> None:
                 ticks(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else "")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 @exit_on_error
 def main() -> None:
-    """Read results, print and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder of lora_rank.py's JSONs, of one data set")
     parser.add_argument("--output_dir", type=Path, help="default: beside that folder")
     args = parser.parse_args()
-    mpl.use("Agg")
     results = [read_json(file) for file in sorted(args.results.glob("*.json"))]
     if not results:
         raise InputError(f"expected results of lora_rank.py in {args.results}, found none")

@@ -40,18 +40,18 @@ from samed_peft.prediction import PredictionOptions, Scan, predict_files
 from samed_peft.training import build_optimizer, train_step
 
 
-def adapted(args: argparse.Namespace) -> PeftModel:
-    """Add LoRA to a SAM with random weights."""
+def adapted(args: argparse.Namespace) -> tuple[PeftModel, Accelerator]:
+    """Add LoRA to a SAM with random weights, its frozen ones cast for the accelerator's precision."""
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=DEVICE.type == "cpu")
     sam = random_model(args.geometry, args.image_size)
     model = add_lora(sam, SamedConfig("random", SYNAPSE_CLASSES, image_size=args.image_size))
     cast_frozen_weights(model, DTYPES[args.mixed_precision])
-    return model
+    return model.to(DEVICE), accelerator
 
 
 def step(args: argparse.Namespace) -> Action:
     """Prepare a training step of `batch_size` images at `image_size`."""
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=DEVICE.type == "cpu")
-    model = adapted(args)
+    model, accelerator = adapted(args)
     side = model.logits_size
     model, optimizer = accelerator.prepare(model, build_optimizer(model, weight_decay=0.1))
     batch = {
@@ -68,12 +68,12 @@ def step(args: argparse.Namespace) -> Action:
 
 def slices(args: argparse.Namespace) -> Action:
     """Prepare the prediction of a volume of `slices` slices in memory."""
-    model = adapted(args).to(DEVICE)
+    model, accelerator = adapted(args)
     image, _ = phantom_case(1, seed=0, shape_dhw=(5, *args.plane))
     volume = Volume(np.resize(image, (args.slices, *args.plane)))
 
     def predict() -> None:
-        with torch.autocast(DEVICE.type, DTYPES[args.mixed_precision], enabled=args.mixed_precision != "no"):
+        with accelerator.autocast():
             predict_volume(model, volume)
 
     return predict
@@ -90,12 +90,11 @@ def preparation(args: argparse.Namespace) -> Action:
 
 def scans(args: argparse.Namespace) -> Action:
     """Prepare the prediction of `cases` scans, file to file."""
-    model = adapted(args).to(DEVICE)
+    model, accelerator = adapted(args)
     numbers = range(1, args.cases + 1)
     folder = write_phantom(args.work / "scans", cases=numbers, seed=0, shape_dhw=(args.slices, *args.plane))
     images = sorted((folder / "Training" / "img").iterdir())
     listed = [Scan(image.name[:7], image, args.work / "masks" / image.name) for image in images]
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=DEVICE.type == "cpu")
 
     def predict() -> None:
         outcome = predict_files(model, listed, options=PredictionOptions(overwrite=True), accelerator=accelerator)
@@ -250,7 +249,6 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure every curve; print and write the figures."""
     args = parse()
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     measure.processes(args.quick, preload=["throughput_inputs", "torch._dynamo"])

@@ -3,19 +3,16 @@
     git clone https://github.com/hitachinsk/SAMed && pip install einops icecream imageio tensorboardX
     python benchmarks/throughput.py --samed_dir SAMed
 
-Each subject runs in its own process, and they take turns (A B C A B C), so that a machine's slow drift hits all alike;
-ratios are taken within a round. All start from the same weights (random ones that train, without --base) and train on
-the same batch. A subject is:
+Each subject runs in its own process, in turn, from the same weights (random ones, without --base). A subject is:
 
     samed_peft    this package, with its own training step and file prediction
     peft-sdpa     `transformers.SamModel` with its SDPA attention and stock PEFT, LoRA on the fused `qkv`
     peft-eager    the same with the eager attention
     samed         the original code (--samed_dir), in float32, as its trainer does
 
-benchmarks/README.md says how times, memory and the share of the GEMM peak are measured. ViT-B at 512 pixels takes some
-20 minutes on two idle cores, `--geometry tiny --rounds 1` half a minute. Other work on the machine can slow steps
-several times over, most of all in bfloat16: look at the range. Prints Markdown and writes one JSON to
-benchmarks/results. Memory is read from /proc, so this runs on Linux.
+benchmarks/README.md says how times, memory and the share of the GEMM peak are measured, and what to look out for. ViT-B
+at 512 pixels takes some 20 minutes on two idle cores, `--geometry tiny --rounds 1` half a minute. Prints Markdown and
+writes one JSON to benchmarks/results. Memory is read from /proc, so this runs on Linux.
 """
 
 import argparse
@@ -64,7 +61,7 @@ def start_workers(args: argparse.Namespace) -> dict[str, Worker]:
 
 
 def take_turns(workers: Mapping[str, Worker], action: str, *, rounds: int, times: int) -> Figures:
-    """Run rounds of each subject in turn; returns a list of `measure.timed`'s results for each."""
+    """Run rounds of each subject in turn; returns a list of `Worker.run`'s results for each."""
     found: Figures = {name: [] for name in workers}
     training = action == "train_step"
     for number in range(rounds):
@@ -209,7 +206,6 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print tables and write the figures."""
     from throughput_inputs import write_inputs
 
     from samed_peft.io import write_json

@@ -30,12 +30,9 @@ GROUPS = {
 
 
 def profiled(action: Callable[[], Any], *, loss_shape: tuple[int, int, int] | None = None) -> dict[str, Any]:
-    """Measure the self time of operators in one call, as a table and as shares of groups.
+    """Measure the self time of operators in a call, the second of two, as a table and as shares of groups.
 
-    Args:
-        action: called twice, first to warm up.
-        loss_shape: (B, K + 1, h) of a training step's logits. The loss is profiled alone at this size and its
-            operators are subtracted from their groups.
+    With `loss_shape`, (B, K + 1, h) of a step's logits, the loss is profiled alone and subtracted from its groups.
     """
     action()
     microseconds, table = _self_times(action)

@@ -98,7 +98,6 @@ def run(cases: tuple[list[Case], list[Case]], args: argparse.Namespace, steps: i
 
 
 def main() -> None:
-    """Adapt and score each base with each seed."""
     parser = options_parser(__doc__)
     add = parser.add_argument
     add("--data_dir", type=Path, required=True)

@@ -206,3 +206,7 @@ def _onnx_model(merged: SamForSemanticSegmentation, pixels: Tensor) -> Any:
         )
     assert program is not None  # PyTorch's exporter through torch.export always returns one
     return program.model_proto
+
+
+EXPORTS = {"samed": export_samed, "merged": export_merged, "peft-fused": export_peft_fused, "onnx": export_onnx}
+"""Formats of `samed export`, each with its function of adapter, output and base."""

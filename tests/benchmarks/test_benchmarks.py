@@ -1,5 +1,8 @@
 """The benchmarks run at their smallest, and what they compare computes the same."""
 
+import ast
+import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -104,3 +107,17 @@ def test_peak_memory_counts_what_is_freed_again():
     assert 0.3 < measure.peak_resident_gb() - before < 0.6
     measure.reset_peak()
     assert measure.peak_resident_gb() - before < 0.2
+
+
+SCRIPTS = [*BENCHMARKS.glob("*.py"), *BENCHMARKS.with_name("recipes").glob("*.py")]
+OWN_MODULES = {"samed_peft", *(script.stem for script in SCRIPTS)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_names_that_scripts_import_are_there(script, monkeypatch):
+    monkeypatch.syspath_prepend(script.parent)
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in OWN_MODULES:
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}")

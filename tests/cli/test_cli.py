@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samed_peft.cli import main
+from samed_peft.cli import export, main
+from samed_peft.conversion import EXPORTS
 from samed_peft.io import Volume, write_mask, write_volume
 
 ROOT = Path(__file__).parents[2]
@@ -245,3 +246,7 @@ def test_help_loads_nothing_heavy():
     )
     loaded = set(_run("-c", code).split())
     assert not {"numpy", "torch", "scipy", "nibabel", "transformers", "samed_peft.evaluation"} & loaded
+
+
+def test_each_export_has_its_line_of_help():
+    assert list(export._FORMATS) == list(EXPORTS)
