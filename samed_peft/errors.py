@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -245,11 +246,26 @@ class StopSignal:
                 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the process that forked it
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, _leave)
+            reading, writing = os.pipe()
+            os.set_blocking(writing, False)
+            signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+            threading.Thread(target=_wake, args=(reading, threading.get_ident()), daemon=True).start()
 
 
 def _leave(number: int, _: FrameType | None) -> NoReturn:
     # By an exception, so that locks that others wait for are released.
+    signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
+
+
+def _wake(signals: int, thread: int) -> None:
+    # Python runs a handler between two instructions. A signal that comes right before a lock is waited for is seen
+    # only when another one interrupts the wait.
+    while signal.SIGTERM not in os.read(signals, 64):
+        pass
+    while True:
+        signal.pthread_kill(thread, signal.SIGTERM)
+        time.sleep(0.1)
 
 
 if sys.platform != "win32":

@@ -127,8 +127,9 @@ def digests(root: Path, names: Iterable[str]) -> dict[str, str]:
 
 def litter(root: Path) -> list[str]:
     """Temporary names that were left behind."""
+    # Unfinished rows of Hugging Face Datasets too, but not its locks, which stay there by design.
     marks = (".tmp-", ".backup-")
-    return [str(p.relative_to(root)) for p in root.rglob("*") if p.name.startswith(marks) or ".incomplete" in p.name]
+    return [str(p.relative_to(root)) for p in root.rglob("*") if p.name.startswith(marks) or p.suffix == ".incomplete"]
 
 
 def last_line(text: str) -> str:

@@ -28,9 +28,11 @@ import samed_peft.evaluation.page
 import samed_peft.evaluation.pictures
 import samed_peft.prediction.held_out
 import samed_peft.training
-from samed_peft import SamedConfig, add_lora, load_sam, save_adapter, write_mask
+from samed_peft import SamedConfig, add_lora, load_adapter, load_sam, save_adapter, write_mask
+from samed_peft.adapters.info import adapter_info
 from samed_peft.datasets import load_synapse, write_phantom
 from samed_peft.io import read_volume
+from samed_peft.models.modeling import config_of
 
 torch.set_num_threads(1)
 matplotlib.use("agg")
@@ -121,3 +123,38 @@ def write_inputs(folder: str) -> None:
     samed("export", "--adapter", str(root / "adapter"), "--output", str(root / "samed.pth"), "--format", "samed")
     (root / "done").write_text(json.dumps("written last"))
 
+
+
+def read_beside_writer(count: int, seed: int) -> None:
+    """Read an adapter `count` times, one time in ten with its weights; a forked process replaces it all the time."""
+    models = {names: new_adapter(seed, names) for names in (("a", "b"), ("c", "d", "e"))}
+    weights = {names: adapter_weight(model) for names, model in models.items()}
+    save_adapter(models["a", "b"], "adapter")
+    writer = os.fork()
+    if writer == 0:
+        while os.getppid() != 1:
+            for model in models.values():
+                save_adapter(model, "adapter")
+        os._exit(0)
+    found = []
+    for number in range(count):
+        try:
+            if number % 10:
+                names = tuple(adapter_info("adapter")["classes"].values())
+                wrong = names not in models
+            else:
+                model = load_adapter("adapter")
+                names = config_of(model).class_names
+                wrong = not torch.equal(adapter_weight(model), weights[names])
+            if wrong:
+                found.append(f"mixed\tread {number}: {names}")
+        except (samed_peft.InputError, OSError) as error:
+            found.append(f"missing\tread {number}: {error}")
+    os.kill(writer, 9)
+    os.waitpid(writer, 0)
+    Path("found.txt").write_text("\n".join(found))
+
+
+def adapter_weight(model) -> torch.Tensor:
+    """One of an adapter's own weights."""
+    return next(value for name, value in model.state_dict().items() if "lora_B" in name)

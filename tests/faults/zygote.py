@@ -7,6 +7,7 @@ one. `Zygote` is the other end.
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import importlib
 import json
@@ -87,7 +88,7 @@ class Zygote:
         self._started[pid] = (files, time.monotonic())
         return pid
 
-    def wait(self, pid: int, timeout_s: float = 120) -> Ended:
+    def wait(self, pid: int, timeout_s: float = 40) -> Ended:
         """Wait for a process; one that takes longer is killed with its children."""
         files, started = self._started.pop(pid)
         found = self._ask({"wait": pid, "timeout": timeout_s})
@@ -102,7 +103,7 @@ class Zygote:
         files.rmdir()
         return Ended(found["code"], *texts, found["orphans"], counts, hit, time.monotonic() - started)
 
-    def run(self, call: str, *arguments: Any, timeout_s: float = 120, **options: Any) -> Ended:
+    def run(self, call: str, *arguments: Any, timeout_s: float = 40, **options: Any) -> Ended:
         """Start and wait."""
         return self.wait(self.start(call, *arguments, **options), timeout_s)
 
@@ -140,6 +141,10 @@ def _reap(pid: int, timeout_s: float) -> dict[str, Any]:
             break
         time.sleep(0.002)
     else:
+        for number, (session, _) in _sessions().items():
+            if session == pid:
+                os.kill(number, signal.SIGUSR1)  # writes where it hangs
+        time.sleep(0.5)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     grace = time.monotonic() + 2  # children are told to end, and need a moment
@@ -161,6 +166,7 @@ def _become(request: dict[str, Any], library: str) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(request["root"])
     os.environ.update(request["environment"])
+    faulthandler.register(signal.SIGUSR1)
     subjects = importlib.import_module("subjects")
     subjects.prepare_process(Path(request["root"]))
     if request["fault"] is not None:
