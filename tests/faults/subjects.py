@@ -28,6 +28,7 @@ import samed_peft.evaluation.page
 import samed_peft.evaluation.pictures
 import samed_peft.prediction.held_out
 import samed_peft.training
+from corruption import corrupt  # noqa: F401
 from samed_peft import SamedConfig, add_lora, load_adapter, load_sam, save_adapter, write_mask
 from samed_peft.adapters.info import adapter_info
 from samed_peft.datasets import load_synapse, write_phantom
@@ -121,6 +122,8 @@ def write_inputs(folder: str) -> None:
     picture = np.random.default_rng(0).integers(0, 255, (40, 44), dtype=np.uint8)
     PIL.Image.fromarray(picture).save(root / "scans" / "s4.png")
     samed("export", "--adapter", str(root / "adapter"), "--output", str(root / "samed.pth"), "--format", "samed")
+    report = ("--predictions", str(root / "predictions"), "--references", str(root / "references"))
+    samed("evaluate", *report, "--class_names", ",".join(CLASSES), "--output", str(root / "report"))
     (root / "done").write_text(json.dumps("written last"))
 
 
