@@ -1,5 +1,6 @@
 """Commands that write, and what they start from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copy2, copytree
@@ -123,7 +124,7 @@ class Prepared:
         )
 
 
-def prepare(workshop: Workshop, names: list[str]) -> dict[str, Prepared]:
+def prepare(workshop: Workshop, names: Sequence[str]) -> dict[str, Prepared]:
     """Make the starting folders of commands, and run each twice undisturbed."""
 
     def one(zygote: Zygote, root: Path, name: str) -> Prepared:
@@ -147,4 +148,6 @@ def prepare(workshop: Workshop, names: list[str]) -> dict[str, Prepared]:
         volatile = {key for key in runs[0] if runs[0][key] != runs[1].get(key)}
         return Prepared(name, command, start, ended.operations, old, runs[1], frozenset(volatile))
 
-    return {prepared.name: prepared for prepared in workshop.map(one, names)}
+    missing = [name for name in names if name not in workshop.prepared]
+    workshop.prepared |= {prepared.name: prepared for prepared in workshop.map(one, missing)}
+    return {name: workshop.prepared[name] for name in names}

@@ -20,7 +20,7 @@ from samed_peft import InputError, load_adapter, read_volume
 from samed_peft.adapters.info import adapter_info
 from samed_peft.datasets import load_synapse, open_folder
 from samed_peft.training.runs import _claim
-from samed_peft.training.state import load_checkpoint, save_checkpoint, Progress
+from samed_peft.training.state import Progress, load_checkpoint, save_checkpoint
 
 sys.path.append(str(Path(__file__).parents[1]))
 from scan_files import WRITERS, write_dicom
@@ -75,7 +75,9 @@ KINDS = {
         _whole,
     ),
     "checkpoint": Kind(
-        tuple(f"checkpoints/step-00000001/{name}" for name in ("model.safetensors", "optimizer.safetensors", "state.json")),
+        tuple(
+            f"checkpoints/step-00000001/{name}" for name in ("model.safetensors", "optimizer.safetensors", "state.json")
+        ),
         lambda folder: _checkpoint(folder / "checkpoints"),
         _whole,
     ),
@@ -180,7 +182,9 @@ def corrupt(kind_name: str, seed: int, first: int, count: int, inputs: str, how:
     write_samples(kind_name, root, Path(inputs))
     expected = kind.read(root)
     if kind.files == ("cache",):
-        kind = Kind(tuple(str(p.relative_to(root)) for p in (root / "cache").rglob("*.arrow")), kind.read, kind.checked_from)
+        kind = Kind(
+            tuple(str(p.relative_to(root)) for p in (root / "cache").rglob("*.arrow")), kind.read, kind.checked_from
+        )
     limit = _resident("VmSize") + 4 * _BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for trial in range(first, first + count):

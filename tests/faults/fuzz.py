@@ -69,4 +69,3 @@ def _batch(
     if not found:
         raise RuntimeError(f"{kind} could not be prepared: code {ended.code}, {ended.err}")
     return found
-

@@ -74,6 +74,7 @@ class Workshop:
         self._free: SimpleQueue[tuple[Zygote, Path]] = SimpleQueue()
         for number, zygote in enumerate(self._zygotes):
             self._free.put((zygote, self.folder / f"trial-{number}"))
+        self.prepared: dict[str, Any] = {}
         self.inputs = self.folder / "inputs"
         self.inputs.mkdir()
         ended = self._zygotes[0].run("write_inputs", ".", root=self.inputs)

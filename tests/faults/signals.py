@@ -106,7 +106,10 @@ def _wait_until_caught(pids: list[int]) -> None:
         while time.monotonic() < deadline:
             with contextlib.suppress(FileNotFoundError):
                 status = Path(f"/proc/{pid}/status").read_text()
-                if int(status.split("SigCgt:")[1].split()[0], 16) & 1 << (signal.SIGTERM - 1) or "\nState:\tZ" in status:
+                if (
+                    int(status.split("SigCgt:")[1].split()[0], 16) & 1 << (signal.SIGTERM - 1)
+                    or "\nState:\tZ" in status
+                ):
                     break
             time.sleep(0.001)
 
@@ -139,14 +142,17 @@ def _check(ended: Ended, code: int, root: Path, repeat: str) -> Failure | None:
     return None
 
 
-def readers(workshop: Workshop, *, trials: int, seed: int) -> Result:
-    """Read an adapter while another process replaces it: always the old one or the new one, whole."""
+def readers(workshop: Workshop, *, trials: int, seed: int, every: int = 10) -> Result:
+    """Read an adapter while another process replaces it: always the old one or the new one, whole.
+
+    One read in `every` is `load_adapter`, the others `adapter_info`; 0 for none.
+    """
     share = 250
 
     def batch(zygote: Zygote, root: Path, first: int) -> list[Failure | None]:
         root.mkdir()
         count = min(share, trials - first)
-        ended = zygote.run("read_beside_writer", count, seed + first, root=root, timeout_s=30 + count)
+        ended = zygote.run("read_beside_writer", count, seed + first, every, root=root, timeout_s=30 + count)
         lines = (root / "found.txt").read_text().splitlines() if (root / "found.txt").exists() else []
         found = [Failure(*line.split("\t"), f"reads {first} to {first + count}") for line in lines]
         if ended.code != 0:

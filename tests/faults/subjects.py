@@ -15,11 +15,13 @@ import matplotlib.pyplot
 import nibabel
 import numpy as np
 import PIL.Image
-import SimpleITK  # noqa: F401
+import SimpleITK
 import torch
 import torch.utils.data
 import torch.utils.tensorboard
 import transformers  # noqa: F401
+from corruption import corrupt  # noqa: F401
+from malice import attack  # noqa: F401
 
 import samed_peft
 import samed_peft.cli
@@ -28,7 +30,6 @@ import samed_peft.evaluation.page
 import samed_peft.evaluation.pictures
 import samed_peft.prediction.held_out
 import samed_peft.training
-from corruption import corrupt  # noqa: F401
 from samed_peft import SamedConfig, add_lora, load_adapter, load_sam, save_adapter, write_mask
 from samed_peft.adapters.info import adapter_info
 from samed_peft.datasets import load_synapse, write_phantom
@@ -127,9 +128,8 @@ def write_inputs(folder: str) -> None:
     (root / "done").write_text(json.dumps("written last"))
 
 
-
-def read_beside_writer(count: int, seed: int) -> None:
-    """Read an adapter `count` times, one time in ten with its weights; a forked process replaces it all the time."""
+def read_beside_writer(count: int, seed: int, every: int) -> None:
+    """Read an adapter `count` times, one time in `every` with its weights; a forked process replaces it all the time."""
     models = {names: new_adapter(seed, names) for names in (("a", "b"), ("c", "d", "e"))}
     weights = {names: adapter_weight(model) for names, model in models.items()}
     save_adapter(models["a", "b"], "adapter")
@@ -142,7 +142,7 @@ def read_beside_writer(count: int, seed: int) -> None:
     found = []
     for number in range(count):
         try:
-            if number % 10:
+            if not every or number % every:
                 names = tuple(adapter_info("adapter")["classes"].values())
                 wrong = names not in models
             else:
@@ -151,8 +151,8 @@ def read_beside_writer(count: int, seed: int) -> None:
                 wrong = not torch.equal(adapter_weight(model), weights[names])
             if wrong:
                 found.append(f"mixed\tread {number}: {names}")
-        except (samed_peft.InputError, OSError) as error:
-            found.append(f"missing\tread {number}: {error}")
+        except Exception as error:
+            found.append(f"{type(error).__name__}\tread {number}: {error!s:.200}")
     os.kill(writer, 9)
     os.waitpid(writer, 0)
     Path("found.txt").write_text("\n".join(found))

@@ -92,7 +92,8 @@ def _failed(zygote: Zygote, root: Path, prepared: Prepared, fault: Fault) -> Fai
         return Failure("earlier result lost", ", ".join(lost[:3]), repeat)
     if ended.code == 0 and (differing := prepared.differing(root)):
         return Failure("claims success", ", ".join(differing[:3]), repeat)
-    if not fault.sticky and (left := litter(root)):
+    is_removal = ended.hit.startswith(("unlink", "rmdir"))  # then it stays until the next run
+    if not (fault.sticky or is_removal) and (left := litter(root)):
         return Failure("litter", ", ".join(left[:3]), repeat)
     return _again(zygote, root, prepared, repeat)
 
