@@ -26,6 +26,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from scan_files import WRITERS, write_dicom
 
 _SECONDS = 15
+_STEP = "checkpoints/step-00000001"
 _BYTES = 512 * 2**20
 """More than any of these small files may need."""
 

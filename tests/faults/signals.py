@@ -49,9 +49,10 @@ def stopped(workshop: Workshop, *, trials: int, seed: int, names: tuple[str, ...
             assert ended.code == 0, ended.err
         return name, time.monotonic() - begun
 
+    temporary: list[str] = []
     durations = dict(workshop.map(measure, names))
 
-    def trial(zygote: Zygote, root: Path, index: int) -> Failure | None | str:
+    def trial(zygote: Zygote, root: Path, index: int) -> Failure | str | None:
         name = names[index % len(names)]
         random = generator(seed, "signal", name, index)
         after, number = random.uniform(0, durations[name]), random.choice((signal.SIGINT, signal.SIGTERM))
@@ -68,12 +69,16 @@ def stopped(workshop: Workshop, *, trials: int, seed: int, names: tuple[str, ...
         repeat = f"{name}: {number.name} to the {'group' if group else 'process'} after {after:.2f} s, trial {index}"
         if program.processes > 1:
             repeat += ", both processes" if everyone else ", one process"
+        if left := litter(root):  # no failure: the next run removes it
+            temporary.append(f"{repeat}: {', '.join(left)}")
         if ended[0].code == 0:
             return "too late"
-        return next((f for one in ended if (f := _check(one, program.code(number), root, repeat))), None)
+        return next((f for one in ended if (f := _check(one, program.code(number), repeat))), None)
 
     found = workshop.map(trial, range(trials))
-    result = Result("signals", notes={"ended before the signal": found.count("too late")})
+    result = Result(
+        "signals", notes={"ended before the signal": found.count("too late"), "temporary files left": temporary}
+    )
     return result.add(one for one in found if one != "too late")
 
 
@@ -125,7 +130,7 @@ def _wait_for_all(zygote: Zygote, pids: list[int]) -> list[Ended]:
     return ended
 
 
-def _check(ended: Ended, code: int, root: Path, repeat: str) -> Failure | None:
+def _check(ended: Ended, code: int, repeat: str) -> Failure | None:
     found = f"code {ended.code}: {last_line(ended.err)}"
     if ended.code is None:
         return Failure("hang", found, repeat)
@@ -137,8 +142,6 @@ def _check(ended: Ended, code: int, root: Path, repeat: str) -> Failure | None:
         return Failure("wrong code", f"{code} expected, {found}", repeat)
     if sum(line.startswith("error: ") for line in ended.err.replace("\r", "\n").splitlines()) != 1:
         return Failure("not one message", found, repeat)
-    if left := litter(root):
-        return Failure("litter", ", ".join(left[:3]), repeat)
     return None
 
 

@@ -129,7 +129,7 @@ def write_inputs(folder: str) -> None:
 
 
 def read_beside_writer(count: int, seed: int, every: int) -> None:
-    """Read an adapter `count` times, one time in `every` with its weights; a forked process replaces it all the time."""
+    """Read an adapter `count` times, one time in `every` with its weights, while a forked process replaces it."""
     models = {names: new_adapter(seed, names) for names in (("a", "b"), ("c", "d", "e"))}
     weights = {names: adapter_weight(model) for names, model in models.items()}
     save_adapter(models["a", "b"], "adapter")
