@@ -1,0 +1,1 @@
+"""Attacks on the package: each tries many faults and counts what held."""
