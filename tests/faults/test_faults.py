@@ -10,12 +10,12 @@ from faults.commands import COMMANDS
 from faults.outcomes import Workshop
 
 LEFT_OUT = {
-    "failing writes": ("train", "train-finished"),
-    "load_adapter beside a writer": True,
+    "failing writes": ("train", "train-finished"),  # TensorBoard prints the trace of its own thread
+    "load_adapter beside a writer": False,
     "signals": ("train, 2 processes",),
-    "fuzzed": ("nrrd", "mha", "npz", "npy.h5", "tif", "adapter", "checkpoint"),
-    "flipped": ("adapter", "checkpoint", "rows"),
-    "hostile": ("elsewhere", "listed", "expression", "huge", "escapes"),
+    "fuzzed": (),
+    "flipped": ("rows",),
+    "hostile": (),
 }
 """Attacks that the package does not withstand yet. Empty this, and all are part of the tests."""
 
