@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="samed",
         description="SAMed on PEFT and Transformers.",
-        epilog="exit codes: 0 done, 1 some cases failed, 2 wrong input",
+        epilog="exit codes: 0 done, 1 some cases failed, 2 wrong input or disk, 70 fault, 130 Ctrl-C, 143 SIGTERM",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (predict, evaluate, convert, export, push, info):
