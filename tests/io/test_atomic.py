@@ -172,7 +172,7 @@ def test_readers_beside_a_replacing_writer(tmp_path):
         assert len(set(found)) == 1
         versions.add(found[0])
     assert writer.returncode == 0
-    assert len(versions) > 10
+    assert len(versions) > 1
 
 
 def test_read_whole_passes_errors_on(tmp_path):
