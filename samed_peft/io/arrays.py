@@ -39,7 +39,7 @@ def read_hdf5(path: Path, key: str = "image") -> tuple[np.ndarray, None]:
 
 
 def _end_of_hdf5(path: Path) -> int:
-    """Where the superblock says that the file ends; libhdf5 ignores what follows, and refuses what is cut off itself.
+    """Where the superblock says that the file ends; libhdf5 ignores further bytes, and refuses a shorter file itself.
 
     Format: https://support.hdfgroup.org/documentation/hdf5/latest/_f_m_t3.html
     """

@@ -43,7 +43,7 @@ def dicom_files(path: Path, series: str | None = None) -> list[Path]:
         series: identifier of the series; None for the only one.
 
     Raises:
-        InputError: the folder holds no series, several, or not this one; the series is no regular stack of slices.
+        InputError: the folder holds no series, several, or not this one; its slices do not form a regular stack.
     """
     files = _grey_files(path, series)
     frames, _ = ordered([frame for file in files for frame in frames_of(file)], path)
@@ -129,7 +129,7 @@ def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Array and affine, as of `read`, of a file that holds a whole scan.
 
     Raises:
-        InputError: it is no image, or one of several slices.
+        InputError: it holds something other than an image, or one of several slices.
     """
     file = dicom_headers.read_header(path) if dicom_headers.looks_like_dicom(path) else None
     if file is None or not file.is_image:

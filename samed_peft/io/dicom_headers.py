@@ -198,7 +198,7 @@ def image_files(folder: Path) -> list[DicomFile]:
         if _kind_of_name(path) in suffixes and not _is_text(path):
             raise InputError(
                 f"expected a DICOM file, as its name and the files beside it are, found {_content(path)} in {path}; "
-                "it may be a slice that was damaged or cut off: fetch it again, or move it away if it is none"
+                "it may be a slice that was damaged or cut off: fetch it again, or move it away if it belongs elsewhere"
             )
     return images
 

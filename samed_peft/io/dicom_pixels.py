@@ -49,7 +49,7 @@ def rescaled(frames: Sequence[Frame]) -> np.ndarray:
     Whole numbers stay whole, in the smallest type that holds all that the files may store; others are float64.
 
     Raises:
-        InputError: pixels are missing or damaged, or their compression is none that can be read.
+        InputError: pixels are missing or damaged, or their compression cannot be read.
     """
     scales = [_scale(frame) for frame in frames]
     dtype = _common_type(frames, scales)

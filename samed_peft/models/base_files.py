@@ -27,7 +27,7 @@ def check_base_folder(path: Path) -> None:
     """
     names = [file.name for file in list_folder(path)]
     if _CONFIG not in names:
-        return  # Transformers says what is missing
+        return  # Transformers names the missing file
     values = read_json(path / _CONFIG)
     if not isinstance(values, dict):
         raise InputError(
