@@ -25,7 +25,9 @@ from samed_peft.models.checkpoints import rename_meta_keys
 GOLDEN = Path(__file__).parent / "golden"
 REAL_SCANS = Path(os.environ.get("SAMED_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
-torch.set_num_threads(1)  # models this small take longer with more
+# Models this small take longer with more threads; programs that tests start read the variable.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module")

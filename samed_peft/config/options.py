@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -102,7 +103,11 @@ def parse_run_options(
         )
     _refuse_ignored(parser, args)
     training = TrainingConfig(**{field.name: vars(args)[field.name] for field in dataclasses.fields(TrainingConfig)})
-    return args, {name: vars(args)[name] for name in _ADAPTER_FIELDS}, training
+    adapter = {name: vars(args)[name] for name in _ADAPTER_FIELDS}
+    # Refuse bad values now, not after scans were prepared; warnings come with the recipe's own config.
+    with warnings.catch_warnings(action="ignore"):
+        SamedConfig(args.base or TINY_SAM, class_names=("any",), **adapter)
+    return args, adapter, training
 
 
 def _refuse_ignored(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

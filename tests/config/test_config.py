@@ -169,6 +169,20 @@ def test_options_of_every_recipe(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--rank", "0"], "rank must be at least 1"),
+        (["--image_size", "-64"], "image_size must be"),
+        (["--targets", "words"], "targets must"),
+        (["--dropout", "2"], "dropout must"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_data_are_read(options, message):
+    with pytest.raises(InputError, match=message):
+        parse_run_options(run_parser(), ["--output_dir", "x", *options])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (["--method", "ia3", "--rank", "8"], "--rank means nothing to --method ia3, only to lora, rslora"),
         (["--method", "bitfit", "--targets", "k_proj"], "--targets means nothing to --method bitfit"),
         (["--method", "vera", "--lora_plus_ratio", "2"], "--lora_plus_ratio means nothing to --method vera"),
