@@ -55,7 +55,7 @@ def main() -> None:
     config = sp.SamedConfig(args.base, **described, **adapter_options)
 
     # 3. Rows: slices of the training scans. One process prepares them, and reads the held-out scans so that a bad file
-    # stops the run now and not after the training; the other processes find the cache.
+    # stops the run now and not after the training; the other processes find the verified cache.
     with accelerator.main_process_first():
         rows = sp.datasets.load_slices(
             folder,
@@ -65,6 +65,7 @@ def main() -> None:
             window=config.window,
             empty_share=args.empty_share,
             held_out=cases.held_out if accelerator.is_main_process else [],
+            verify=sp.training.verifies_rows(accelerator),
         )
 
     # 4. Training: the base with LoRA, optimizer steps, validation, checkpoints.

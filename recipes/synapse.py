@@ -52,7 +52,8 @@ def main() -> None:
         # 2. Rows: slices of the training scans. Held-out scans are read too, so that a bad file stops the run now and
         # not after the training.
         held_out = cases.held_out if accelerator.is_main_process else []
-        rows = sp.datasets.load_synapse(data_dir, "train", cases=cases.train, held_out=held_out)
+        verify = sp.training.verifies_rows(accelerator)
+        rows = sp.datasets.load_synapse(data_dir, "train", cases=cases.train, held_out=held_out, verify=verify)
 
     # 3. What the adapter will be.
     described = {

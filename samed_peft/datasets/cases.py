@@ -1,5 +1,6 @@
 """Cases read from their files: scans, references and pairs of both, whole volumes one at a time."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,28 @@ from datasets import Dataset
 
 from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.preprocessing import normalized_array
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, reason_of
 from samed_peft.io import PICTURE_ADVICE, Volume, grids_apart_mm, is_picture, read_affine, read_labels, read_volume
 
 _NAMING_ADVICE = "name all of them in dataset.json or with class_names, or is it the scan itself?"
 
 _CASES_AT_ONCE = 4
 """Scans that are checked at the same time, each a few hundred megabytes."""
+
+
+@contextlib.contextmanager
+def naming_case(case: Case) -> Iterator[None]:
+    """Turn an error that a library raises about a case into an `InputError` that names its files."""
+    try:
+        yield
+    except (InputError, ImportError, Warning):
+        raise
+    except Exception as error:  # libraries raise errors of many kinds for bad files
+        files = " and ".join(str(path) for path in dict.fromkeys((case.scans[0], case.labels[0])))
+        raise InputError(
+            f"{case.name} cannot be used ({files}): {reason_of(error)}; open both in a viewer, and mend them or "
+            "leave the case out"
+        ) from error
 
 
 def read_scan(case: Case) -> Volume:
@@ -94,7 +110,8 @@ def check_cases(
     """
 
     def check(case: Case) -> None:
-        normalized_array(read_pair(case, num_classes=num_classes)[0], window)
+        with naming_case(case):
+            normalized_array(read_pair(case, num_classes=num_classes)[0], window)
 
     files = [folder.case(case) for case in cases]
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, _CASES_AT_ONCE)) as pool:

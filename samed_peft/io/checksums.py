@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,13 @@ def file_sha256(path: str | Path) -> str:
     path = Path(path)
     with naming_unreadable(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def files_sha256(paths: Sequence[Path]) -> dict[str, str]:
+    """Name of each file -> SHA-256 of its bytes."""
+    # Hashing releases the interpreter lock, so threads use all cores and overlap with reading.
+    with ThreadPoolExecutor(max_workers=min(len(paths), os.cpu_count() or 1, 16)) as pool:
+        return dict(zip((path.name for path in paths), pool.map(file_sha256, paths), strict=True))
 
 
 def with_checksums(values: Mapping[str, Any], record: str, files: Mapping[str, str]) -> dict[str, Any]:

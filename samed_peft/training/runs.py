@@ -97,6 +97,14 @@ def start_run(output_dir: Path, *, mixed_precision: str | None = None, repo_id: 
     return accelerator
 
 
+def verifies_rows(accelerator: Accelerator) -> bool:
+    """Whether this process has to verify prepared rows: not if the main process has done so on the same machine.
+
+    The main process must have opened them before, as within `Accelerator.main_process_first`.
+    """
+    return accelerator.is_main_process or accelerator.process_index != accelerator.local_process_index
+
+
 def finish_run(
     run: Run, adapter: Path, report: Report | None, *, accelerator: Accelerator, repo_id: str | None = None
 ) -> None:
