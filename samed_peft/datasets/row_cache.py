@@ -10,7 +10,7 @@ from datasets.arrow_reader import ArrowReader
 from filelock import FileLock
 
 from samed_peft.errors import InputError, printable, reason_of
-from samed_peft.io import files_sha256, read_json, write_json
+from samed_peft.io import fast_checksums, read_json, write_json
 
 _RECORD_FILE, _INFO_FILE = "checksums.json", "dataset_info.json"
 _PREFIX = "builder"
@@ -18,8 +18,8 @@ _PREFIX = "builder"
 
 
 def record_checksums(folder: Path) -> None:
-    """Write SHA-256 checksums of prepared rows beside them: of the Arrow files and of Datasets' record of them."""
-    write_json(folder / _RECORD_FILE, files_sha256(_files(folder)))
+    """Write checksums of prepared rows beside them: of the Arrow files and of Datasets' record of them."""
+    write_json(folder / _RECORD_FILE, fast_checksums(_files(folder)))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -55,7 +55,7 @@ def _problem(folder: Path, split: str) -> str | None:
     if not (folder / _RECORD_FILE).exists():
         return _adopted(folder, split)
     try:
-        expected, found = read_json(folder / _RECORD_FILE), files_sha256(_files(folder))
+        expected, found = read_json(folder / _RECORD_FILE), fast_checksums(_files(folder))
     except InputError as error:
         return str(error)
     if expected == found:

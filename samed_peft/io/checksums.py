@@ -1,4 +1,4 @@
-"""SHA-256 checksums of a folder's files in its JSON record, so that damage is noticed when they are read."""
+"""Checksums of files, so that damage is noticed when they are read: SHA-256 in a folder's record, XXH3 for caches."""
 
 import hashlib
 import json
@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from samed_peft.errors import InputError
 from samed_peft.io.files import naming_unreadable
@@ -23,11 +25,22 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def files_sha256(paths: Sequence[Path]) -> dict[str, str]:
-    """Name of each file -> SHA-256 of its bytes."""
+def fast_checksums(paths: Sequence[Path]) -> dict[str, str]:
+    """Name of each file -> XXH3 of its bytes, which shows damage, but not who is behind a change.
+
+    For large files that nobody is sent: SHA-256 takes six to ten times as long.
+    """
     # Hashing releases the interpreter lock, so threads use all cores and overlap with reading.
     with ThreadPoolExecutor(max_workers=min(len(paths), os.cpu_count() or 1, 16)) as pool:
-        return dict(zip((path.name for path in paths), pool.map(file_sha256, paths), strict=True))
+        return dict(zip((path.name for path in paths), pool.map(_xxh3, paths), strict=True))
+
+
+def _xxh3(path: Path) -> str:
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(1 << 18))
+    with naming_unreadable(path), path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def with_checksums(values: Mapping[str, Any], record: str, files: Mapping[str, str]) -> dict[str, Any]:
