@@ -7,7 +7,7 @@ DATA holds dataset.json, imagesTr and labelsTr, or images and masks. One of five
 and scored; slices are those across the coarsest axis, CT is windowed as in SAMed, MR scaled by each scan's percentiles.
 With --base tiny-sam --image_size 64 it runs on two CPU cores in minutes, to try things; its scores say nothing about
 SAM. With SAM's ViT-B (the default) use a GPU of 24 GB. A stopped or killed run goes on with --resume. Exit codes: 0
-done, 2 wrong input, 3 loss diverged, 75 stopped by a signal.
+done, 1 some held-out cases failed, 2 wrong input, 3 loss diverged, 75 stopped by a signal.
 """
 
 import argparse

@@ -5,8 +5,8 @@
 
 DATA is raw BTCV, or SAMed's train_npz and test_vol_h5. The defaults are SAMed's, published with 81.88 DSC / 20.64 HD95
 on two 24 GB cards (--batch_size 12 each). The demo adapts a tiny stand-in to synthetic CT in minutes on two CPU cores;
-its scores say nothing about SAM. A stopped or killed run goes on with --resume. Exit codes: 0 done, 2 wrong input,
-3 loss diverged, 75 stopped by a signal.
+its scores say nothing about SAM. A stopped or killed run goes on with --resume. Exit codes: 0 done, 1 some
+held-out cases failed, 2 wrong input, 3 loss diverged, 75 stopped by a signal.
 """
 
 import argparse

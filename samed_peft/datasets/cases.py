@@ -171,6 +171,9 @@ class CaseVolumes(Mapping[str, Volume]):
     def __getitem__(self, case: str) -> Volume:
         return self._readers[case]()
 
+    def __contains__(self, case: object) -> bool:
+        return case in self._readers  # a mapping's own would read the file
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._readers)
 

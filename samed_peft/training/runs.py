@@ -119,13 +119,16 @@ def finish_run(
 
     Raises:
         InputError: the Hub cannot be reached or refuses.
+        SomeCasesFailedError: cases failed; the rest is done, but the adapter is not pushed.
     """
     if report is not None:
         write_card(adapter, report=report, training=run.training)
         print(format_table(report), printable(f"adapter, masks, report and pictures are in {run.output_dir}"), sep="\n")
-        if repo_id:
+        if repo_id and not report.settings.get("failed_cases"):
             print(printable(push_to_hub(adapter, repo_id)))
     accelerator.end_training()
+    if report is not None:
+        report.require_all_cases()
 
 
 def require_replicas(accelerator: Accelerator) -> None:
