@@ -145,7 +145,7 @@ def _cannot_open(base: str, error: Exception) -> InputError:
     """Build the error for a base that Transformers cannot open, with advice for offline use of a Hub id."""
     if isinstance(error, InputError):
         return error
-    message = f"base {base} cannot be opened as a SAM: {' '.join(str(error).split())}"
+    message = f"base {base} cannot be opened as a SAM: {' '.join(str(error).split()):.1000}"
     if is_hub_id(base) and isinstance(error, OSError):
         message += "; without a connection, give as base a folder that Transformers saved or one of Meta's .pth files"
     return InputError(message)

@@ -244,9 +244,15 @@ def _claim(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
         require_replaceable(directory, RUN_FOLDER)
         write_json(record, settings)
         return
-    found = {name: value for name, value in _DEFAULTS.items() if name in settings} | read_json(record)
+    recorded = read_json(record)
+    if not isinstance(recorded, dict):
+        raise InputError(
+            f"expected an object with the settings of a run in {record}, found {recorded!r:.80}; the file is damaged: "
+            "choose another --output_dir, or put the right one back"
+        )
+    found = {name: value for name, value in _DEFAULTS.items() if name in settings} | recorded
     differing = [
-        f"{name}: {found.get(name)} there, {settings.get(name)} now"
+        f"{name:.80}: {found.get(name)!s:.200} there, {settings.get(name)!s:.200} now"
         for name in sorted({*settings, *found} - {"note"})  # a text for readers, worded otherwise in older versions
         if found.get(name) != settings.get(name)
     ]
