@@ -88,7 +88,7 @@ KINDS = {
     "run.json": Kind(("run/run.json",), lambda folder: _claim(folder / "run", {"rank": 4, "data": ["a"]}, resume=True)),
 }
 SCANS = ("nii", "nii.gz", "nrrd", "mha", "npz", "npy.h5", "png", "tif", "jpg", "dicom")
-OWN = ("adapter", "checkpoint", "report.json", "dataset.json", "run.json")
+OWN = ("adapter", "checkpoint", "rows", "report.json", "dataset.json", "run.json")
 
 
 def _adapter(folder: Path) -> list[Any]:
