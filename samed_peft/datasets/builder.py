@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 from datasets.exceptions import DatasetGenerationError
 
-from samed_peft.datasets.cases import check_cases, naming_case, read_pair
+from samed_peft.datasets.cases import check_cases, naming_files, read_pair
 from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.preprocessing import normalized_array, reorientation, reoriented
 from samed_peft.datasets.row_cache import discard_if_damaged, record_checksums
@@ -95,7 +95,7 @@ def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str,
     slices: list[tuple[np.ndarray, np.ndarray, str | None]] = []
     for files in zip(case.scans, case.labels, strict=True):
         part = replace(case, scans=files[:1], labels=files[1:])
-        with naming_case(part):
+        with naming_files(*files):
             scan, labels = read_pair(part, num_classes=config.num_classes)
             if case.numbers and len(labels.array) != 1:
                 raise InputError(
@@ -116,7 +116,7 @@ def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str,
 
 
 def _volume_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str, Any]]]:
-    with naming_case(case):
+    with naming_files(case.scans[0], case.labels[0]):
         scan, labels = read_pair(case, num_classes=config.num_classes)
         image, label = normalized_array(scan, config.window), labels.array
     yield 0, {"image": image, "label": label, "case": case.name, "affine": scan.affine, "path": str(scan.path)}

@@ -24,17 +24,16 @@ _CASES_AT_ONCE = 4
 
 
 @contextlib.contextmanager
-def naming_case(case: Case) -> Iterator[None]:
-    """Turn an error that a library raises about a case into an `InputError` that names its files."""
+def naming_files(*paths: Path) -> Iterator[None]:
+    """Turn any error about a scan or its label map into an `InputError` that names the files."""
     try:
         yield
     except (InputError, ImportError, Warning):
         raise
     except Exception as error:  # libraries raise errors of many kinds for bad files
-        files = " and ".join(str(path) for path in dict.fromkeys((case.scans[0], case.labels[0])))
         raise InputError(
-            f"{case.name} cannot be used ({files}): {reason_of(error)}; open both in a viewer, and mend them or "
-            "leave the case out"
+            f"{' and '.join(map(str, dict.fromkeys(paths)))} cannot be used: {reason_of(error)}; look at it in a "
+            "viewer, and mend it or leave the case out"
         ) from error
 
 
@@ -110,7 +109,7 @@ def check_cases(
     """
 
     def check(case: Case) -> None:
-        with naming_case(case):
+        with naming_files(case.scans[0], case.labels[0]):
             normalized_array(read_pair(case, num_classes=num_classes)[0], window)
 
     files = [folder.case(case) for case in cases]
