@@ -45,12 +45,18 @@ def check_base_folder(path: Path) -> None:
         _check_index(path / _INDEX)
 
 
-def check_hub_base(source: str, revision: str | None) -> None:
-    """Refuse a repository of the Hub whose index names other files than weights beside it.
+def check_shards(source: str, revision: str | None) -> None:
+    """Refuse a base whose index names other files than weights beside it.
+
+    Args:
+        source: folder, checked as a whole before by `check_base_folder`, or Hub id.
+        revision: branch, tag or commit of the Hub's repository.
 
     Raises:
         InputError: naming the index.
     """
+    if Path(source).is_dir():
+        return
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     if cached_file(source, _WEIGHTS, revision=revision, **quietly) is None:
         index = cached_file(source, _INDEX, revision=revision, **quietly)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, SamConfig, SamModel
 
 from samed_peft.config import TINY_SAM, SamedConfig, is_hub_id
 from samed_peft.errors import InputError
-from samed_peft.models.base_files import check_base_config, check_base_folder, check_hub_base, check_no_adapter
+from samed_peft.models.base_files import check_base_config, check_base_folder, check_no_adapter, check_shards
 from samed_peft.models.checkpoints import load_meta_checkpoint
 from samed_peft.models.modeling import SamForSemanticSegmentation
 
@@ -86,9 +86,8 @@ def open_sam(base: str, revision: str | None = None) -> SamModel:
             f"base {base} is a {config.model_type} model, not a SAM; use facebook/sam-vit-base, -large or -huge"
         )
     check_no_adapter(source, revision)
-    if not path.is_dir():
-        check_hub_base(source, revision)
     try:
+        check_shards(source, revision)
         sam, info = SamModel.from_pretrained(
             source,
             revision=revision,
