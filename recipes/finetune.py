@@ -7,7 +7,7 @@ DATA holds dataset.json, imagesTr and labelsTr, or images and masks. One of five
 and scored; slices are those across the coarsest axis, CT is windowed as in SAMed, MR scaled by each scan's percentiles.
 With --base tiny-sam --image_size 64 it runs on two CPU cores in minutes, to try things; its scores say nothing about
 SAM. With SAM's ViT-B (the default) use a GPU of 24 GB. A stopped or killed run goes on with --resume. Exit codes: 0
-done, 2 wrong input, 3 loss diverged, 75 stopped by a signal.
+done, 1 some held-out cases failed, 2 wrong input, 3 loss diverged, 75 stopped by a signal.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
     config = sp.SamedConfig(args.base, **described, **adapter_options)
 
     # 3. Rows: slices of the training scans. One process prepares them, and reads the held-out scans so that a bad file
-    # stops the run now and not after the training; the other processes find the cache.
+    # stops the run now and not after the training; the other processes find the verified cache.
     with accelerator.main_process_first():
         rows = sp.datasets.load_slices(
             folder,
@@ -65,6 +65,7 @@ def main() -> None:
             window=config.window,
             empty_share=args.empty_share,
             held_out=cases.held_out if accelerator.is_main_process else [],
+            verify=sp.training.verifies_rows(accelerator),
         )
 
     # 4. Training: the base with LoRA, optimizer steps, validation, checkpoints.

@@ -5,7 +5,7 @@
 
 DATA is raw BTCV, or SAMed's test_vol_h5. On one GPU the twelve cases take minutes, on a CPU hours. SAMed's published
 checkpoint scores 81.88 DSC and 20.64 HD95 there, in the `samed` convention; medpy computes these columns once more, as
-in SAMed's test. Exit codes: 0 done, 1 medpy disagrees, 2 wrong input.
+in SAMed's test. Exit codes: 0 done, 1 medpy disagrees or some cases failed, 2 wrong input.
 """
 
 import argparse
@@ -107,6 +107,8 @@ def main() -> None:
         if not apart <= ALLOWED:
             sys.exit(f"error: scores differ from medpy's by {apart:.1e}, more than {ALLOWED}; see {out / MARKER}")
     accelerator.end_training()
+    if report is not None:
+        report.require_all_cases()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 DATA is raw BTCV, or SAMed's train_npz and test_vol_h5. The defaults are SAMed's, published with 81.88 DSC / 20.64 HD95
 on two 24 GB cards (--batch_size 12 each). The demo adapts a tiny stand-in to synthetic CT in minutes on two CPU cores;
-its scores say nothing about SAM. A stopped or killed run goes on with --resume. Exit codes: 0 done, 2 wrong input,
-3 loss diverged, 75 stopped by a signal.
+its scores say nothing about SAM. A stopped or killed run goes on with --resume. Exit codes: 0 done, 1 some
+held-out cases failed, 2 wrong input, 3 loss diverged, 75 stopped by a signal.
 """
 
 import argparse
@@ -52,7 +52,8 @@ def main() -> None:
         # 2. Rows: slices of the training scans. Held-out scans are read too, so that a bad file stops the run now and
         # not after the training.
         held_out = cases.held_out if accelerator.is_main_process else []
-        rows = sp.datasets.load_synapse(data_dir, "train", cases=cases.train, held_out=held_out)
+        verify = sp.training.verifies_rows(accelerator)
+        rows = sp.datasets.load_synapse(data_dir, "train", cases=cases.train, held_out=held_out, verify=verify)
 
     # 3. What the adapter will be.
     described = {

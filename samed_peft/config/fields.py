@@ -95,7 +95,7 @@ class JsonFields:
         unknown = sorted(set(values) - known)
         require(
             not unknown,
-            f"{cls.__name__} has no field {', '.join(unknown)}; known are {', '.join(sorted(known))}. "
+            f"{cls.__name__} has no field {', '.join(unknown):.200}; known are {', '.join(sorted(known))}. "
             "Was the file written by a newer samed_peft?",
         )
         try:

@@ -10,9 +10,10 @@ import datasets
 import numpy as np
 from datasets.exceptions import DatasetGenerationError
 
-from samed_peft.datasets.cases import check_cases, read_pair
+from samed_peft.datasets.cases import check_cases, naming_files, read_pair
 from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.preprocessing import normalized_array, reorientation, reoriented
+from samed_peft.datasets.row_cache import discard_if_damaged, record_checksums
 from samed_peft.datasets.rows import SLICE_FEATURES, VOLUME_FEATURES
 from samed_peft.errors import InputError
 
@@ -38,11 +39,31 @@ class RowsConfig(datasets.BuilderConfig):
 
 
 class RowsBuilder(datasets.GeneratorBasedBuilder):
-    """Prepares one split; made by `prepared_rows`. Its `InputError`s are not wrapped in errors of Datasets."""
+    """Prepares one split; made by `prepared_rows`. Its `InputError`s are not wrapped in errors of Datasets.
+
+    Args:
+        verify: whether to compare rows that are in the cache with their checksums, and to discard damaged ones.
+        options: of Datasets' builders, and fields of `RowsConfig`.
+    """
 
     # Part of the cache's name: raised when equal files come to give other rows.
     VERSION = datasets.Version("2.0.0")
     BUILDER_CONFIG_CLASS = RowsConfig
+
+    def __init__(self, *, verify: bool, **options: Any) -> None:
+        self._verify = verify
+        super().__init__(**options)
+
+    def _build_cache_dir(self) -> str:
+        # Here, since Datasets reads the folder as soon as it knows its name.
+        folder: str = super()._build_cache_dir()
+        if self._verify:
+            discard_if_damaged(Path(folder), split=self.config.split)
+        return folder
+
+    def _save_info(self) -> None:
+        super()._save_info()
+        record_checksums(Path(self._output_dir))
 
     def _info(self) -> datasets.DatasetInfo:
         features = SLICE_FEATURES if self.config.split == "train" else VOLUME_FEATURES
@@ -74,12 +95,15 @@ def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str,
     slices: list[tuple[np.ndarray, np.ndarray, str | None]] = []
     for files in zip(case.scans, case.labels, strict=True):
         part = replace(case, scans=files[:1], labels=files[1:])
-        scan, labels = read_pair(part, num_classes=config.num_classes)
-        if case.numbers and len(labels.array) != 1:
-            raise InputError(f"expected one slice, found {len(labels.array)} in {scan.path}; preprocess the case again")
-        there, _ = reorientation(scan, config.orientation)
-        images = reoriented(normalized_array(scan, config.window), there)
-        label = reoriented(labels.array.astype(np.uint8, copy=False), there)
+        with naming_files(*files):
+            scan, labels = read_pair(part, num_classes=config.num_classes)
+            if case.numbers and len(labels.array) != 1:
+                raise InputError(
+                    f"expected one slice, found {len(labels.array)} in {scan.path}; preprocess the case again"
+                )
+            there, _ = reorientation(scan, config.orientation)
+            images = reoriented(normalized_array(scan, config.window), there)
+            label = reoriented(labels.array.astype(np.uint8, copy=False), there)
         codes = config.orientation or scan.orientation
         slices += [(*arrays, codes) for arrays in zip(images, label, strict=True)]
     empty = np.array([place for place, (_, label, _) in enumerate(slices) if not label.any()], int)
@@ -92,8 +116,9 @@ def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str,
 
 
 def _volume_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str, Any]]]:
-    scan, labels = read_pair(case, num_classes=config.num_classes)
-    image, label = normalized_array(scan, config.window), labels.array
+    with naming_files(case.scans[0], case.labels[0]):
+        scan, labels = read_pair(case, num_classes=config.num_classes)
+        image, label = normalized_array(scan, config.window), labels.array
     yield 0, {"image": image, "label": label, "case": case.name, "affine": scan.affine, "path": str(scan.path)}
 
 
@@ -110,7 +135,7 @@ def prepared_rows(
 ) -> datasets.Dataset:
     """The rows of a split, prepared unless they are in the cache, by as many processes as there are cases or cores.
 
-    `name` becomes their `config_name`; `options` are further fields of `RowsConfig`.
+    `name` becomes their `config_name`; `options` are `verify` and further fields of `RowsConfig`.
     """
     processes = min(num_proc or os.cpu_count() or 1, len(cases))
     files = tuple(folder.case(case, as_slices=split == "train") for case in cases)
@@ -132,6 +157,13 @@ def prepared_rows(
             f"Datasets keeps prepared scans in {root}, which cannot be written: {error.strerror or error}; set the "
             "variable HF_HOME, or HF_DATASETS_CACHE for prepared scans alone, to a folder with room that may be written"
         ) from error
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):  # as Datasets says it
+            raise
+        raise InputError(
+            f"a process that prepared scans of {folder.root} was ended by the system, for lack of memory perhaps, or "
+            "by one of the files; free memory, or leave cases out to find the one"
+        ) from error
     if not builder.info.splits[split].num_examples:
         raise InputError(f"no slice is left of {len(cases)} cases; keep some of those without foreground")
     return builder.as_dataset(split=split)
@@ -146,8 +178,11 @@ def load_slices(
     window: tuple[float, float] | None,
     empty_share: float = 1.0,
     held_out: Sequence[str] = (),
+    verify: bool = True,
 ) -> datasets.Dataset:
     """Training slices of some cases, prepared once; files that are edited later are noticed.
+
+    Rows in the cache that are damaged are prepared again, with a warning.
 
     Args:
         folder: from `open_folder`.
@@ -157,6 +192,8 @@ def load_slices(
         window: intensities scaled to [0, 1], or None for each scan's 0.5 and 99.5 percentiles.
         empty_share: share of the slices without foreground to keep, 0 to 1.
         held_out: cases to read first, see `check_cases`.
+        verify: compare rows in the cache with their checksums; False in processes that open what another one has just
+            verified on this machine.
 
     Returns:
         rows of `image` (H, W) float32 in [0, 1], or (H, W, 3) in colour, `label` (H, W) uint8, `case`, `slice` and
@@ -174,6 +211,7 @@ def load_slices(
         name=f"{folder.data_name('slices', cases, as_slices=True)}-empty-{float(empty_share)}",
         split="train",
         window=window,
+        verify=verify,
         num_classes=num_classes,
         orientation=orientation,
         empty_share=float(empty_share),

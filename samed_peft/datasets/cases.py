@@ -1,5 +1,6 @@
 """Cases read from their files: scans, references and pairs of both, whole volumes one at a time."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,27 @@ from datasets import Dataset
 
 from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.preprocessing import normalized_array
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, reason_of
 from samed_peft.io import PICTURE_ADVICE, Volume, grids_apart_mm, is_picture, read_affine, read_labels, read_volume
 
 _NAMING_ADVICE = "name all of them in dataset.json or with class_names, or is it the scan itself?"
 
 _CASES_AT_ONCE = 4
 """Scans that are checked at the same time, each a few hundred megabytes."""
+
+
+@contextlib.contextmanager
+def naming_files(*paths: Path) -> Iterator[None]:
+    """Turn any error about a scan or its label map into an `InputError` that names the files."""
+    try:
+        yield
+    except (InputError, ImportError, Warning):
+        raise
+    except Exception as error:  # libraries raise errors of many kinds for bad files
+        raise InputError(
+            f"{' and '.join(map(str, dict.fromkeys(paths)))} cannot be used: {reason_of(error)}; look at it in a "
+            "viewer, and mend it or leave the case out"
+        ) from error
 
 
 def read_scan(case: Case) -> Volume:
@@ -94,7 +109,8 @@ def check_cases(
     """
 
     def check(case: Case) -> None:
-        normalized_array(read_pair(case, num_classes=num_classes)[0], window)
+        with naming_files(case.scans[0], case.labels[0]):
+            normalized_array(read_pair(case, num_classes=num_classes)[0], window)
 
     files = [folder.case(case) for case in cases]
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, _CASES_AT_ONCE)) as pool:
@@ -153,6 +169,9 @@ class CaseVolumes(Mapping[str, Volume]):
 
     def __getitem__(self, case: str) -> Volume:
         return self._readers[case]()
+
+    def __contains__(self, case: object) -> bool:
+        return case in self._readers  # a mapping's own would read the file
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._readers)

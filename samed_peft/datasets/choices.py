@@ -1,15 +1,19 @@
 """How the scans of a folder should be sliced, scaled and named: chosen from its headers, modality and labels."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from samed_peft.config import CT_WINDOW_HU
+from samed_peft.datasets.cases import naming_files
 from samed_peft.datasets.dataset_json import DATASET_FILE
 from samed_peft.datasets.folder import LabelledFolder
 from samed_peft.errors import InputError
 from samed_peft.io import is_picture, numbered_names, read_affine, read_labels, read_volume
+
+T = TypeVar("T")
 
 ORIENTATIONS = {"axial": "LPS", "coronal": "LIP", "sagittal": "PIL"}
 """Axis codes of the (x, y, z) axes that slices of each plane are brought to, as on a light box; z is across them."""
@@ -55,7 +59,7 @@ def choose_orientation(folder: LabelledFolder, *, plane: str | None = None) -> s
     Raises:
         InputError: some scans have an affine and others do not, or a header is damaged.
     """
-    affines = {case: read_affine(path) for case, path in folder.images.items()}
+    affines = {case: _read(read_affine, path) for case, path in folder.images.items()}
     silent = [case for case, affine in affines.items() if affine is None]
     if len(silent) == len(affines):
         if plane is not None:
@@ -94,7 +98,7 @@ def choose_window(folder: LabelledFolder) -> tuple[float, float] | None:
         return CT_WINDOW_HU
     if is_picture(next(iter(folder.images.values()))):
         # Decided by all of them: one 16-bit picture among 8-bit ones would be cut off.
-        largest = max(float(read_volume(path).array.max()) for path in folder.images.values())
+        largest = max(float(_read(read_volume, path).array.max()) for path in folder.images.values())
         return (0.0, 255.0) if 1 < largest <= 255 else None
     return None
 
@@ -118,4 +122,10 @@ def class_names_for(folder: LabelledFolder, given: Sequence[str] | None) -> tupl
         return tuple(given)
     if folder.class_names:
         return folder.class_names
-    return numbered_names(map(read_labels, folder.labels.values()), folder=next(iter(folder.labels.values())).parent)
+    label_maps = (_read(read_labels, path) for path in folder.labels.values())
+    return numbered_names(label_maps, folder=next(iter(folder.labels.values())).parent)
+
+
+def _read(read: Callable[[Path], T], path: Path) -> T:
+    with naming_files(path):
+        return read(path)

@@ -79,24 +79,27 @@ def _class_names(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     """Names of labels 1..K from `{"0": "background", "1": "liver"}` or `{"background": 0, "liver": 1}`."""
     labels = content.get("labels")
     if not isinstance(labels, dict) or not labels:
-        raise InputError(f'expected "labels" with numbers and names in {path}, found {labels!r}; {_ADVICE}')
+        raise InputError(f'expected "labels" with numbers and names in {path}, found {labels!r:.200}; {_ADVICE}')
     by_number: dict[int, str] = {}
     for key, value in labels.items():
         number, name = (value, key) if isinstance(value, int) else (key, value)
         if not str(number).isdecimal() or not isinstance(name, str) or int(number) in by_number:
             raise InputError(
-                f"expected one number for each name in the labels of {path}, found {key!r}: {value!r}; "
+                f"expected one number for each name in the labels of {path}, found {key!r:.80}: {value!r:.200}; "
                 "regions of several labels are not supported, name the labels with class_names"
             )
         by_number[int(number)] = name
     names = [by_number[number] for number in sorted(by_number)]
     if sorted(by_number) != list(range(len(by_number))) or "ignore" in names or len(set(names)) != len(names):
         raise InputError(
-            f"expected labels 0..K without gaps, different names, and none to be ignored, in {path}, found {labels}; "
+            f"expected labels 0..K without gaps, different names, and none to be ignored, in {path}, found "
+            f"{labels!s:.500}; "
             "renumber the masks, or name the labels with class_names"
         )
     if len(names) < 2:
-        raise InputError(f"expected labels beside background in {path}, found {labels}; or name them with class_names")
+        raise InputError(
+            f"expected labels beside background in {path}, found {labels!s:.500}; or name them with class_names"
+        )
     return tuple(names[1:])
 
 
@@ -111,7 +114,7 @@ def _channels(content: Mapping[str, Any], path: Path) -> list[str]:
     """Names of channels 0, 1 and so on."""
     listed = content.get("channel_names", content.get("modality", {"0": ""}))
     if not isinstance(listed, dict) or sorted(listed) != sorted(str(number) for number in range(len(listed))):
-        raise InputError(f'expected channels "0", "1" and so on with their names in {path}, found {listed!r}')
+        raise InputError(f'expected channels "0", "1" and so on with their names in {path}, found {listed!r:.200}')
     return [str(listed[str(number)]) for number in range(len(listed))]
 
 
@@ -122,7 +125,8 @@ def _channel_number(channels: list[str], wanted: str | None, path: Path) -> int:
         matching = [n for n, name in enumerate(channels) if wanted.lower() in (name.lower(), str(n))]
         if len(matching) == 1:
             return matching[0]
-    listed = ", ".join(f"{number} ({name})" for number, name in enumerate(channels))
+    listed = ", ".join(f"{number} ({name:.80})" for number, name in enumerate(channels[:20]))
+    listed += f" and {len(channels) - 20} more" if len(channels) > 20 else ""
     found = "none chosen" if wanted is None else f"{wanted!r}"
     raise InputError(f"expected one of the channels {listed} of {path}, found {found}; choose one by name or number")
 
@@ -155,7 +159,9 @@ def _listed_files(training: list[Any], root: Path) -> tuple[dict[str, Path], dic
     case_of_scan: dict[Path, str] = {}
     for entry in training:
         if not isinstance(entry, dict) or not {"image", "label"} <= entry.keys():
-            raise InputError(f'expected "image" and "label" of each training case in {root / DATASET_FILE}: {entry!r}')
+            raise InputError(
+                f'expected "image" and "label" of each training case in {root / DATASET_FILE}: {entry!r:.200}'
+            )
         image, label = (_listed_file(root, str(entry[kind])) for kind in ("image", "label"))
         case = case_name(label)
         if case in images:
@@ -179,7 +185,7 @@ def _listed_file(root: Path, listed: str) -> Path:
     """A file that `dataset.json` names; by its name it is below `root`, but it may be a link to elsewhere."""
     path = Path(os.path.normpath(root / listed))
     if not path.is_relative_to(root):
-        raise InputError(f"expected files below {root} in its {DATASET_FILE}, found {path}")
+        raise InputError(f"expected files below {root} in its {DATASET_FILE}, found {path!s:.300}")
     if suffix_of(path) is None or not os.path.isfile(path):
-        raise InputError(f"{root / DATASET_FILE} lists {path}, which is missing or no scan; mend the list")
+        raise InputError(f"{root / DATASET_FILE} lists {path!s:.300}, which is missing or no scan; mend the list")
     return path

@@ -112,7 +112,9 @@ def listed_split(path: str | Path, patients: Mapping[str, str], *, fold: int = 0
             raise InputError(f'expected lists of cases under "train" and "val" in split {fold} of {path}')
     unknown = sorted({*train, *held_out} - patients.keys())
     if unknown:
-        raise InputError(f"{path} names cases that are not there: {', '.join(unknown[:5])} ({len(unknown)} in all)")
+        raise InputError(
+            f"{path} names cases that are not there: {', '.join(unknown[:5]):.500} ({len(unknown)} in all)"
+        )
     _require_apart(train, held_out, patients)
     return list(train), list(held_out)
 

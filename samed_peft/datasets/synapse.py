@@ -39,13 +39,15 @@ def load_synapse(
     cache_dir: str | Path | None = None,
     num_proc: int | None = None,
     held_out: Sequence[str] = (),
+    verify: bool = True,
 ) -> Dataset:
     """Labelled abdominal CT as a dataset of slices or of volumes.
 
     The folder is either raw BTCV (`Training/img/imgNNNN.nii.gz`, `Training/label/labelNNNN.nii.gz`; any case
     in any split) or preprocessed (`train_npz/caseNNNN_sliceNNN.npz`, `test_vol_h5/caseNNNN.npy.h5`; each
     split takes a case from the other folder if its own lacks it). It is prepared once; files that are edited,
-    added or removed later are noticed. A killed preparation starts anew.
+    added or removed later are noticed. A killed preparation starts anew, and rows in the cache that are damaged are
+    prepared again, with a warning.
 
     Args:
         data_dir: the folder; of raw BTCV also its `Training`.
@@ -56,6 +58,7 @@ def load_synapse(
         cache_dir: folder for prepared rows; by default the cache of Datasets.
         num_proc: processes that prepare; by default one a case, up to the number of cores.
         held_out: names of cases to read first, see `check_cases`.
+        verify: see `load_slices`.
 
     Returns:
         train: rows of `image` (H, W) float32 in [0, 1], `label` (H, W) uint8 in 0..8, `case` ("case0005") and
@@ -85,6 +88,7 @@ def load_synapse(
         window=window,
         cache_dir=cache_dir,
         num_proc=num_proc,
+        verify=verify,
         num_classes=len(folder.class_names),
     )
 

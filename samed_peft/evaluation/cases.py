@@ -1,17 +1,30 @@
 """Score cases in memory, or in mappings that read them one by one."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, printable, reason_of
 from samed_peft.evaluation.pictures import case_picture, scan_window
 from samed_peft.evaluation.report import Report
 from samed_peft.io import Volume, grids_apart_mm
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance, score_case
 
 Labels = Volume | np.ndarray
+
+
+def _raise_or_warn(case: str, error: Exception) -> None:
+    if isinstance(error, InputError):
+        raise InputError(f"{case}: {error}") from error
+    warn_of_failure(case, error)
+
+
+def warn_of_failure(case: str, error: Exception) -> None:
+    """Warn that a case is left out."""
+    warnings.warn(printable(f"{case} failed and is left out: {reason_of(error)}"), stacklevel=3)
 
 
 def evaluate_cases(
@@ -23,11 +36,13 @@ def evaluate_cases(
     window: tuple[float, float] | None = None,
     settings: Mapping[str, Any] | None = None,
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
+    on_failure: Callable[[str, Exception], None] = _raise_or_warn,
 ) -> Report:
     """Score every case and class in both conventions.
 
     Each value is looked up once, case by case, and then dropped: mappings that read or predict on access keep
-    one case in memory.
+    one case in memory. A case that fails is left out and named, with the reason, in the report's settings under
+    `failed_cases`. A picture that cannot be made is named in a warning; its case is scored.
 
     Args:
         predictions: case -> (D, H, W) label map, as `Volume` or array; 0 is background.
@@ -40,30 +55,62 @@ def evaluate_cases(
         settings: facts about the run for the report, as JSON values; `note` is printed on top, `dataset` names the
             data in a model card.
         tolerance_mm: of the surface Dice; see `metrics.score_labels`.
+        on_failure: called with a case that fails and its error, and may raise it. By default, an `InputError` is
+            raised, and others, as libraries raise them for bad files, become warnings.
 
     Raises:
-        InputError: predictions and references are of different cases, or empty; names or tolerance are unusable; or
-            a pair has different grids or labels without a name.
+        InputError: predictions and references are of different cases, or empty; names or tolerance are unusable; a
+            pair has different grids or labels without a name; or, by default, every case failed.
     """
     names, tolerance_mm = checked_names(class_names), checked_tolerance(tolerance_mm)
-    _check_cases(predictions, references)
+    check_same_cases(predictions, references)
     scores: dict[str, CaseScores] = {}
     pictures: dict[str, bytes] = {}
     without_spacing: list[str] = []
+    failed: dict[str, str] = {}
+    shown_cases = set(images or ())
     for case in references:
-        prediction, reference = _volume(predictions[case]), _volume(references[case])
         try:
+            prediction, reference = _volume(predictions[case]), _volume(references[case])
             scores[case] = score_pair(prediction, reference, num_classes=len(names), tolerance_mm=tolerance_mm)
-        except InputError as error:
-            raise InputError(f"{case}: {error}") from error
+        except Exception as error:  # libraries raise errors of many kinds for bad files
+            on_failure(case, error)
+            failed[case] = reason_of(error)
+            continue
         without_spacing += [case] if reference.affine is None else []
-        if images is not None and case in images:
-            image = images[case]
-            shown = scan_window(image, window)
-            pictures[case] = case_picture(image, reference, prediction, class_names=names, window=shown)
-    found = {"cases_without_spacing": without_spacing} if without_spacing else {}
+        if images is not None and case in shown_cases:
+            with _warning_of_picture(case):
+                image = images[case]
+                shown = scan_window(image, window)
+                pictures[case] = case_picture(image, reference, prediction, class_names=names, window=shown)
+    if on_failure is _raise_or_warn:
+        require_scored(scores, failed)
+    lists = {"cases_without_spacing": without_spacing, "failed_cases": failed}
+    found = {name: value for name, value in lists.items() if value}
     found_settings = {**(settings or {}), "surface_dice_tolerance_mm": tolerance_mm, **found}
     return Report(names, scores, settings=found_settings, pictures=pictures)
+
+
+@contextlib.contextmanager
+def _warning_of_picture(case: str) -> Iterator[None]:
+    """Turn an error into a warning: the scores of a case do not need its picture."""
+    try:
+        yield
+    except Warning:
+        raise
+    except Exception as error:  # of the scan's file, or of Matplotlib
+        warnings.warn(printable(f"{case} is scored, but has no picture: {reason_of(error)}"), stacklevel=3)
+
+
+def require_scored(scores: Collection[str], failed: Mapping[str, str]) -> None:
+    """Require that not every case failed.
+
+    Raises:
+        InputError: with the first case's reason.
+    """
+    if failed and not scores:
+        case, reason = next(iter(failed.items()))
+        raise InputError(f"none of {len(failed)} cases could be scored; the first, {case}: {reason}")
 
 
 def _volume(labels: Labels) -> Volume:
@@ -82,11 +129,18 @@ def checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _check_cases(predictions: Mapping[str, Labels], references: Mapping[str, Labels]) -> None:
+def check_same_cases(predictions: Collection[str], references: Collection[str]) -> None:
+    """Require predictions and references of the same cases.
+
+    Raises:
+        InputError: naming those that have no partner, or there is no case.
+    """
     if not references:
         raise InputError("found no case to evaluate: no reference was given; check the folder of references")
-    missing = [case for case in references if case not in predictions]
-    extra = [case for case in predictions if case not in references]
+    # Sets, since asking a mapping may read the case.
+    known, predicted = set(references), set(predictions)
+    missing = [case for case in references if case not in predicted]
+    extra = [case for case in predictions if case not in known]
     if missing or extra:
         raise InputError(
             "predictions and references must be of the same cases; "

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from samed_peft.errors import SomeCasesFailedError
 from samed_peft.evaluation.stored import Entry, Means, read_cases, read_means, read_settings
 from samed_peft.metrics import (
     CONVENTIONS,
@@ -82,6 +83,16 @@ class Report:
             report["cases"].expect(n_cases == len(cases), f"a list of {n_cases} cases")
         means = read_means(report, names, n_cases=n_cases)
         return cls(names, cases, settings=read_settings(report), means=means)
+
+    def require_all_cases(self) -> None:
+        """Require that no case failed and was left out.
+
+        Raises:
+            SomeCasesFailedError: with their number.
+        """
+        if failed := self.settings.get("failed_cases", {}):
+            total = len({*self.cases, *failed})
+            raise SomeCasesFailedError(f"{len(failed)} of {total} cases failed; the report names them")
 
     def _summary_dict(self, convention: Convention) -> dict[str, Any]:
         summary, intervals = self.summary[convention], self.intervals[convention]

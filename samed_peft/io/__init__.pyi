@@ -6,6 +6,7 @@ from .atomic import write_bytes as write_bytes
 from .atomic import write_json as write_json
 from .atomic import write_text as write_text
 from .checksums import check_files as check_files
+from .checksums import fast_checksums as fast_checksums
 from .checksums import file_sha256 as file_sha256
 from .checksums import with_checksums as with_checksums
 from .checksums import without_checksums as without_checksums

@@ -1,11 +1,15 @@
-"""SHA-256 checksums of a folder's files in its JSON record, so that damage is noticed when they are read."""
+"""Checksums of files, so that damage is noticed when they are read: SHA-256 in a folder's record, XXH3 for caches."""
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from samed_peft.errors import InputError
 from samed_peft.io.files import naming_unreadable
@@ -19,6 +23,24 @@ def file_sha256(path: str | Path) -> str:
     path = Path(path)
     with naming_unreadable(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fast_checksums(paths: Sequence[Path]) -> dict[str, str]:
+    """Name of each file -> XXH3 of its bytes, which shows damage, but not who is behind a change.
+
+    For large files that nobody is sent: SHA-256 takes six to ten times as long.
+    """
+    # Hashing releases the interpreter lock, so threads use all cores and overlap with reading.
+    with ThreadPoolExecutor(max_workers=min(len(paths), os.cpu_count() or 1, 16)) as pool:
+        return dict(zip((path.name for path in paths), pool.map(_xxh3, paths), strict=True))
+
+
+def _xxh3(path: Path) -> str:
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(1 << 18))
+    with naming_unreadable(path), path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def with_checksums(values: Mapping[str, Any], record: str, files: Mapping[str, str]) -> dict[str, Any]:

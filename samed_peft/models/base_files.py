@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from samed_peft.errors import InputError
@@ -44,18 +45,55 @@ def check_base_folder(path: Path) -> None:
         _check_index(path / _INDEX)
 
 
+def check_shards(source: str, revision: str | None) -> None:
+    """Refuse a base whose index names other files than weights beside it.
+
+    Args:
+        source: folder, checked as a whole before by `check_base_folder`, or Hub id.
+        revision: branch, tag or commit of the Hub's repository.
+
+    Raises:
+        InputError: naming the index.
+    """
+    if Path(source).is_dir():
+        return
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if cached_file(source, _WEIGHTS, revision=revision, **quietly) is None:
+        index = cached_file(source, _INDEX, revision=revision, **quietly)
+        if index is not None:
+            _shards(Path(index))
+
+
 def _check_index(path: Path) -> None:
+    folder = path.parent.resolve()
+    # The Hub's cache keeps the files of a folder as links to their content.
+    homes = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
+    for name in _shards(path):
+        file = path.with_name(name)
+        if not file.is_file():
+            raise InputError(f"{path} names {name}, which is not there; fetch the base again")
+        if file.resolve().parent not in homes:
+            raise InputError(
+                f"expected files of weights in {folder}, as {path.name} names them, found {name}, a link to "
+                f"{file.resolve()}; copy that file in place of the link, if you trust where the base is from"
+            )
+
+
+def _shards(path: Path) -> list[str]:
+    """The names of files in an index, which must be those of weights beside it."""
     values = read_json(path)
     found = values.get("weight_map") if isinstance(values, dict) else None
-    if not isinstance(found, dict) or not found:
-        raise InputError(f"expected a weight_map in {path}, found none; the file is damaged, fetch the base again")
-    for name in {str(name): None for name in found.values()}:
-        if re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) is None:
+    if not isinstance(found, dict) or not found or not isinstance(values.get("metadata"), dict):
+        raise InputError(
+            f"expected an object with metadata and a weight_map in {path}, found another; the file is damaged, fetch "
+            "the base again"
+        )
+    for name in found.values():
+        if not isinstance(name, str) or re.fullmatch(r"[\w-][\w.-]{0,200}\.safetensors", name, re.ASCII) is None:
             raise InputError(
                 f"expected names of .safetensors files beside {path}, found {name!r:.80}; do not trust its source"
             )
-        if not path.with_name(name).is_file():
-            raise InputError(f"{path} names {name}, which is not there; fetch the base again")
+    return list(dict.fromkeys(found.values()))
 
 
 def check_no_adapter(source: str, revision: str | None) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, SamConfig, SamModel
 
 from samed_peft.config import TINY_SAM, SamedConfig, is_hub_id
 from samed_peft.errors import InputError
-from samed_peft.models.base_files import check_base_config, check_base_folder, check_no_adapter
+from samed_peft.models.base_files import check_base_config, check_base_folder, check_no_adapter, check_shards
 from samed_peft.models.checkpoints import load_meta_checkpoint
 from samed_peft.models.modeling import SamForSemanticSegmentation
 
@@ -87,6 +87,7 @@ def open_sam(base: str, revision: str | None = None) -> SamModel:
         )
     check_no_adapter(source, revision)
     try:
+        check_shards(source, revision)
         sam, info = SamModel.from_pretrained(
             source,
             revision=revision,
@@ -145,7 +146,7 @@ def _cannot_open(base: str, error: Exception) -> InputError:
     """Build the error for a base that Transformers cannot open, with advice for offline use of a Hub id."""
     if isinstance(error, InputError):
         return error
-    message = f"base {base} cannot be opened as a SAM: {' '.join(str(error).split())}"
+    message = f"base {base} cannot be opened as a SAM: {' '.join(str(error).split()):.1000}"
     if is_hub_id(base) and isinstance(error, OSError):
         message += "; without a connection, give as base a folder that Transformers saved or one of Meta's .pth files"
     return InputError(message)

@@ -1,6 +1,6 @@
 """Segment and score held-out cases: masks, scores and pictures in a folder."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from samed_peft.datasets import CaseVolumes
+from samed_peft.errors import reason_of
 from samed_peft.evaluation.artefacts import write_report
-from samed_peft.evaluation.cases import evaluate_cases
+from samed_peft.evaluation.cases import check_same_cases, evaluate_cases, require_scored, warn_of_failure
 from samed_peft.evaluation.report import Report
 from samed_peft.io import Volume
+from samed_peft.metrics import DEFAULT_TOLERANCE_MM
 from samed_peft.models.modeling import config_of
 from samed_peft.prediction.inference import Segmenter, load_segmenter, segment_cases
 
@@ -28,6 +30,9 @@ def score_held_out(
 ) -> Report | None:
     """Segment cases without their labels and score the masks that were written; each process scores its own cases.
 
+    A case that cannot be read, segmented or scored fails alone: it is left out, named in a warning and, with the
+    reason, in the report's settings under `failed_cases`.
+
     Args:
         model: from `load_segmenter`, or the folder of an adapter, which is then tested as it was saved.
         images: case -> scan, read when its turn comes.
@@ -40,36 +45,69 @@ def score_held_out(
         The report on the main process, None on the others.
 
     Raises:
-        InputError: as `evaluate_cases`.
+        InputError: scans and references are of different cases, or every case failed.
     """
-    from samed_peft.metrics.gather import gather_scores  # `evaluate` takes seconds to import
-
+    scans = list(images)
+    mine = scans[accelerator.process_index :: accelerator.num_processes]
+    own = [case for case in references if case in mine or case not in scans]  # the latter are refused
+    if own or mine or accelerator.is_main_process:  # there may be fewer cases than processes
+        check_same_cases(mine, own)
     if isinstance(model, Path):
         model = load_segmenter(model, accelerator=accelerator)
-    masks = segment_cases(model, images, directory / "predictions", accelerator=accelerator)
+    failed: dict[str, str] = {}
+
+    def fail(case: str, error: Exception) -> None:
+        failed[case] = reason_of(error)
+        warn_of_failure(case, error)
+
+    masks = segment_cases(model, images, directory / "predictions", accelerator=accelerator, on_failure=fail)
     config = config_of(model)
     names = config.class_names
-    mine = list(images)[accelerator.process_index :: accelerator.num_processes]
-    written = CaseVolumes.of_masks({case: masks[case] for case in mine})
-    # References without a scan stay in: `evaluate_cases` refuses them.
-    own = {case: partial(references.__getitem__, case) for case in references if case in mine or case not in images}
-    if own or mine or accelerator.is_main_process:
+    if left := [case for case in own if case not in failed]:
         part = evaluate_cases(
-            written, CaseVolumes(own), class_names=names, images=images, window=config.window, settings=settings
+            CaseVolumes.of_masks({case: masks[case] for case in left}),
+            CaseVolumes({case: partial(references.__getitem__, case) for case in left}),
+            class_names=names,
+            images=images,
+            window=config.window,
+            on_failure=fail,
         )
-    else:  # fewer cases than processes
+    else:
         part = Report(names, {})
-    cases = gather_scores(part.cases, names, accelerator=accelerator)
-    pictures = dict(gather_object(list(part.pictures.items())))
-    without_spacing = gather_object(list(part.settings.get("cases_without_spacing", [])))
+    report = _gathered(part, failed, references, settings, accelerator=accelerator)
     if not accelerator.is_main_process:
         return None
-    spacing = {"cases_without_spacing": [case for case in references if case in without_spacing]}
-    report = Report(
-        names,
-        {case: cases[case] for case in references},
-        settings={**part.settings, **(spacing if without_spacing else {})},
-        pictures={case: pictures[case] for case in references},
-    )
     write_report(report, directory)
     return report
+
+
+def _gathered(
+    part: Report,
+    failed: Mapping[str, str],
+    order: Collection[str],
+    settings: Mapping[str, Any],
+    *,
+    accelerator: Accelerator,
+) -> Report:
+    """One report of all processes' cases, in this order; all have to call."""
+    from samed_peft.metrics.gather import gather_scores  # `evaluate` takes seconds to import
+
+    cases = gather_scores(part.cases, part.class_names, accelerator=accelerator)
+    pictures = dict(gather_object(list(part.pictures.items())))
+    failures = dict(gather_object(list(failed.items())))
+    without_spacing = gather_object(list(part.settings.get("cases_without_spacing", [])))
+    require_scored(cases, failures)
+    lists = {
+        "cases_without_spacing": [case for case in order if case in without_spacing],
+        "failed_cases": {case: failures[case] for case in order if case in failures},
+    }
+    return Report(
+        part.class_names,
+        {case: cases[case] for case in order if case in cases},
+        settings={
+            **settings,
+            "surface_dice_tolerance_mm": DEFAULT_TOLERANCE_MM,
+            **{name: found for name, found in lists.items() if found},
+        },
+        pictures={case: pictures[case] for case in order if case in pictures},
+    )

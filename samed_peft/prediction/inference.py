@@ -1,7 +1,7 @@
 """Predict a label mask on a scan's own grid."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import TypeAlias
@@ -192,7 +192,12 @@ def upsampled_argmax(logits: Tensor, size: int) -> Tensor:
 
 
 def segment_cases(
-    model: Segmenter, images: Mapping[str, Volume], directory: Path, *, accelerator: Accelerator
+    model: Segmenter,
+    images: Mapping[str, Volume],
+    directory: Path,
+    *,
+    accelerator: Accelerator,
+    on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Path]:
     """Write a mask for every case, with the cases divided among processes.
 
@@ -203,24 +208,41 @@ def segment_cases(
         images: case -> scan, read in a thread when it is needed.
         directory: folder for `CASE.nii.gz`; each appears whole or not at all.
         accelerator: processes and precision.
+        on_failure: called with a case that cannot be read, segmented or written, and its error; None to raise that.
 
     Returns:
-        case -> file, the same on every process, once all are written.
+        case -> file, the same on every process, once all that this process does not call a failure are written.
     """
     files = {case: directory / f"{case}.nii.gz" for case in images}
     names = dict(enumerate(config_of(model).class_names, start=1))
     mine = list(images)[accelerator.process_index :: accelerator.num_processes]
 
-    def compute(case: str, read: Callable[[], Volume]) -> Callable[[], None]:
-        image = read()
-        with accelerator.autocast():
-            mask = predict_volume(model, image)
-        return partial(write_mask, mask, image, files[case], label_names=names)
+    def compute(case: str, read: Callable[[], Volume]) -> Callable[[], None] | None:
+        with _failing_alone(case, on_failure):
+            image = read()
+            with accelerator.autocast():
+                mask = predict_volume(model, image)
+            return partial(write, case, mask, image)
+        return None
+
+    def write(case: str, mask: np.ndarray, image: Volume) -> None:
+        with _failing_alone(case, on_failure):
+            write_mask(mask, image, files[case], label_names=names)
 
     progress = tqdm(total=len(mine), desc="segmenting", unit="case", disable=not accelerator.is_main_process)
     process_in_order(mine, images.__getitem__, compute, progress=progress)
     accelerator.wait_for_everyone()
     return files
+
+
+@contextlib.contextmanager
+def _failing_alone(case: str, on_failure: Callable[[str, Exception], None] | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # libraries raise errors of many kinds for bad files
+        if on_failure is None or isinstance(error, Warning):
+            raise
+        on_failure(case, error)
 
 
 def largest_parts(mask: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from .runs import finish_run as finish_run
 from .runs import require_replicas as require_replicas
 from .runs import run_settings as run_settings
 from .runs import start_run as start_run
+from .runs import verifies_rows as verifies_rows
 from .state import Progress as Progress
 from .state import load_checkpoint as load_checkpoint
 from .state import save_checkpoint as save_checkpoint

@@ -97,6 +97,14 @@ def start_run(output_dir: Path, *, mixed_precision: str | None = None, repo_id: 
     return accelerator
 
 
+def verifies_rows(accelerator: Accelerator) -> bool:
+    """Whether this process has to verify prepared rows: not if the main process has done so on the same machine.
+
+    The main process must have opened them before, as within `Accelerator.main_process_first`.
+    """
+    return accelerator.is_main_process or accelerator.process_index != accelerator.local_process_index
+
+
 def finish_run(
     run: Run, adapter: Path, report: Report | None, *, accelerator: Accelerator, repo_id: str | None = None
 ) -> None:
@@ -111,13 +119,16 @@ def finish_run(
 
     Raises:
         InputError: the Hub cannot be reached or refuses.
+        SomeCasesFailedError: cases failed; the rest is done, but the adapter is not pushed.
     """
     if report is not None:
         write_card(adapter, report=report, training=run.training)
         print(format_table(report), printable(f"adapter, masks, report and pictures are in {run.output_dir}"), sep="\n")
-        if repo_id:
+        if repo_id and not report.settings.get("failed_cases"):
             print(printable(push_to_hub(adapter, repo_id)))
     accelerator.end_training()
+    if report is not None:
+        report.require_all_cases()
 
 
 def require_replicas(accelerator: Accelerator) -> None:
@@ -233,9 +244,15 @@ def _claim(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
         require_replaceable(directory, RUN_FOLDER)
         write_json(record, settings)
         return
-    found = {name: value for name, value in _DEFAULTS.items() if name in settings} | read_json(record)
+    recorded = read_json(record)
+    if not isinstance(recorded, dict):
+        raise InputError(
+            f"expected an object with the settings of a run in {record}, found {recorded!r:.80}; the file is damaged: "
+            "choose another --output_dir, or put the right one back"
+        )
+    found = {name: value for name, value in _DEFAULTS.items() if name in settings} | recorded
     differing = [
-        f"{name}: {found.get(name)} there, {settings.get(name)} now"
+        f"{name:.80}: {found.get(name)!s:.200} there, {settings.get(name)!s:.200} now"
         for name in sorted({*settings, *found} - {"note"})  # a text for readers, worded otherwise in older versions
         if found.get(name) != settings.get(name)
     ]

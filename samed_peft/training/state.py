@@ -27,7 +27,8 @@ from samed_peft.training.adalora import allocation_tensors, restore_allocation
 _WEIGHTS_FILE, _MOMENTS_FILE = "model.safetensors", "optimizer.safetensors"
 _ALLOCATION_FILE = "ranks.safetensors"
 _STATE_FILE = "state.json"
-_SCALER_FIELDS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+_SCALER_FACTORS, _SCALER_COUNTS = ("scale", "growth_factor", "backoff_factor"), ("growth_interval", "_growth_tracker")
+"""Fields of a loss scaler's state: those that are multiplied, in float32, and those that are counted, in int32."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def load_checkpoint(
         optimizer.state[parameter][kind] = value.to(parameter.device)  # fused AdamW counts steps there too
     if (path / _ALLOCATION_FILE).is_file():
         restore_allocation(model, load_tensors(path / _ALLOCATION_FILE))
-    if accelerator.scaler is not None and scaler is not None:
+    if accelerator.scaler is not None and scaler:  # a scaler that is switched off has no state
         accelerator.scaler.load_state_dict(scaler)
     return progress
 
@@ -157,16 +158,21 @@ def _read_state(path: Path) -> tuple[Progress, dict[str, float] | None]:
             f"expected the step, best_dice and best_epoch of a run as progress in {file}, found {found!r:.120}; "
             f"{_REMEDY}"
         )
-    if scaler is not None and not (
-        isinstance(scaler, dict)
-        and scaler.keys() <= set(_SCALER_FIELDS)
-        and all(_is_number(value) for value in scaler.values())
-    ):
+    if scaler not in (None, {}) and not _is_scaler(scaler):
         raise InputError(
-            f"expected null or the numbers {', '.join(_SCALER_FIELDS)} as scaler in {file}, found {scaler!r:.120}; "
-            f"{_REMEDY}"
+            f"expected null or the numbers {', '.join(_SCALER_FACTORS + _SCALER_COUNTS)} as scaler in {file}, found "
+            f"{scaler!r:.120}; {_REMEDY}"
         )
-    return Progress(**found), scaler
+    return Progress(**found), scaler or None
+
+
+def _is_scaler(state: object) -> bool:
+    return (
+        isinstance(state, dict)
+        and state.keys() == {*_SCALER_FACTORS, *_SCALER_COUNTS}
+        and all(_is_number(state[name]) and 0 < state[name] < 1e38 for name in _SCALER_FACTORS)
+        and all(type(state[name]) is int and 0 <= state[name] < 2**31 for name in _SCALER_COUNTS)
+    )
 
 
 def _is_number(value: object) -> bool:

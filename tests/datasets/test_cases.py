@@ -120,3 +120,9 @@ def test_volumes_of_one_column_and_of_scans():
         np.testing.assert_array_equal(one["case0038"].array, volumes["case0038"].array)
     path = open_folder(BTCV / "raw").images["case0038"]
     np.testing.assert_array_equal(CaseVolumes.of_scans({"a": path}, channel=3)["a"].array, read_volume(path).array)
+
+
+def test_asking_for_a_case_does_not_read_it():
+    cases = CaseVolumes({"a": lambda: 1 / 0})
+    assert "a" in cases
+    assert "b" not in cases

@@ -1,5 +1,6 @@
 """Slices of users' own scans: orientation, window, empty slices, colour, and refusals."""
 
+import dataclasses
 import json
 
 import nibabel
@@ -194,6 +195,17 @@ def test_an_edited_file_is_prepared_anew(tmp_path):
     nibabel.save(nibabel.Nifti1Image(np.zeros_like(label), np.eye(4)), folder.labels["a"])
     assert before > 0
     assert slices(folder)[1]["label"].sum() == 0
+
+
+@pytest.mark.parametrize("cases", ["a", "ab"])  # in this process, and in others
+@pytest.mark.parametrize("held_out", [(), ("b",)])
+def test_unexpected_errors_name_the_files(tmp_path, cases, held_out):
+    folder = write_folder(tmp_path / "d", {"a": (*blob(), np.eye(4)), "b": (*blob(seed=1), np.eye(4))})
+    folder = dataclasses.replace(folder, label_table=(0, 300))  # NumPy: OverflowError
+    case = "b" if held_out else "[ab]"
+    files = rf"\S*imagesTr/{case}_0000\.nii\.gz and \S*labelsTr/{case}\.nii\.gz"
+    with pytest.raises(InputError, match=rf"^{files} cannot be used: OverflowError: .*300.*leave the case out$"):
+        load_slices(folder, cases, num_classes=1, orientation=None, window=None, held_out=held_out)
 
 
 @pytest.mark.parametrize("below", ["", "below"])

@@ -88,7 +88,7 @@ KINDS = {
     "run.json": Kind(("run/run.json",), lambda folder: _claim(folder / "run", {"rank": 4, "data": ["a"]}, resume=True)),
 }
 SCANS = ("nii", "nii.gz", "nrrd", "mha", "npz", "npy.h5", "png", "tif", "jpg", "dicom")
-OWN = ("adapter", "checkpoint", "report.json", "dataset.json", "run.json")
+OWN = ("adapter", "checkpoint", "rows", "report.json", "dataset.json", "run.json")
 
 
 def _adapter(folder: Path) -> list[Any]:
@@ -184,7 +184,13 @@ def corrupt(kind_name: str, seed: int, first: int, count: int, inputs: str, how:
     expected = kind.read(root)
     if kind.files == ("cache",):
         kind = Kind(
-            tuple(str(p.relative_to(root)) for p in (root / "cache").rglob("*.arrow")), kind.read, kind.checked_from
+            tuple(
+                str(p.relative_to(root))
+                for p in sorted((root / "cache").rglob("*"))
+                if p.is_file() and p.stat().st_size
+            ),
+            kind.read,
+            kind.checked_from,
         )
     limit = _resident("VmSize") + 4 * _BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -6,7 +6,7 @@ from .outcomes import Failure, Result, Workshop, last_line, remove
 from .zygote import Zygote
 
 SCANS = ("nii", "nii.gz", "nrrd", "mha", "npz", "npy.h5", "png", "tif", "jpg", "dicom")
-OWN = ("adapter", "checkpoint", "report.json", "dataset.json", "run.json")
+OWN = ("adapter", "checkpoint", "rows", "report.json", "dataset.json", "run.json")
 FLIPPED = ("adapter", "checkpoint", "rows")
 _SHARE = 50
 

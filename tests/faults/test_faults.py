@@ -14,7 +14,7 @@ LEFT_OUT = {
     "load_adapter beside a writer": False,
     "signals": ("train, 2 processes",),
     "fuzzed": (),
-    "flipped": ("rows",),
+    "flipped": (),
     "hostile": (),
 }
 """Attacks that the package does not withstand yet. Empty this, and all are part of the tests."""

@@ -498,6 +498,18 @@ def test_a_private_adapter_is_fetched_with_the_token_alone(hub, adapter, monkeyp
     load_adapter(REPO, base=str(GOLDEN / "sam_base.pth"))
 
 
+def test_cve_2026_21851_files_of_the_hub_stay_in_their_folder(hub, adapter, tmp_path):
+    push_to_hub(adapter, REPO)
+    slipped = ("../slipped.json", "../../../../adapter_config.json", f"{tmp_path}/slipped.json", "a/../../report.json")
+    hub.repositories[REPO].commits.append(commits(hub)[0] | dict.fromkeys(slipped, b"{}"))
+    before = content_of(tmp_path)
+    load_adapter(REPO, base=str(GOLDEN / "sam_base.pth"))
+    new = {str(path) for path in content_of(tmp_path).keys() - before.keys()}
+    assert new
+    assert all(path.startswith("cache/") and "slipped" not in path for path in new)
+    assert not any("slipped" in path or ".." in path for _, path in hub.requests)
+
+
 def test_an_adapter_that_is_not_there(hub):
     with pytest.raises(
         InputError, match="someone/nothing cannot be fetched from the Hub: it does not exist or is private"

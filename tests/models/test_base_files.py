@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from huggingface_hub import constants
+from safetensors.torch import load_file
 
 from samed_peft.errors import InputError
 from samed_peft.models.bases import TINY_SAM_DIR, open_sam
@@ -82,31 +83,78 @@ def test_cve_2025_58756_pickles_of_a_base_are_never_opened(base, tmp_path, monke
     assert not (tmp_path / "RAN").exists()
 
 
+ELSEWHERE = [
+    ("../x.safetensors", r"beside .*index\.json, found '\.\./x"),
+    ("../../../x.safetensors", r"beside .*index\.json, found '\.\./\.\./\.\./x"),
+    ("/etc/x.safetensors", "found '/etc/x"),
+    ("..\\x.safetensors", "do not trust its source"),
+    ("pytorch_model.bin", r"expected names of \.safetensors files"),
+    ("a\0.safetensors", r"expected names of \.safetensors files"),
+    ("x" * 300 + ".safetensors", r"expected names of \.safetensors files"),
+    (5, r"found 5; do not"),
+    (None, r"found None; do not"),
+    (["x.safetensors"], r"found \['x\.safetensors'\]; do not"),
+]
+
+
+def sharded(folder, name):
+    """Replace the weights of a base by a shard, and an index that names some file."""
+    weights = load_file(TINY_SAM_DIR / "model.safetensors")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    for file in (folder.parent / "x.safetensors", folder / "part-1.safetensors"):
+        shutil.copyfile(TINY_SAM_DIR / "model.safetensors", file)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("../x.safetensors", r"beside .*index\.json, found '\.\./x"),
-        ("/etc/x.safetensors", "found '/etc/x"),
-        ("..\\x.safetensors", "do not trust its source"),
-        ("pytorch_model.bin", r"expected names of \.safetensors files"),
-        (5, r"expected names of \.safetensors files"),
-        ("gone.safetensors", r"names gone\.safetensors, which is not there"),
-    ],
+    ("name", "message"), [*ELSEWHERE, ("gone.safetensors", r"names gone\.safetensors, which is not")]
 )
 def test_shards_lie_beside_their_index(base, name, message):
-    weights = load_file(base / "model.safetensors")
-    (base / "model.safetensors").unlink()
-    save_file(weights, base.parent / "x.safetensors", {"format": "pt"})
-    save_file(weights, base / "part-1.safetensors", {"format": "pt"})
-    index = base / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, "part-1.safetensors")}))
+    sharded(base, "part-1.safetensors")
     assert open_sam(str(base)) is not None
-    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, name)}))
+    sharded(base, name)
     with pytest.raises(InputError, match=message):
         open_sam(str(base))
 
 
-@pytest.mark.parametrize("content", ["[1]", "{}", '{"weight_map": [1]}', "{"])
+def test_shards_are_no_links_to_other_folders(base):
+    sharded(base, "part-1.safetensors")
+    (base / "part-1.safetensors").unlink()
+    (base / "part-1.safetensors").symlink_to(base.parent / "x.safetensors")
+    with pytest.raises(InputError, match=r"found part-1\.safetensors, a link to .*/x\.safetensors; copy that file"):
+        open_sam(str(base))
+
+
+@pytest.fixture
+def hub_base(tmp_path, monkeypatch):
+    """The files of a base in the Hub's cache, as links to their content; without a connection."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--someone--sam", "a" * 40
+    for folder in ("refs", "blobs", f"snapshots/{commit}"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copyfile(TINY_SAM_DIR / "config.json", repository / "snapshots" / commit / "config.json")
+    return repository / "snapshots" / commit
+
+
+@pytest.mark.parametrize(("name", "message"), ELSEWHERE)
+def test_shards_of_the_hub_lie_beside_their_index(hub_base, name, message):
+    sharded(hub_base, name)
+    with pytest.raises(InputError, match=message):
+        open_sam("someone/sam")
+
+
+def test_shards_of_the_hub_are_links_in_its_cache(hub_base):
+    sharded(hub_base, "part-1.safetensors")
+    (hub_base / "part-1.safetensors").rename(hub_base.parents[1] / "blobs" / "0123")
+    (hub_base / "part-1.safetensors").symlink_to("../../blobs/0123")
+    assert open_sam("someone/sam") is not None
+    assert open_sam(str(hub_base)) is not None
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": "x.safetensors"}}', "{"])
 def test_a_damaged_index_is_named(base, content):
     (base / "model.safetensors").unlink()
     (base / "model.safetensors.index.json").write_text(content)

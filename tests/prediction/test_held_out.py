@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
-from samed_peft.errors import InputError
+from samed_peft.datasets import CaseVolumes
+from samed_peft.errors import InputError, SomeCasesFailedError
 from samed_peft.evaluation import evaluate_cases
 from samed_peft.io import Volume
 from samed_peft.prediction.held_out import score_held_out
@@ -102,3 +103,63 @@ def test_pictures_of_normalized_scans_take_no_window(monkeypatch):
     labels = dict.fromkeys(images, Volume(np.zeros((1, 8, 8), np.uint8)))
     evaluate_cases(labels, labels, class_names=["a"], images=images, window=(-125.0, 275.0))
     assert shown == [None, (-125.0, 275.0), None]
+
+
+def failing(error):
+    def read():
+        raise error
+
+    return read
+
+
+def test_a_case_that_fails_leaves_the_others(golden_model, tmp_path):
+    scan = Volume(np.linspace(0, 1, 64, dtype=np.float32).reshape(1, 8, 8), normalized=True)
+    labels = Volume(np.eye(8, dtype=np.uint8)[None])
+    images = CaseVolumes({"a": lambda: scan, "b": failing(KeyError("x")), "c": lambda: scan, "d": lambda: scan})
+    odd = {"c": failing(InputError("c.nii is cut off")), "d": lambda: Volume(labels.array * 99)}
+    references = CaseVolumes(dict.fromkeys("ab", lambda: labels) | odd)
+    with pytest.warns(UserWarning, match="left out") as warned:
+        report = score_held_out(
+            golden_model, images, references, tmp_path, accelerator=Accelerator(cpu=True), settings={"seed": 3}
+        )
+    reasons = {"b": "KeyError: 'x'", "c": "c.nii is cut off", "d": report.settings["failed_cases"]["d"]}
+    assert "99" in reasons["d"]
+    assert report.settings["failed_cases"] == reasons
+    assert [str(w.message) for w in warned] == [f"{c} failed and is left out: {r}" for c, r in reasons.items()]
+    assert list(report.cases) == list(report.pictures) == ["a"]
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["failed_cases"] == reasons
+    with pytest.raises(SomeCasesFailedError, match="3 of 4 cases failed; the report names them"):
+        report.require_all_cases()
+
+
+def test_cases_that_all_fail_are_an_error(golden_model, tmp_path):
+    bad = CaseVolumes(dict.fromkeys("ab", failing(RuntimeError("no\nluck"))))
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(InputError, match=r"none of 2 cases could be scored; the first, a: RuntimeError: no$"),
+    ):
+        score_held_out(golden_model, bad, bad, tmp_path, accelerator=Accelerator(cpu=True), settings={})
+
+
+def test_a_picture_that_cannot_be_made_is_named():
+    labels = Volume(np.zeros((1, 8, 8), np.uint8))
+    images = CaseVolumes(
+        {"a": failing(TypeError("odd")), "b": lambda: labels, "c": lambda: Volume(np.zeros((2, 8, 8)))}
+    )
+    pairs = dict.fromkeys(images, labels)
+    with pytest.warns(UserWarning, match="has no picture") as warned:
+        report = evaluate_cases(pairs, pairs, class_names=["x"], images=images)
+    assert list(report.cases) == ["a", "b", "c"]
+    assert list(report.pictures) == ["b"]
+    one, other = (str(w.message) for w in warned)
+    assert one == "a is scored, but has no picture: TypeError: odd"
+    assert other.startswith("c is scored, but has no picture: expected an image of shape")
+
+
+def test_an_unexpected_error_is_one_cases_failure():
+    labels = Volume(np.zeros((1, 8, 8), np.uint8))
+    pairs = CaseVolumes({"a": failing(LookupError("no such tag")), "b": lambda: labels})
+    with pytest.warns(UserWarning, match="^a failed and is left out: LookupError: no such tag$"):
+        report = evaluate_cases(pairs, dict.fromkeys("ab", labels), class_names=["x"])
+    assert list(report.cases) == ["b"]
+    assert report.settings["failed_cases"] == {"a": "LookupError: no such tag"}

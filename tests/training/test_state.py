@@ -60,6 +60,7 @@ def test_checkpoints_without_the_entry_load_as_before(checkpoint, accelerator):
 
 
 GOOD = {"step": 7, "best_dice": 0.5, "best_epoch": 2}
+SCALER = torch.amp.GradScaler("cpu").state_dict()
 
 
 @pytest.mark.parametrize(
@@ -80,12 +81,25 @@ GOOD = {"step": 7, "best_dice": 0.5, "best_epoch": 2}
         {"scaler": {"scale": "x"}},
         {"scaler": {"scale": -1.0}},
         {"scaler": {"__class__": 1}},
+        {"scaler": []},
+        {"scaler": {name: value for name, value in SCALER.items() if name != "scale"}},
+        {"scaler": SCALER | {"scale": 10**60}},
+        {"scaler": SCALER | {"_growth_tracker": 0.5}},
+        {"scaler": SCALER | {"growth_interval": 2**31}},
     ],
 )
 def test_a_state_of_nonsense_is_named(checkpoint, accelerator, changes):
     edit(checkpoint, **changes)
     with pytest.raises(InputError, match=rf"as {next(iter(changes))} in .*state\.json, found .*remove this checkpoint"):
         load(checkpoint, accelerator)
+
+
+@pytest.mark.parametrize("state", [SCALER, SCALER | {"scale": 8.0}, None, {}])
+def test_a_loss_scaler_goes_on(checkpoint, accelerator, state):
+    edit(checkpoint, progress=GOOD, scaler=state)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    load(checkpoint, accelerator)
+    assert accelerator.scaler.state_dict() == (state or SCALER)
 
 
 @pytest.mark.parametrize("content", ["[1]", "3", '"x"', "{", "null"])

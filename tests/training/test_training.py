@@ -18,14 +18,17 @@ from accelerate.utils import DistributedType
 from conftest import GOLDEN, load_samed_weights, npz, samed_weights
 from datasets import Dataset, DatasetInfo
 
+from samed_peft.adapters.save_load import save_adapter
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig, TrainingConfig
 from samed_peft.datasets import LabelledFolder, Splits
-from samed_peft.errors import InputError, NonFiniteLossError
+from samed_peft.errors import InputError, NonFiniteLossError, SomeCasesFailedError
+from samed_peft.evaluation import evaluate_cases
 from samed_peft.training import (
     Progress,
     Run,
     build_optimizer,
     claim_run_folder,
+    finish_run,
     fit,
     load_checkpoint,
     require_replicas,
@@ -33,6 +36,7 @@ from samed_peft.training import (
     save_checkpoint,
     train_step,
     training_steps,
+    verifies_rows,
 )
 from samed_peft.training.batches import TrainingSlices
 from samed_peft.training.loop import learning_rate
@@ -324,6 +328,28 @@ def test_a_base_is_recorded_by_its_absolute_path(accelerator, tmp_path, monkeypa
     (tmp_path / "run" / "run.json").write_text("{}")
     with pytest.raises(InputError, match=f"base: None there, {re.escape(str(GOLDEN))}/sam_base.pth now"):
         fit(run, accelerator=accelerator)
+
+
+@pytest.mark.parametrize(
+    ("process", "local", "expected"), [(0, 0, True), (1, 1, False), (7, 7, False), (8, 0, True), (9, 1, True)]
+)
+def test_rows_are_verified_once_where_the_main_process_runs(process, local, expected):
+    accelerator = SimpleNamespace(is_main_process=process == 0, process_index=process, local_process_index=local)
+    assert verifies_rows(accelerator) is expected
+
+
+def test_a_run_whose_test_failed_in_part_is_done_but_not_pushed(golden_model, tmp_path, accelerator, capsys):
+    save_adapter(golden_model, tmp_path / "adapter")
+    folder = LabelledFolder(tmp_path, SYNAPSE_CLASSES, None, {}, {})
+    rows = Dataset.from_dict({}, info=DatasetInfo(config_name="none"))
+    run = Run(golden_model.samed_config, TrainingConfig(), rows, tmp_path, folder, Splits([], [], []))
+    mask = np.ones((1, 4, 4), np.uint8)
+    whole = evaluate_cases({"a": mask}, {"a": mask}, class_names=SYNAPSE_CLASSES)
+    report = dataclasses.replace(whole, settings={"failed_cases": {"b": "KeyError: 'x'"}})
+    with pytest.raises(SomeCasesFailedError, match="1 of 2 cases failed; the report names them"):
+        finish_run(run, tmp_path / "adapter", report, accelerator=accelerator, repo_id="someone/adapter")
+    assert "1 failed and left out: b" in capsys.readouterr().out
+    assert "model-index:" in (tmp_path / "adapter" / "README.md").read_text()
 
 
 def test_a_model_split_over_processes_is_refused():
