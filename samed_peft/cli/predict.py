@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Segment a scan, or every scan in a folder: .nii.gz .nii .nrrd .mha .npy.h5 .npz .png .tif .tiff .jpg .jpeg, and folders
 with a DICOM series, of single slices or multi-frame files; a .dcm file alone if it holds the whole scan. Masks have the
-scans' own grids and the names of the classes. In a folder whose names all end in _0000, _0001 ... as nnU-Net's, one
-channel is segmented. Finished scans are skipped."""
+scans' own grids and the names of the classes. If the adapter was trained on files with nnU-Net's channel suffixes,
+_0000, _0001 ..., or it does not know and all names of a folder end so, one channel is segmented and named without the
+suffix. Finished scans are skipped."""
 
 _EPILOG = """\
 samed predict --adapter runs/synapse/adapter --input scan.nii.gz --output mask.nii.gz
 samed predict --adapter runs/synapse/adapter --input scans --output masks --overlay
 accelerate launch --num_processes 4 -m samed_peft predict --adapter NAME/REPOSITORY --input scans --output masks
 
-exit codes: 0 done, 1 some scans failed and the others are done, 2 wrong input"""
+exit codes: 0 done, 1 some scans failed or may have been passed over and the others are done, 2 wrong input"""
 
 
 def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -75,20 +76,43 @@ def run(args: argparse.Namespace) -> None:
     place = {name: vars(args)[name] for name in ("base", "dtype", "device", "revision")}
     model = prediction.load_segmenter(args.adapter, accelerator=accelerator, **place)
     channel = config_of(model).channel if args.channel is None else args.channel
-    scans = prediction.plan_masks(sources, args.output, channel=channel, **kind)
+    known = config_of(model).channel_files
+    scans = prediction.plan_masks(sources, args.output, channel=channel, channel_files=known, **kind)
     outcome = prediction.predict_files(model, scans, options=options, accelerator=accelerator)
     accelerator.end_training()
     # Other processes exit with 0: if one failed, a launcher would stop the main process before it has reported.
     if accelerator.is_main_process:
-        others = f"{len(sources) - len(scans)} of {len(sources)} files are other channels, by their names, and left out"
-        if len(scans) < len(sources):
-            print(others)
+        others = len(sources) - len(scans)
+        left_out = f"{others} of {len(sources)} files are other channels, by their names, and left out"
+        if others:
+            print(left_out)
+        maybe = [] if args.series else _tell_passed_over(args.input, sources, args.output)
         _report(outcome, args.output)
-        if len(scans) < len(sources) and channel is None:
+        if others and channel is None:
             raise SomeCasesFailedError(
-                f"{others}, but the adapter knows no channels; give --channel 0 if that is right, or rename files that "
-                "are cases, so that their names do not end in _0000, _0001 and so on"
+                f"{left_out}, but the adapter knows {'a single channel' if known else 'no channels'}; give --channel 0 "
+                "if that is right, or rename files that are cases, so that their names do not end in _0000, _0001 and "
+                "so on"
             )
+        if maybe:
+            raise SomeCasesFailedError(
+                f"{maybe} may hold scans, but are passed over; convert such files to a format that is read, give such "
+                "folders as --input, or move them elsewhere"
+            )
+
+
+def _tell_passed_over(source: Path, scans: list[Path], output: Path) -> str:
+    """Say what was passed over beside the scans; returns the names of those that may hold scans all the same."""
+    from samed_peft.prediction.scans import files_passed_over
+
+    maybe, others = files_passed_over(source, scans, output)
+    if others:
+        print(printable(f"passed over, as they are no scans: {_listed(others)}"))
+    return _listed(maybe)
+
+
+def _listed(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths[:5]) + f" and {len(paths) - 5} more" * (len(paths) > 5)
 
 
 def _report(outcome: "Outcome", output: Path) -> None:

@@ -96,6 +96,10 @@ class SamedConfig(JsonFields):
     channel: int | None = described(
         "number of the channel to train on, of 4-D scans or of files named as nnU-Net's, or None", None, NOT_NEGATIVE
     )
+    channel_files: bool | None = described(
+        "whether each channel of training scans was a file, named CASE_0000 and so on as nnU-Net's; None if unknown",
+        None,
+    )
     preset: str = described("name of the published recipe that this config follows", "samed")
     method: str = described(f"how to adapt the encoder: {', '.join(METHODS)}", "lora", _METHOD)
     rank: int = described("rank of the low-rank updates", 4)

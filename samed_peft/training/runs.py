@@ -36,8 +36,8 @@ _DEFAULTS = {
 }
 """Settings that a run of an older version did not record, as JSON values."""
 
-_WITHOUT_EFFECT = ("num_workers", "checkpoint_steps")
-"""Fields of TrainingConfig that do not change the result, so they may differ when a run resumes."""
+_WITHOUT_EFFECT = ("num_workers", "checkpoint_steps", "channel_files")
+"""Fields that do not change the result, so they may differ when a run resumes."""
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,11 @@ def run_settings(
         data: names of the data, with fingerprints of their files.
         accelerator: its number of processes and precision count too.
     """
-    decisive = {name: value for name, value in training.to_dict().items() if name not in _WITHOUT_EFFECT}
+    fields = config.to_dict() | training.to_dict()
     note = {"note": TINY_SAM_NOTE} if config.base == TINY_SAM else {}
     return {
         **note,
-        **config.to_dict(),
-        **decisive,
+        **{name: value for name, value in fields.items() if name not in _WITHOUT_EFFECT},
         "data": list(data),
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
