@@ -101,7 +101,8 @@ def files_passed_over(source: Path, scans: Sequence[Path], output: Path) -> tupl
     if not source.is_dir():
         return [], []
     is_series = list(scans) == [source]
-    maybe, others = [], []
+    maybe: list[Path] = []
+    others: list[Path] = []
     for item in list_folder(source):
         is_own = output.resolve().is_relative_to(item.resolve()) or item in scans
         if item.name.startswith(".") or is_own:
