@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
     from samed_peft import prediction
     from samed_peft.io import FolderKind, require_highdicom, require_replaceable
+    from samed_peft.models.launch import require_precision, warn_of_one_process
     from samed_peft.models.modeling import config_of
 
     names = ("batch_size", "dtype", "flips", "keep_largest", "overlay", "overwrite", "compile")
@@ -73,6 +74,9 @@ def run(args: argparse.Namespace) -> None:
     for folder in (first.mask.parent, *([first.overlay.parent] if args.overlay else [])):
         require_replaceable(folder, FolderKind(in_place=True))
     accelerator = Accelerator(cpu=args.device == "cpu")
+    warn_of_one_process(accelerator)
+    if args.dtype is None:  # before a large base is loaded
+        require_precision(accelerator)
     place = {name: vars(args)[name] for name in ("base", "dtype", "device", "revision")}
     model = prediction.load_segmenter(args.adapter, accelerator=accelerator, **place)
     channel = config_of(model).channel if args.channel is None else args.channel

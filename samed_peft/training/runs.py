@@ -21,6 +21,7 @@ from samed_peft.errors import InputError, printable
 from samed_peft.evaluation import Report, format_table
 from samed_peft.hub.push import check_repo_id, push_to_hub
 from samed_peft.io import FolderKind, Volume, read_json, require_replaceable, write_json
+from samed_peft.models.launch import check_launch
 
 RUN_FILE = "run.json"
 """Record of a run's settings; marks a folder as that of a run."""
@@ -87,13 +88,14 @@ def start_run(output_dir: Path, *, mixed_precision: str | None = None, repo_id: 
 
     Raises:
         InputError: the folder cannot be written or holds other files, `repo_id` is malformed, or Accelerate is set up
-            to split one model over processes.
+            to split one model over processes or to compute in fp16 without a GPU.
     """
     if repo_id:
         check_repo_id(repo_id)
     require_replaceable(output_dir, RUN_FOLDER)
     accelerator = Accelerator(mixed_precision=mixed_precision, log_with="tensorboard", project_dir=output_dir)
     require_replicas(accelerator)
+    check_launch(accelerator)
     return accelerator
 
 
