@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     from samed_peft.io import FolderKind, require_highdicom, require_replaceable
     from samed_peft.models.launch import require_precision, warn_of_one_process
     from samed_peft.models.modeling import config_of
+    from samed_peft.prediction.scans import warn_of_storage_order
 
     names = ("batch_size", "dtype", "flips", "keep_largest", "overlay", "overwrite", "compile")
     options = prediction.PredictionOptions(**{name: vars(args)[name] for name in names})
@@ -80,6 +81,8 @@ def run(args: argparse.Namespace) -> None:
     place = {name: vars(args)[name] for name in ("base", "dtype", "device", "revision")}
     model = prediction.load_segmenter(args.adapter, accelerator=accelerator, **place)
     channel = config_of(model).channel if args.channel is None else args.channel
+    if accelerator.is_main_process:
+        warn_of_storage_order(sources, config_of(model).orientation)
     known = config_of(model).channel_files
     scans = prediction.plan_masks(sources, args.output, channel=channel, channel_files=known, **kind)
     outcome = prediction.predict_files(model, scans, options=options, accelerator=accelerator)

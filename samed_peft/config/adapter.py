@@ -22,6 +22,9 @@ from samed_peft.config.patterns import LAYER_PATTERN, is_layer_pattern
 SYNAPSE_CLASSES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
 """The eight organs of Synapse multi-organ CT in SAMed's order; label k is `SYNAPSE_CLASSES[k - 1]`."""
 
+BTCV_ORIENTATION = "LAS"
+"""Axis codes of raw BTCV's scans, whose slices SAMed and TransUNet stored as they are."""
+
 SYNAPSE_NAME = "Synapse multi-organ CT (BTCV)"
 """What reports and model cards call that data."""
 

@@ -1,6 +1,7 @@
 """List the scans to segment and plan the files of their masks."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,18 @@ def list_scans(source: Path, *, series: str | None = None) -> list[Path]:
     if not scans:
         raise InputError(_none_found(source, series))
     return scans
+
+
+def warn_of_storage_order(sources: Sequence[Path], orientation: str | None) -> None:
+    """Warn if scans have an orientation and the adapter does not record that of its training scans."""
+    formats = [DICOM_SERIES if path.is_dir() else format_of(path) for path in sources]
+    if orientation is None and any(kind and not kind.is_picture and not kind.is_normalized for kind in formats):
+        warnings.warn(
+            "the adapter does not record the orientation of its training scans, so slices follow the order in which "
+            "each scan is stored; bring scans to the training scans' orientation, or record it with samed convert "
+            "--orientation",
+            stacklevel=3,
+        )
 
 
 def files_passed_over(source: Path, scans: Sequence[Path], output: Path) -> tuple[list[Path], list[Path]]:
