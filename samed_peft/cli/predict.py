@@ -80,32 +80,28 @@ def run(args: argparse.Namespace) -> None:
         require_precision(accelerator)
     place = {name: vars(args)[name] for name in ("base", "dtype", "device", "revision")}
     model = prediction.load_segmenter(args.adapter, accelerator=accelerator, **place)
-    channel = config_of(model).channel if args.channel is None else args.channel
+    config = config_of(model)
+    channel = config.channel if args.channel is None else args.channel
     if accelerator.is_main_process:
-        warn_of_storage_order(sources, config_of(model).orientation)
-    known = config_of(model).channel_files
-    scans = prediction.plan_masks(sources, args.output, channel=channel, channel_files=known, **kind)
+        warn_of_storage_order(sources, config.orientation)
+    scans = prediction.plan_masks(sources, args.output, channel=channel, channel_files=config.channel_files, **kind)
     outcome = prediction.predict_files(model, scans, options=options, accelerator=accelerator)
     accelerator.end_training()
     # Other processes exit with 0: if one failed, a launcher would stop the main process before it has reported.
     if accelerator.is_main_process:
-        others = len(sources) - len(scans)
-        left_out = f"{others} of {len(sources)} files are other channels, by their names, and left out"
-        if others:
-            print(left_out)
-        maybe = [] if args.series else _tell_passed_over(args.input, sources, args.output)
+        left_out = _tell_other_channels(len(sources) - len(scans), len(sources))
+        passed_over = "" if args.series else _tell_passed_over(args.input, sources, args.output)
         _report(outcome, args.output)
-        if others and channel is None:
-            raise SomeCasesFailedError(
-                f"{left_out}, but the adapter knows {'a single channel' if known else 'no channels'}; give --channel 0 "
-                "if that is right, or rename files that are cases, so that their names do not end in _0000, _0001 and "
-                "so on"
-            )
-        if maybe:
-            raise SomeCasesFailedError(
-                f"{maybe} may hold scans, but are passed over; convert such files to a format that is read, give such "
-                "folders as --input, or move them elsewhere"
-            )
+        _require_all_done(left_out if channel is None else "", passed_over, bool(config.channel_files))
+
+
+def _tell_other_channels(count: int, total: int) -> str:
+    """Say how many files were left out for their channel, if any."""
+    if not count:
+        return ""
+    told = f"{count} of {total} files are other channels, by their names, and left out"
+    print(told)
+    return told
 
 
 def _tell_passed_over(source: Path, scans: list[Path], output: Path) -> str:
@@ -113,9 +109,25 @@ def _tell_passed_over(source: Path, scans: list[Path], output: Path) -> str:
     from samed_peft.prediction.scans import files_passed_over
 
     maybe, others = files_passed_over(source, scans, output)
-    if others:
-        print(printable(f"passed over, as they are no scans: {_listed(others)}"))
+    for paths, reason in ((others, "as they are no scans"), (maybe, "though they may hold scans")):
+        if paths:
+            print(printable(f"passed over, {reason}: {_listed(paths)}"))
     return _listed(maybe)
+
+
+def _require_all_done(left_out: str, passed_over: str, has_one_channel: bool) -> None:
+    """Raise if scans may have been left out that users would miss."""
+    if left_out:
+        raise SomeCasesFailedError(
+            f"{left_out}, but the adapter knows {'a single channel' if has_one_channel else 'no channels'}; give "
+            "--channel 0 if that is right, or rename files that are cases, so that their names do not end in _0000, "
+            "_0001 and so on"
+        )
+    if passed_over:
+        raise SomeCasesFailedError(
+            f"{passed_over} may hold scans, but were passed over; convert such files to a format that is read, give "
+            "such folders as --input, or move them elsewhere"
+        )
 
 
 def _listed(paths: list[Path]) -> str:

@@ -88,4 +88,4 @@ def test_the_command_reads_what_the_adapter_recorded(tmp_path, capsys):
         main([*command, str(tmp_path / "scans")])
     printed = capsys.readouterr()
     assert "passed over, as they are no scans: notes.txt" in printed.out
-    assert "error: a_0001.mhd may hold scans, but are passed over" in printed.err
+    assert "error: a_0001.mhd may hold scans, but were passed over" in printed.err
