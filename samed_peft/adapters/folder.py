@@ -95,7 +95,7 @@ def adapter_folder(source: str | Path, *, revision: str | None = None) -> Path:
     """The folder of an adapter's files; those of a Hub id are fetched, or found in the cache when offline.
 
     Args:
-        source: folder or Hub id.
+        source: folder, also that of the run that trained the adapter, or Hub id.
         revision: branch, tag or commit of the Hub's repository; None for its main branch.
 
     Raises:
@@ -108,13 +108,38 @@ def adapter_folder(source: str | Path, *, revision: str | None = None) -> Path:
                 f"expected no revision for the folder {source}, found {revision!r}: only repositories on the Hub have "
                 "revisions; leave it out"
             )
-        return folder
+        return adapter_within(folder)
     if not is_hub_id(str(source)):
         raise InputError(f"{source} is neither an adapter directory nor a Hub id such as name/adapter")
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=[*ADAPTER_FILES, REPORT_FILE]))
     except (httpx2.HTTPError, OSError, RuntimeError) as error:  # the last from xet
         raise InputError(_fetch_problem(str(source), revision, error)) from error
+
+
+def adapter_within(folder: Path) -> Path:
+    """The folder of an adapter, given itself or the folder of the run that trained it.
+
+    Raises:
+        InputError: the run has no adapter yet or two, or the folder is a checkpoint.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    found = [path for name in ("adapter_best", "adapter") if ((path := folder / name) / CONFIG_FILE).is_file()]
+    if len(found) > 1:
+        raise InputError(
+            f"{folder} holds two adapters, {found[0].name} of the best validation and {found[1].name} of the last "
+            f"epoch; give {found[0]} or {found[1]}"
+        )
+    around = folder.parent.parent if folder.name.startswith("step-") else folder.parent
+    run = around if (folder / "state.json").is_file() or folder.name == "checkpoints" else folder
+    if not found and (run / "run.json").is_file():
+        ready = f"give {run / 'adapter'}" if (run / "adapter").is_dir() else "resume the training with --resume"
+        raise InputError(
+            f"expected an adapter, found {'a training run' if run == folder else 'checkpoints of a training'} in "
+            f"{folder}; adapters are saved at the end of each epoch, checkpoints only resume a training: {ready}"
+        )
+    return found[0] if found else folder
 
 
 def _fetch_problem(source: str, revision: str | None, error: Exception) -> str:

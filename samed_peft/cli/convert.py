@@ -28,7 +28,7 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     parser.add_argument("--image_size", type=int, help="pixels the encoder sees; SAMed's default is 512")
     parser.add_argument("--input_size", type=int, help="bottleneck at prediction; SAMed's test uses 224")
     parser.add_argument("--class_names", type=names, help="a,b,c; by default Synapse's eight organs")
-    parser.add_argument("--orientation", help="axis codes of the training scans; raw BTCV is LAS")
+    parser.add_argument("--orientation", help="axis codes of the training scans; for Synapse's classes raw BTCV's, LAS")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="of the stored weights; default float32"
     )
@@ -52,5 +52,10 @@ def run(args: argparse.Namespace) -> None:
         return
     options = {"input_size": args.input_size, "class_names": args.class_names, "orientation": args.orientation}
     size = {} if args.image_size is None else {"image_size": args.image_size}
-    convert_samed(args.checkpoint, args.base, args.output, dtype=args.dtype or "float32", **size, **options)
+    config = convert_samed(args.checkpoint, args.base, args.output, dtype=args.dtype or "float32", **size, **options)
     print(printable(f"adapter written to {args.output}"))
+    if config.orientation is None:
+        print(
+            "the training scans' orientation is unknown, so slices will follow the order in which a scan is stored; if "
+            "you know it, convert again with --orientation"
+        )

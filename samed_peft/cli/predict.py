@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Segment a scan, or every scan in a folder: .nii.gz .nii .nrrd .mha .npy.h5 .npz .png .tif .tiff .jpg .jpeg, and folders
 with a DICOM series, of single slices or multi-frame files; a .dcm file alone if it holds the whole scan. Masks have the
-scans' own grids and the names of the classes. In a folder whose names all end in _0000, _0001 ... as nnU-Net's, one
-channel is segmented. Finished scans are skipped."""
+scans' own grids and the names of the classes. If the adapter was trained on files with nnU-Net's channel suffixes,
+_0000, _0001 ..., or it does not know and all names of a folder end so, one channel is segmented and named without the
+suffix. Finished scans are skipped."""
 
 _EPILOG = """\
 samed predict --adapter runs/synapse/adapter --input scan.nii.gz --output mask.nii.gz
 samed predict --adapter runs/synapse/adapter --input scans --output masks --overlay
 accelerate launch --num_processes 4 -m samed_peft predict --adapter NAME/REPOSITORY --input scans --output masks
 
-exit codes: 0 done, 1 some scans failed and the others are done, 2 wrong input"""
+exit codes: 0 done, 1 some scans failed or may have been passed over and the others are done, 2 wrong input"""
 
 
 def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -59,7 +60,9 @@ def run(args: argparse.Namespace) -> None:
 
     from samed_peft import prediction
     from samed_peft.io import FolderKind, require_highdicom, require_replaceable
+    from samed_peft.models.launch import require_precision, warn_of_one_process
     from samed_peft.models.modeling import config_of
+    from samed_peft.prediction.scans import warn_of_storage_order
 
     names = ("batch_size", "dtype", "flips", "keep_largest", "overlay", "overwrite", "compile")
     options = prediction.PredictionOptions(**{name: vars(args)[name] for name in names})
@@ -72,23 +75,63 @@ def run(args: argparse.Namespace) -> None:
     for folder in (first.mask.parent, *([first.overlay.parent] if args.overlay else [])):
         require_replaceable(folder, FolderKind(in_place=True))
     accelerator = Accelerator(cpu=args.device == "cpu")
+    warn_of_one_process(accelerator)
+    if args.dtype is None:  # before a large base is loaded
+        require_precision(accelerator)
     place = {name: vars(args)[name] for name in ("base", "dtype", "device", "revision")}
     model = prediction.load_segmenter(args.adapter, accelerator=accelerator, **place)
-    channel = config_of(model).channel if args.channel is None else args.channel
-    scans = prediction.plan_masks(sources, args.output, channel=channel, **kind)
+    config = config_of(model)
+    channel = config.channel if args.channel is None else args.channel
+    if accelerator.is_main_process:
+        warn_of_storage_order(sources, config.orientation)
+    scans = prediction.plan_masks(sources, args.output, channel=channel, channel_files=config.channel_files, **kind)
     outcome = prediction.predict_files(model, scans, options=options, accelerator=accelerator)
     accelerator.end_training()
     # Other processes exit with 0: if one failed, a launcher would stop the main process before it has reported.
     if accelerator.is_main_process:
-        others = f"{len(sources) - len(scans)} of {len(sources)} files are other channels, by their names, and left out"
-        if len(scans) < len(sources):
-            print(others)
+        left_out = _tell_other_channels(len(sources) - len(scans), len(sources))
+        passed_over = "" if args.series else _tell_passed_over(args.input, sources, args.output)
         _report(outcome, args.output)
-        if len(scans) < len(sources) and channel is None:
-            raise SomeCasesFailedError(
-                f"{others}, but the adapter knows no channels; give --channel 0 if that is right, or rename files that "
-                "are cases, so that their names do not end in _0000, _0001 and so on"
-            )
+        _require_all_done(left_out if channel is None else "", passed_over, bool(config.channel_files))
+
+
+def _tell_other_channels(count: int, total: int) -> str:
+    """Say how many files were left out for their channel, if any."""
+    if not count:
+        return ""
+    told = f"{count} of {total} files are other channels, by their names, and left out"
+    print(told)
+    return told
+
+
+def _tell_passed_over(source: Path, scans: list[Path], output: Path) -> str:
+    """Say what was passed over beside the scans; returns the names of those that may hold scans all the same."""
+    from samed_peft.prediction.scans import files_passed_over
+
+    maybe, others = files_passed_over(source, scans, output)
+    for paths, reason in ((others, "as they are no scans"), (maybe, "though they may hold scans")):
+        if paths:
+            print(printable(f"passed over, {reason}: {_listed(paths)}"))
+    return _listed(maybe)
+
+
+def _require_all_done(left_out: str, passed_over: str, has_one_channel: bool) -> None:
+    """Raise if scans may have been left out that users would miss."""
+    if left_out:
+        raise SomeCasesFailedError(
+            f"{left_out}, but the adapter knows {'a single channel' if has_one_channel else 'no channels'}; give "
+            "--channel 0 if that is right, or rename files that are cases, so that their names do not end in _0000, "
+            "_0001 and so on"
+        )
+    if passed_over:
+        raise SomeCasesFailedError(
+            f"{passed_over} may hold scans, but were passed over; convert such files to a format that is read, give "
+            "such folders as --input, or move them elsewhere"
+        )
+
+
+def _listed(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths[:5]) + f" and {len(paths) - 5} more" * (len(paths) > 5)
 
 
 def _report(outcome: "Outcome", output: Path) -> None:

@@ -1,5 +1,6 @@
 """What an adapter is (`SamedConfig`) and how it is trained (`TrainingConfig`)."""
 
+from samed_peft.config.adapter import BTCV_ORIENTATION as BTCV_ORIENTATION
 from samed_peft.config.adapter import CT_WINDOW_HU as CT_WINDOW_HU
 from samed_peft.config.adapter import SYNAPSE_CLASSES as SYNAPSE_CLASSES
 from samed_peft.config.adapter import SYNAPSE_NAME as SYNAPSE_NAME

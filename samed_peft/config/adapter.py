@@ -22,6 +22,9 @@ from samed_peft.config.patterns import LAYER_PATTERN, is_layer_pattern
 SYNAPSE_CLASSES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
 """The eight organs of Synapse multi-organ CT in SAMed's order; label k is `SYNAPSE_CLASSES[k - 1]`."""
 
+BTCV_ORIENTATION = "LAS"
+"""Axis codes of raw BTCV's scans, whose slices SAMed and TransUNet stored as they are."""
+
 SYNAPSE_NAME = "Synapse multi-organ CT (BTCV)"
 """What reports and model cards call that data."""
 
@@ -95,6 +98,10 @@ class SamedConfig(JsonFields):
     )
     channel: int | None = described(
         "number of the channel to train on, of 4-D scans or of files named as nnU-Net's, or None", None, NOT_NEGATIVE
+    )
+    channel_files: bool | None = described(
+        "whether each channel of training scans was a file, named CASE_0000 and so on as nnU-Net's; None if unknown",
+        None,
     )
     preset: str = described("name of the published recipe that this config follows", "samed")
     method: str = described(f"how to adapt the encoder: {', '.join(METHODS)}", "lora", _METHOD)

@@ -20,7 +20,7 @@ from transformers import SamConfig
 from samed_peft.adapters.checks import ADAPTER_FOLDER, check_tensors
 from samed_peft.adapters.methods import PEFT_PREFIX, adapter_tensors, lora_layers, lora_pair
 from samed_peft.adapters.save_load import UNUSED_PROMPTS, add_lora, load_adapter, save_adapter
-from samed_peft.config import METHODS, SYNAPSE_CLASSES, SamedConfig
+from samed_peft.config import BTCV_ORIENTATION, METHODS, SYNAPSE_CLASSES, SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.io import load_torch_weights, require_replaceable
 from samed_peft.models.bases import load_sam, recorded_base
@@ -98,7 +98,8 @@ def read_samed(
         image_size: pixels per side that the encoder sees.
         input_size: SAMed's bottleneck at prediction, 224 in its test, or None.
         class_names: names of labels 1..K; by default Synapse's organs if there are eight.
-        orientation: axis codes of the scans it was trained on; raw BTCV is "LAS".
+        orientation: axis codes of the scans it was trained on; by default those of raw BTCV if the classes are
+            Synapse's, else unknown.
 
     Raises:
         InputError: the file is damaged, holds Python objects or is not SAMed's; it belongs to a base of other depth,
@@ -108,12 +109,13 @@ def read_samed(
     state = load_torch_weights(path)
     _check_samed(state, path)
     decoder = "lora" if "fati_qa" in state else "full"
+    names = _named(class_names, len(state[_TOKENS]) - 1, path)
     config = SamedConfig(
         recorded_base(base),
-        _named(class_names, len(state[_TOKENS]) - 1, path),
+        names,
         image_size=image_size,
         input_size=input_size,
-        orientation=orientation,
+        orientation=orientation or (BTCV_ORIENTATION if names == SYNAPSE_CLASSES else None),
         preset=preset_name(decoder, width=state[_FIRST_A].shape[1], layers=_encoder_layers(state)),
         rank=state[_FIRST_A].shape[0],
         decoder=decoder,
@@ -133,7 +135,7 @@ def read_samed(
 
 def convert_samed(
     path: str | Path, base: str, directory: str | Path, *, dtype: str = "float32", **options: Any
-) -> None:
+) -> SamedConfig:
     """Write SAMed's or SAMed_s' `.pth` as an adapter directory.
 
     Args:
@@ -143,11 +145,16 @@ def convert_samed(
         dtype: of the stored weights; "float16" and "bfloat16" halve the file.
         options: as for `read_samed`.
 
+    Returns:
+        What was read from the file and recorded.
+
     Raises:
         InputError: as `read_samed` and `save_adapter`.
     """
     require_replaceable(directory, ADAPTER_FOLDER)
-    save_adapter(read_samed(path, base, **options), directory, dtype=dtype)
+    adapted = read_samed(path, base, **options)
+    save_adapter(adapted, directory, dtype=dtype)
+    return config_of(adapted)
 
 
 def _check_samed(state: Mapping[str, Tensor], path: Path) -> None:

@@ -15,7 +15,17 @@ from datasets import Dataset
 from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.preprocessing import normalized_array
 from samed_peft.errors import InputError, reason_of
-from samed_peft.io import PICTURE_ADVICE, Volume, grids_apart_mm, is_picture, read_affine, read_labels, read_volume
+from samed_peft.io import (
+    INSTANCE_ADVICE,
+    PICTURE_ADVICE,
+    Volume,
+    grids_apart_mm,
+    has_whole_objects,
+    is_picture,
+    read_affine,
+    read_labels,
+    read_volume,
+)
 
 _NAMING_ADVICE = "name all of them in dataset.json or with class_names, or is it the scan itself?"
 
@@ -86,6 +96,8 @@ def _require_labels(labels: Volume, highest: int, *, advice: str) -> None:
     """Refuse labels outside 0..highest, with up to eight of them and what to do."""
     if labels.array.min() < 0 or labels.array.max() > highest:
         found = sorted({int(value) for value in np.unique(labels.array)} - set(range(highest + 1)))
+        if has_whole_objects(labels.array):
+            advice = INSTANCE_ADVICE
         raise InputError(
             f"labels of {labels.path} hold {', '.join(map(str, found[:8]))}, but only 0..{highest} are "
             f"expected there; {advice}"

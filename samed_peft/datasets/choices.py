@@ -26,7 +26,7 @@ def describe_folder(
     plane: str | None = None,
     window: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """Choose the fields of `SamedConfig` that depend on the data: `class_names`, `window`, `orientation`, `channel`.
+    """Choose the fields of `SamedConfig` that depend on the data: classes, window, orientation and channel.
 
     Args:
         folder: from `open_folder`.
@@ -42,6 +42,7 @@ def describe_folder(
         "window": tuple(window) if window else choose_window(folder),
         "orientation": choose_orientation(folder, plane=plane),
         "channel": folder.channel,
+        "channel_files": folder.channel_files,
     }
 
 

@@ -6,13 +6,14 @@ version shares, and that of nnU-Net's second version (doi 10.1038/s41592-020-010
 
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samed_peft.datasets.folder import LabelledFolder, case_name, files_by_case, require_pairs
-from samed_peft.errors import InputError
-from samed_peft.io import read_json, suffix_of
+from samed_peft.datasets.folder import LabelledFolder, add_file, case_name, files_by_case, require_pairs
+from samed_peft.errors import InputError, printable
+from samed_peft.io import is_picture, read_json, suffix_of
 
 DATASET_FILE = "dataset.json"
 DECATHLON = "Medical Segmentation Decathlon"
@@ -20,6 +21,7 @@ DECATHLON = "Medical Segmentation Decathlon"
 _ADVICE = "give the dataset.json of the Decathlon or of nnU-Net"
 
 _CHANNEL_NAME = re.compile(r"(.+)_(\d{4})")
+_COLOURS = (("r", "g", "b"), ("red", "green", "blue"), ("rgb_to_0_1",) * 3)
 
 
 def open_described(root: Path, channel: str | None, class_names: Sequence[str] | None) -> LabelledFolder | None:
@@ -34,16 +36,32 @@ def open_described(root: Path, channel: str | None, class_names: Sequence[str] |
         if class_names is None:
             raise
         names = tuple(class_names)
-    channels = _channels(content, path)
+    channels, is_nnunet = _channels(content, path), _one_file_a_channel(content, root)
+    images, labels = _scans_and_labels(root) if is_nnunet else _listed_files(content["training"], root)
+    if _are_colours(channels) and _are_in_one_picture(images, is_nnunet):
+        if channel is not None:
+            raise InputError(
+                f"expected no channel, since each picture of {root} holds all three, {', '.join(channels)}; found "
+                f"{channel}; leave it out to train in colour"
+            )
+        channels = ["RGB"]
     number = _channel_number(channels, channel, path)
-    if _one_file_a_channel(content, root):
-        images = _channel_files(root, number, channel_names=channels)
-        labels = require_pairs(images, files_by_case(root / "labelsTr"), root)
-    else:
-        images, labels = _listed_files(content["training"], root)
+    has_suffixes = is_nnunet and _have_suffixes(images, labels, root, channel_names=channels)
+    if has_suffixes:
+        images = _channel_files(root, images, number, channel_names=channels)
+        labels = _without_suffix(labels, images)
     # A single channel is not recorded, so that a 4-D scan given to the adapter later is not taken silently.
     chosen = number if len(channels) > 1 else None
-    return LabelledFolder(root, names, channels[number], images, labels, chosen, _name(content, root))
+    return LabelledFolder(
+        root,
+        names,
+        channels[number],
+        images,
+        require_pairs(images, labels, root),
+        chosen,
+        _name(content, root),
+        channel_files=has_suffixes,
+    )
 
 
 def _name(content: Mapping[str, Any], root: Path) -> str | None:
@@ -131,19 +149,62 @@ def _channel_number(channels: list[str], wanted: str | None, path: Path) -> int:
     raise InputError(f"expected one of the channels {listed} of {path}, found {found}; choose one by name or number")
 
 
-def _channel_files(root: Path, number: int, *, channel_names: list[str]) -> dict[str, Path]:
+def _scans_and_labels(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """All files of `imagesTr` and `labelsTr` by their names without suffix."""
+    return files_by_case(root / "imagesTr"), files_by_case(root / "labelsTr")
+
+
+def _are_colours(channels: Sequence[str]) -> bool:
+    """Whether channels are those of colour pictures, by the names that nnU-Net's documentation gives them."""
+    return tuple(name.lower() for name in channels) in _COLOURS
+
+
+def _are_in_one_picture(images: Mapping[str, Path], is_nnunet: bool) -> bool:
+    """Whether all channels of a scan are in one file: a picture, which nnU-Net calls CASE_0000."""
+    numbers = {int(match[2]) for match in map(_CHANNEL_NAME.fullmatch, images) if match} if is_nnunet else set()
+    return all(map(is_picture, images.values())) and numbers <= {0}
+
+
+def _have_suffixes(
+    images: Mapping[str, Path], labels: Mapping[str, Path], root: Path, *, channel_names: Sequence[str]
+) -> bool:
+    """Whether the names of scans end in the number of a channel, and not in that of a case."""
+    matches = {name: _CHANNEL_NAME.fullmatch(name) for name in images}
+    plain = [name for name, match in matches.items() if not match]
+    if len(channel_names) > 1:
+        if plain:
+            raise InputError(
+                f"expected a file for each channel in {root / 'imagesTr'}, named CASE_0000 and so on, found {plain[0]}"
+            )
+        return True
+    numbers = {int(match[2]) for match in matches.values() if match}
+    # Frames are numbered from 0 on as well, but so are their label maps.
+    return not plain and (numbers == {0} or not images.keys() & labels.keys())
+
+
+def _without_suffix(labels: Mapping[str, Path], images: Mapping[str, Path]) -> dict[str, Path]:
+    """Case -> label map, also of those named CASE_0000 as the scans are."""
+    found: dict[str, Path] = {}
+    for name, path in labels.items():
+        stem = name.removesuffix("_0000")
+        add_file(found, stem if name not in images and stem in images else name, path)
+    return found
+
+
+def _channel_files(
+    root: Path, files: Mapping[str, Path], number: int, *, channel_names: Sequence[str]
+) -> dict[str, Path]:
     """Scans of one channel, each channel being a file of its own."""
-    files = files_by_case(root / "imagesTr")
-    matches = {name: _CHANNEL_NAME.fullmatch(name) for name in files}
-    if not all(matches.values()):
-        plain = next(name for name, match in matches.items() if not match)
-        if len(channel_names) == 1:
-            return files
-        raise InputError(
-            f"expected a file for each channel in {root / 'imagesTr'}, named CASE_0000 and so on, found {plain}"
+    matches = {name: match for name in files if (match := _CHANNEL_NAME.fullmatch(name))}
+    images = {match[1]: files[name] for name, match in matches.items() if int(match[2]) == number}
+    if unlisted := [name for name, match in matches.items() if int(match[2]) >= len(channel_names)]:
+        warnings.warn(
+            f"{root / DATASET_FILE} lists {len(channel_names)} channel{'s' * (len(channel_names) > 1)}, so "
+            f"{len(unlisted)} files of others are left out: {printable(', '.join(unlisted[:5]))}; list their channels, "
+            "or rename files that are cases",
+            stacklevel=3,
         )
-    images = {match[1]: files[name] for name, match in matches.items() if match and int(match[2]) == number}
-    lacking = sorted({match[1] for match in matches.values() if match} - images.keys())
+    lacking = sorted({match[1] for match in matches.values()} - images.keys())
     if lacking:
         raise InputError(
             f"expected a file ending in _{number:04d} ({channel_names[number]}) of every case in "

@@ -40,6 +40,7 @@ class LabelledFolder:
         images: case -> scan.
         labels: case -> label map; the same file if it holds both.
         channel: number of the chosen channel if scans have several.
+        channel_files: whether each channel is a file of its own, named CASE_0000 and so on.
         name: of the data in `dataset.json`, preceded by "Medical Segmentation Decathlon" if the folder is named like
             one of its tasks; None if unknown.
         slices: case -> slice number -> file with that slice and its labels, of cases stored slice by slice.
@@ -59,6 +60,7 @@ class LabelledFolder:
     label_table: tuple[int, ...] | None = None
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     layout: str = ""
+    channel_files: bool = False
 
     @property
     def cases(self) -> tuple[str, ...]:

@@ -172,6 +172,9 @@ def reoriented(array: np.ndarray, transform: np.ndarray | None) -> np.ndarray:
 _LEAST_SPAN, _LEAST_INSIDE, _MOST_ABOVE = 0.05, 0.02, 0.5
 """Most of a CT may be air, which lies below any window; but no patient has half of the voxels above it."""
 
+_FAT_HU, _LEAST_ABOVE = -60.0, 0.05
+"""Nearly every CT, and crops of it around an organ too, have voxels below the former: fat at -100, air at -1000."""
+
 _SAMPLE = 250_000
 
 
@@ -179,7 +182,9 @@ def warn_of_window(volume: Volume, window: tuple[float, float] | None) -> None:
     """Warn, with figures, if a fixed window leaves next to nothing of a scan.
 
     The warning comes if the clipped scan spans less than 5 % of the window, if less than 2 % of the voxels lie within
-    it, or if more than half lie above. CTs in Hounsfield units pass; MR and scans in other units or in [0, 1] do not.
+    it, or if more than half lie above. For windows of CT, which reach below fat, it also comes if a scan has neither
+    air nor fat, and no negative voxels or more than 5 % above the window. CTs in Hounsfield units pass; MR and scans in
+    other units or in [0, 1] do not.
 
     Args:
         volume: a scan; a `normalized` one should fill [0, 1], with the clipped voxels at 0 and 1.
@@ -196,13 +201,21 @@ def warn_of_window(volume: Volume, window: tuple[float, float] | None) -> None:
     below, above = float(is_below.mean()), float(is_above.mean())
     first, last = (float(value) for value in np.percentile(voxels, PERCENTILES))
     span = (np.clip(last, low, high) - np.clip(first, low, high)) / (high - low)
-    if span < _LEAST_SPAN or 1 - below - above < _LEAST_INSIDE or above > _MOST_ABOVE:
+    lacks_air = not volume.normalized and low <= _FAT_HU and _lacks_air_and_fat(voxels, above)
+    if lacks_air or span < _LEAST_SPAN or 1 - below - above < _LEAST_INSIDE or above > _MOST_ABOVE:
         window_text = f"the adapter's window, {low:g} to {high:g}"
         target = "the [0, 1] that it was scaled to" if volume.normalized else window_text
         path = printable(volume.path or "the scan")
         warnings.warn(
             f"{path} holds {first:g} to {last:g} (99 % of its voxels), which hardly fit {target}: "
-            f"{100 * below:.0f} % lie below, {100 * above:.0f} % above, and the scan spans {100 * span:.0f} % of it; "
+            f"{100 * below:.0f} % lie below, {100 * above:.0f} % above, and the scan spans {100 * span:.0f} % of it"
+            f"{', without the air and fat of a CT' if lacks_air else ''}; "
             "is it of the kind, and in the units, that the adapter was trained on?",
             stacklevel=3,
         )
+
+
+def _lacks_air_and_fat(voxels: np.ndarray, above: float) -> bool:
+    """Whether a scan is no CT: nothing lies at air or fat; the inside of an organ has neither, but nothing bright."""
+    lowest = float(np.percentile(voxels, 0.1))
+    return lowest >= 0 or (lowest > _FAT_HU and above > _LEAST_ABOVE)

@@ -90,8 +90,17 @@ def patients_of(cases: Sequence[str], pattern: str | None = None) -> dict[str, s
 def fold_split(patients: Mapping[str, str], *, folds: int, fold: int, seed: int = 0) -> Split:
     """Hold out one of k folds of patients, whose order the seed decides; equal arguments give equal folds."""
     distinct = sorted(set(patients.values()))
+    if len(distinct) < 2:
+        of = "" if len(patients) == len(distinct) else f" of {len(patients)} cases by --patient_pattern"
+        raise InputError(
+            f"expected 2 patients at least, one to train on and one to hold out, found {', '.join(distinct) or 'none'}"
+            f"{of}; neither --folds nor --test_cases can divide that, add labelled cases"
+        )
     if not 2 <= folds <= len(distinct):
-        raise InputError(f"expected 2 to {len(distinct)} folds, at most as many as there are patients, found {folds}")
+        raise InputError(
+            f"expected 2 to {len(distinct)} folds, at most as many as there are patients, found {folds}; give --folds "
+            f"{min(max(folds, 2), len(distinct))}, or name the cases to hold out with --test_cases"
+        )
     if not 0 <= fold < folds:
         raise InputError(f"expected fold 0 to {folds - 1} of {folds} folds, found {fold}; they are counted from 0")
     order = np.random.default_rng(seed).permutation(len(distinct))
@@ -129,7 +138,10 @@ def named_split(patients: Mapping[str, str], held_out: Sequence[str]) -> Split:
         )
     train = [case for case in patients if case not in held_out]
     if not train:
-        raise InputError("no case is left to train on when all are held out")
+        raise InputError(
+            f"no case is left to train on when all {len(held_out)} are held out; name fewer with --test_cases and "
+            "--validation_cases, or add labelled cases"
+        )
     _require_apart(train, held_out, patients)
     return train, list(held_out)
 

@@ -24,6 +24,7 @@ from samed_peft.adapters.folder import (
     CONFIG_FILE,
     PEFT_FILE,
     WEIGHTS_FILE,
+    adapter_within,
     check_adapter_files,
     config_values,
     find_report,
@@ -50,14 +51,14 @@ def published_files(directory: str | Path, *, pictures: bool = False, cases: boo
     shows scores.
 
     Args:
-        directory: a folder that `save_adapter` wrote.
+        directory: a folder that `save_adapter` wrote, or that of the run that trained the adapter.
         pictures: also the report's pictures, under numbers unless `cases`, and without any text stored in them.
         cases: keep the names and scores of single cases; otherwise only means over cases are published.
 
     Raises:
         InputError: the directory is not a complete adapter, a file in it is damaged, or pictures are missing.
     """
-    return read_whole(directory, functools.partial(_published, pictures=pictures, cases=cases))
+    return read_whole(adapter_within(Path(directory)), functools.partial(_published, pictures=pictures, cases=cases))
 
 
 def _published(directory: Path, *, pictures: bool, cases: bool) -> dict[str, bytes]:

@@ -33,6 +33,8 @@ from .formats import FileFormat as FileFormat
 from .formats import format_of as format_of
 from .formats import is_picture as is_picture
 from .formats import suffix_of as suffix_of
+from .instances import INSTANCE_ADVICE as INSTANCE_ADVICE
+from .instances import has_whole_objects as has_whole_objects
 from .label_names import label_colour as label_colour
 from .nifti import write_volume as write_volume
 from .scans import PICTURE_ADVICE as PICTURE_ADVICE

@@ -8,8 +8,12 @@ import numpy as np
 from samed_peft.errors import InputError
 from samed_peft.io.files import naming_any_error, naming_unreadable, require_file
 from samed_peft.io.formats import DICOM_SERIES, MASK_SUFFIXES, SUFFIXES, format_of, is_picture
+from samed_peft.io.instances import INSTANCE_ADVICE, InstanceCheck
 from samed_peft.io.label_names import checked_names
 from samed_peft.io.volumes import Volume, checked_affine, checked_mask
+
+_MOST_CLASSES = 255
+"""Masks are uint8."""
 
 _LABEL_ROUNDING = 0.05
 """How far a label may be from a whole number: writers that scale labels to bytes miss by less, resampling by more."""
@@ -210,19 +214,28 @@ def numbered_names(label_maps: Iterable[Volume], *, folder: Path) -> tuple[str, 
         folder: their folder, for the errors.
 
     Raises:
-        InputError: no label is above 0, or the values of pictures are greys and not label numbers.
+        InputError: no label is above 0, labels number objects and not classes, or the values of pictures are greys and
+            not label numbers.
     """
+    instances = InstanceCheck()
     found: set[int] = set()
     in_pictures: set[int] = set()
     for volume in label_maps:
         labels = {int(label) for label in np.unique(volume.array) if label > 0}
         found |= labels
+        instances.add(volume.array, labels)
         if volume.path is not None and is_picture(volume.path):
             in_pictures |= labels
     if not found:
         raise InputError(f"expected label maps with labels above 0, found none in {folder}; check these files")
     # A class may be too rare for a small folder to have it, but not most of them.
-    if in_pictures and (max(in_pictures) == 255 or max(in_pictures) > 2 * len(in_pictures)):
+    are_greys = bool(in_pictures) and (max(in_pictures) == 255 or max(in_pictures) > 2 * len(in_pictures))
+    if instances.are_likely(numbers_are_odd=are_greys or max(found) > _MOST_CLASSES):
+        raise InputError(
+            f"expected labels 1, 2 and so on for classes that nothing names, found numbers up to {max(found)} in "
+            f"{folder}; {INSTANCE_ADVICE}"
+        )
+    if are_greys:
         shown = ", ".join(map(str, sorted(in_pictures)[:8])) + " ..." * (len(in_pictures) > 8)
         raise InputError(
             f"expected labels 1, 2 and so on, or 255 alone, in pictures whose classes nothing names, but labels of "

@@ -17,6 +17,12 @@ if TYPE_CHECKING:  # torch takes seconds to import; reading scans does not need 
 _MOST_BYTES_A_BYTE = 2
 """Tied weights are written once and counted twice; a file that claims more is a bomb."""
 
+_WRAPPERS, _MOST_WRAPPERS = ("model", "state_dict", "model_state_dict"), 2
+"""Names under which training programs store a state dict, beside the optimizer's for instance."""
+
+_PREFIXES = ("module.", "_orig_mod.")
+"""Added to all names by data-parallel training and `torch.compile`."""
+
 
 def save_tensors(
     tensors: "Mapping[str, Tensor]", path: str | Path, *, metadata: Mapping[str, str] | None = None
@@ -110,6 +116,9 @@ def _naming_damaged(path: Path) -> Iterator[None]:
 def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
     """Load the state dict of a `.pth` file, on the CPU and memory-mapped if its format allows it.
 
+    A state dict that a training program stored beside other things, under `model` for instance, is taken from there,
+    and the prefix `module.` of data-parallel training is left out of its names.
+
     The pickle inside is never executed: anything but tensors in plain containers is refused by its name before PyTorch
     reads the file.
 
@@ -123,15 +132,16 @@ def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
     path = require_file(path)
     check_torch_file(path)
     with FakeTensorMode():  # shapes alone; nothing is allocated
-        sizes = _load_state(path, mmap=False)
-    claimed, stored = sum(tensor.nbytes for tensor in sizes.values()), path.stat().st_size
+        loaded = _load_any(path, mmap=False)
+        _state_of(loaded, path)
+        claimed, stored = _bytes_in(loaded), path.stat().st_size
     if claimed > _MOST_BYTES_A_BYTE * stored:
         raise InputError(
             f"expected weights that fit their file, but {path} of {stored} bytes claims {claimed} bytes of tensors; "
             "do not trust its source"
         )
     # Files of PyTorch before 1.6 are not zip archives and cannot be mapped.
-    state = _load_state(path, mmap=is_zip(path))
+    state = _state_of(_load_any(path, mmap=is_zip(path)), path)
     kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     for name, value in state.items():
         if value.is_meta or value.layout != torch.strided or value.dtype not in kinds:
@@ -144,17 +154,28 @@ def load_torch_weights(path: str | Path) -> "dict[str, Tensor]":
     return state
 
 
-def _load_state(path: Path, *, mmap: bool) -> "dict[str, Tensor]":
-    """A state dict, refused if it holds anything but names and tensors."""
+def _load_any(path: Path, *, mmap: bool) -> object:
+    """Whatever a file of tensors in plain containers holds."""
     import torch
 
     try:
-        state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # a damaged or hostile pickle can raise anything, and each means the same
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if "weights_only" in reason:  # PyTorch's own advice is to load it unsafely
             reason = "it is not a checkpoint, or holds Python objects"
         raise unsafe(path, reason) from error
+
+
+def _state_of(state: object, path: Path) -> "dict[str, Tensor]":
+    """The state dict in a file, refused if it holds anything but names and tensors."""
+    import torch
+
+    for _ in range(_MOST_WRAPPERS):
+        if not isinstance(state, dict) or any(isinstance(value, torch.Tensor) for value in state.values()):
+            break
+        inner = [state[name] for name in _WRAPPERS if isinstance(state.get(name), dict)]
+        state = inner[0] if len(inner) == 1 else state
     if not isinstance(state, dict) or not state:
         found = "an empty dict" if isinstance(state, dict) else _kind(state)
         raise InputError(f"expected a state dict (names to tensors), found {found} in {path}; save model.state_dict()")
@@ -165,7 +186,25 @@ def _load_state(path: Path, *, mmap: bool) -> "dict[str, Tensor]":
                 f"expected a state dict (names to tensors), found {shown}: {_kind(value)} "
                 f"in {path}; save the model's state dict alone"
             )
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) and name != prefix for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
     return dict(state)
+
+
+def _bytes_in(loaded: object) -> int:
+    """Bytes of all tensors in dicts and lists, each counted as often as it stands there."""
+    import torch
+
+    total, seen, left = 0, set[int](), [loaded]
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            total += value.nbytes
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:  # a pickle can hold cycles
+            seen.add(id(value))
+            left += value.values() if isinstance(value, dict) else value
+    return total
 
 
 def _kind(value: object) -> str:

@@ -8,6 +8,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
 from samed_peft.errors import InputError
+from samed_peft.models.launch import require_precision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types of matrix products by the names of options."""
@@ -16,7 +17,13 @@ _OF_ACCELERATE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def product_dtype(accelerator: Accelerator, name: str | None = None) -> torch.dtype:
-    """Type of matrix products: `DTYPES[name]`, or Accelerate's mixed precision without a name."""
+    """Type of matrix products: `DTYPES[name]`, or Accelerate's mixed precision without a name.
+
+    Raises:
+        InputError: the latter is fp16, and Accelerate runs on a CPU.
+    """
+    if name is None:
+        require_precision(accelerator)
     return _OF_ACCELERATE.get(accelerator.mixed_precision, torch.float32) if name is None else DTYPES[name]
 
 

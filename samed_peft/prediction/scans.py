@@ -1,6 +1,7 @@
 """List the scans to segment and plan the files of their masks."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,18 @@ from samed_peft.io import (
     folders_below,
     format_of,
     holds_dicom,
-    is_picture,
     list_folder,
     looks_like_dicom,
     naming_unreadable,
     suffix_of,
 )
+from samed_peft.prediction.channels import files_of_channel
 
-_NNUNET_NAME = re.compile(r"(.+)_(\d{4})")
+_NOT_READ = (
+    *(".mhd", ".hdr", ".img", ".nhdr", ".mgz", ".mgh", ".mnc", ".mif", ".nia", ".npy", ".h5", ".hdf5"),
+    *(".bmp", ".gif", ".webp", ".jp2", ".heic", ".svs", ".ndpi"),
+)
+"""Endings of scans and pictures in formats that are not read."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,51 @@ def list_scans(source: Path, *, series: str | None = None) -> list[Path]:
     return scans
 
 
+def warn_of_storage_order(sources: Sequence[Path], orientation: str | None) -> None:
+    """Warn if scans have an orientation and the adapter does not record that of its training scans."""
+    formats = [DICOM_SERIES if path.is_dir() else format_of(path) for path in sources]
+    if orientation is None and any(kind and not kind.is_picture and not kind.is_normalized for kind in formats):
+        warnings.warn(
+            "the adapter does not record the orientation of its training scans, so slices follow the order in which "
+            "each scan is stored; bring scans to the training scans' orientation, or record it with samed convert "
+            "--orientation",
+            stacklevel=3,
+        )
+
+
+def files_passed_over(source: Path, scans: Sequence[Path], output: Path) -> tuple[list[Path], list[Path]]:
+    """What lies beside the scans of a folder, but for hidden files and the masks.
+
+    Args:
+        source: the folder, or a file, which has nothing beside it.
+        scans: from `list_scans`.
+        output: of the masks.
+
+    Returns:
+        What may hold scans all the same: files of formats that are not read, folders with scans; and other files.
+    """
+    if not source.is_dir():
+        return [], []
+    is_series = list(scans) == [source]
+    maybe: list[Path] = []
+    others: list[Path] = []
+    for item in list_folder(source):
+        is_own = output.resolve().is_relative_to(item.resolve()) or item in scans
+        if item.name.startswith(".") or is_own:
+            continue
+        if item.is_dir():
+            (maybe if _holds_scans(item) else others).append(item)
+        elif is_series:  # its other files are the series' own, or its reports
+            maybe += [item] if suffix_of(item) else []
+        else:
+            (maybe if item.name.lower().endswith(_NOT_READ) else others).append(item)
+    return maybe, others
+
+
+def _holds_scans(folder: Path) -> bool:
+    return any(suffix_of(path) for path in list_folder(folder)) or holds_dicom(folder) or bool(folders_below(folder))
+
+
 def _none_found(source: Path, series: str | None) -> str:
     """The error for a folder without scans, which may lie further down."""
     wanted = "" if series is None else f"the DICOM series {series} among "
@@ -113,25 +163,27 @@ def plan_masks(
     output: Path,
     *,
     channel: int | None = None,
+    channel_files: bool | None = None,
     dicom_seg: bool = False,
     series: str | None = None,
 ) -> list[Scan]:
     """Name cases and their mask files.
 
-    If all names end in _0000, _0001 and so on before the suffix, as nnU-Net's do, one channel's scans are taken, and
-    the ending is left out of the case's name. Without a channel, pictures of one stem numbered without a gap are cases.
+    If names are nnU-Net's, ending in the channel's number (`files_of_channel`), one channel's scans are taken, and the
+    ending is left out of the case's name.
 
     Args:
         sources: from `list_scans`.
         output: folder of the masks, or for a single scan the name of its mask.
         channel: of 4-D files or of nnU-Net's names; None stands for 0 in the latter.
+        channel_files: `SamedConfig.channel_files` of the adapter.
         dicom_seg: masks of DICOM series become DICOM SEG and not NIfTI.
         series: which of several series in a DICOM folder, as given to `list_scans`; a part of the case's name, so that
             another one's mask is not taken for it.
 
     Raises:
-        InputError: two scans have one name, a mask would replace a scan or lie among scans, an option does not fit, or
-            a file is of unknown format.
+        InputError: two scans have one name, a mask would replace a scan or lie among scans, an option does not fit, a
+            file is of unknown format, or the only file is of another channel.
     """
     if channel is not None and channel < 0:
         raise InputError(f"channel must not be negative; found {channel}")
@@ -139,8 +191,8 @@ def plan_masks(
         raise InputError(f"expected DICOM series for DICOM SEG, found {other[0]}; leave dicom_seg out for other scans")
     chosen_series = "" if series is None else "_" + re.sub(r"[^0-9A-Za-z.-]", "_", series)
     named = [(_case_of(path) + chosen_series, path) for path in sources]
-    if (channel is not None or not _are_frames(named)) and (chosen := _nnunet_channel(named, channel or 0)):
-        named, channel = chosen, None
+    if (chosen := files_of_channel(named, channel, channel_files)) is not None:
+        named, channel = list(chosen), None
     _require_different(named)
     file = _single_mask(named, output, dicom_seg)
     scans = []
@@ -156,38 +208,6 @@ def _case_of(path: Path) -> str:
     suffix = None if path.is_dir() else suffix_of(path) or (path.suffix if format_of(path) else None)
     name = path.name if path.name not in ("", "..") else path.resolve().name
     return name[: len(name) - len(suffix)] if suffix else name
-
-
-def _are_frames(named: Sequence[tuple[str, Path]]) -> bool:
-    """Whether pictures are numbered as the frames of one sequence, frame_0000 and on, and not as channels of cases."""
-    matches = [_NNUNET_NAME.fullmatch(case) for case, path in named if is_picture(path)]
-    parts = [(match[1], int(match[2])) for match in matches if match]
-    numbers = sorted(number for _, number in parts)
-    one_sequence = len({stem for stem, _ in parts}) == 1 and numbers == list(range(len(numbers)))
-    return len(parts) == len(named) and one_sequence
-
-
-def _nnunet_channel(named: Sequence[tuple[str, Path]], channel: int) -> list[tuple[str, Path]]:
-    """Cases and files of one channel; empty if the names are not nnU-Net's.
-
-    For a case that lacks the channel's file, its expected name is returned, and that case fails alone when it is read.
-    """
-    parts = [(match, path) for case, path in named if (match := _NNUNET_NAME.fullmatch(case))]
-    if len(named) == 1 or len(parts) < len(named):
-        return []
-    found = sorted({int(match[2]) for match, _ in parts})
-    if found[0] != 0:  # nnU-Net counts from 0; these are numbers of cases
-        return []
-    if channel not in found:
-        raise InputError(
-            f"expected files ending in _{channel:04d} for channel {channel} in {named[0][1].parent}, found channels "
-            f"{found[0]} to {found[-1]}; choose one of these"
-        )
-    wanted: dict[tuple[str, str], Path] = {}
-    for match, path in parts:
-        case, suffix = match[1], path.name[len(match[0]) :]
-        wanted.setdefault((case, suffix), path.with_name(f"{case}_{channel:04d}{suffix}"))
-    return [(case, path) for (case, _), path in wanted.items()]
 
 
 def _require_different(named: Sequence[tuple[str, Path]]) -> None:

@@ -21,7 +21,7 @@ from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import cast_frozen_weights, product_dtype
 from samed_peft.training.adalora import prune_ranks
 from samed_peft.training.batches import TrainingSlices
-from samed_peft.training.loop import Step, build_optimizer, steps_per_epoch, training_steps
+from samed_peft.training.loop import Step, build_optimizer, steps_per_epoch, training_steps, warn_of_warmup
 from samed_peft.training.resources import write_resources
 from samed_peft.training.runs import Run, claim_run_folder, only_run_in, run_settings, tracked
 from samed_peft.training.state import Progress, load_checkpoint, save_checkpoint, stop_on_any_process
@@ -68,6 +68,7 @@ def _train(
     slices = TrainingSlices(run.rows, image_size=run.config.image_size, label_size=model.logits_size, seed=seed)
     progress = load_checkpoint(out / "checkpoints", model, optimizer, accelerator=accelerator)
     if accelerator.is_main_process:
+        warn_of_warmup(total, training)
         warn_of_absent_classes(run.rows, run.config.class_names)
         if resume and not progress.step:
             warnings.warn(f"nothing to resume in {out}: it has no checkpoint, so the run begins anew", stacklevel=3)

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -219,6 +220,19 @@ def _global_sum(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
         return total + (local - local.detach()) * accelerator.num_processes
 
     return global_sum
+
+
+def warn_of_warmup(total: int, training: TrainingConfig) -> None:
+    """Warn if a training of `total` steps ends before its warm-up does."""
+    if total <= training.warmup_steps:
+        last = learning_rate(
+            total - 1, peak=training.learning_rate, warmup_steps=training.warmup_steps, max_steps=total
+        )
+        warnings.warn(
+            f"all {total} steps lie within the warm-up of {training.warmup_steps}, so the learning rate rises to "
+            f"{last:.2g} of {training.learning_rate:g} at most; choose --warmup_steps {total // 10}, or train longer",
+            stacklevel=3,
+        )
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, max_steps: int, power: float = 0.9) -> float:

@@ -21,6 +21,7 @@ from samed_peft.errors import InputError, printable
 from samed_peft.evaluation import Report, format_table
 from samed_peft.hub.push import check_repo_id, push_to_hub
 from samed_peft.io import FolderKind, Volume, read_json, require_replaceable, write_json
+from samed_peft.models.launch import check_launch
 
 RUN_FILE = "run.json"
 """Record of a run's settings; marks a folder as that of a run."""
@@ -36,8 +37,8 @@ _DEFAULTS = {
 }
 """Settings that a run of an older version did not record, as JSON values."""
 
-_WITHOUT_EFFECT = ("num_workers", "checkpoint_steps")
-"""Fields of TrainingConfig that do not change the result, so they may differ when a run resumes."""
+_WITHOUT_EFFECT = ("num_workers", "checkpoint_steps", "channel_files")
+"""Fields that do not change the result, so they may differ when a run resumes."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,14 @@ def start_run(output_dir: Path, *, mixed_precision: str | None = None, repo_id: 
 
     Raises:
         InputError: the folder cannot be written or holds other files, `repo_id` is malformed, or Accelerate is set up
-            to split one model over processes.
+            to split one model over processes or to compute in fp16 without a GPU.
     """
     if repo_id:
         check_repo_id(repo_id)
     require_replaceable(output_dir, RUN_FOLDER)
     accelerator = Accelerator(mixed_precision=mixed_precision, log_with="tensorboard", project_dir=output_dir)
     require_replicas(accelerator)
+    check_launch(accelerator)
     return accelerator
 
 
@@ -156,12 +158,11 @@ def run_settings(
         data: names of the data, with fingerprints of their files.
         accelerator: its number of processes and precision count too.
     """
-    decisive = {name: value for name, value in training.to_dict().items() if name not in _WITHOUT_EFFECT}
+    fields = config.to_dict() | training.to_dict()
     note = {"note": TINY_SAM_NOTE} if config.base == TINY_SAM else {}
     return {
         **note,
-        **config.to_dict(),
-        **decisive,
+        **{name: value for name, value in fields.items() if name not in _WITHOUT_EFFECT},
         "data": list(data),
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,

@@ -1,6 +1,7 @@
 """`samed info`: what it says, that it needs no PyTorch, and what it refuses."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,11 +9,12 @@ import sys
 import pytest
 
 from samed_peft.adapters.info import adapter_info, info_text
-from samed_peft.adapters.save_load import add_lora, save_adapter, write_card
+from samed_peft.adapters.save_load import add_lora, load_adapter, save_adapter, write_card
 from samed_peft.cli import main
 from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.evaluation import Report
+from samed_peft.hub.content import published_files
 from samed_peft.models.bases import load_sam
 
 CLASSES = ("left|lobe", "right lobe")
@@ -107,3 +109,36 @@ def test_bad_adapters_are_refused(adapter, damage, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["info", str(adapter)])
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_folder_of_a_run_stands_for_its_adapter(adapter, tmp_path):
+    info = adapter_info(tmp_path)
+    assert info | {"source": str(adapter)} == adapter_info(adapter)
+    assert load_adapter(tmp_path).samed_config == load_adapter(adapter).samed_config
+    assert published_files(tmp_path) == published_files(adapter)
+    shutil.copytree(adapter, tmp_path / "adapter_best")
+    for read in (adapter_info, load_adapter, published_files):
+        with pytest.raises(InputError, match=r"two adapters, adapter_best of .*validation and adapter of the last"):
+            read(tmp_path)
+    assert adapter_info(tmp_path / "adapter_best")["config"] == info["config"]
+
+
+def test_checkpoints_are_not_taken_for_adapters(adapter, tmp_path):
+    run = tmp_path / "run"
+    step = run / "checkpoints" / "step-00000003"
+    step.mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (step / "state.json").write_text("{}")
+    for folder, found in ((run, "a training run"), (step.parent, "checkpoints"), (step, "checkpoints")):
+        with pytest.raises(InputError, match=rf"found {found}.* in {re.escape(str(folder))}; .* with --resume"):
+            adapter_info(folder)
+    adapter.rename(run / "adapter")
+    with pytest.raises(InputError, match=rf"found checkpoints .*: give {re.escape(str(run / 'adapter'))}"):
+        adapter_info(step)
+    assert adapter_info(run)["classes"]
+
+
+def test_json_into_a_pipe_that_closes_is_quiet(adapter):
+    command = f"{sys.executable} -m samed_peft info {adapter} --json | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, encoding="utf-8", check=True)
+    assert (done.stdout, done.stderr) == ("{\n", "")

@@ -17,6 +17,7 @@ from segment_anything import sam_model_registry
 from transformers import SamConfig, SamModel
 
 from samed_peft import SamedConfig, load_adapter, save_adapter
+from samed_peft.adapters.info import adapter_info
 from samed_peft.adapters.save_load import add_lora
 from samed_peft.cli import main
 from samed_peft.config import SYNAPSE_CLASSES
@@ -36,6 +37,7 @@ from samed_peft.io import load_torch_weights
 from samed_peft.models.bases import load_sam
 from samed_peft.models.checkpoints import infer_config, rename_meta_keys
 from samed_peft.models.modeling import SamForSemanticSegmentation
+from samed_peft.prediction.scans import warn_of_storage_order
 
 BASE = str(GOLDEN / "sam_base.pth")
 SIZES = {"image_size": 128, "input_size": 56}
@@ -84,7 +86,7 @@ def test_the_config_is_read_from_the_file(converted):
     config = load_adapter(directory).samed_config
     assert (config.preset, config.rank, config.class_names) == (preset, 4, SYNAPSE_CLASSES)
     assert config.decoder == PRESETS[preset].decoder
-    assert (config.image_size, config.input_size, config.orientation) == (128, 56, None)
+    assert (config.image_size, config.input_size, config.orientation) == (128, 56, "LAS")
 
 
 def test_round_trip_to_samed_is_equal_to_the_bit(converted, tmp_path):
@@ -357,6 +359,20 @@ def test_a_converted_vit_b_computes_what_segment_anything_computes(tmp_path):
     pixels = torch.rand(1, 3, 1024, 1024)
     with torch.no_grad():
         torch.testing.assert_close(sam.get_image_embeddings(pixels), meta.image_encoder(pixels), rtol=0, atol=1e-4)
+
+
+def test_the_orientation_of_synapse_is_raw_btcvs_and_others_are_told(tmp_path, capsys):
+    checkpoint, sizes = str(GOLDEN / FILES["samed_s"]), ["--image_size", "128"]
+    for names, codes in ((None, "LAS"), ("a,b,c,d,e,f,g,h", None), ("a,b,c,d,e,f,g,h", "LPS"), (None, "LPS")):
+        options = [*(["--class_names", names] if names else []), *(["--orientation", codes] if codes == "LPS" else [])]
+        main(["convert", "--checkpoint", checkpoint, "--base", BASE, "--output", str(tmp_path), *sizes, *options])
+        assert adapter_info(tmp_path)["config"]["orientation"] == codes
+        assert ("orientation is unknown, so slices" in capsys.readouterr().out) == (codes is None)
+    scans = [tmp_path / "a.nii.gz", tmp_path / "b.png"]
+    with pytest.warns(UserWarning, match="slices follow the order in which each scan is stored"):
+        warn_of_storage_order(scans, None)
+    warn_of_storage_order(scans, "LAS")
+    warn_of_storage_order(scans[1:], None)
 
 
 def test_the_command_line_converts_and_exports(tmp_path, capsys):

@@ -12,6 +12,8 @@ from PIL import Image
 
 from samed_peft.config import SYNAPSE_CLASSES
 from samed_peft.datasets import LAYOUTS
+from samed_peft.datasets.cases import read_pair
+from samed_peft.datasets.choices import describe_folder
 from samed_peft.datasets.layouts import open_folder
 from samed_peft.errors import InputError
 
@@ -215,3 +217,66 @@ def test_two_files_of_one_case(tmp_path):
 def test_the_hippocampus(real_scans):
     folder = open_folder(real_scans / "Task04_Hippocampus")
     assert (folder.class_names, folder.modality, len(folder.images)) == (("Anterior", "Posterior"), "MRI", 160)
+
+
+def pictures(root, names, *, labels, channel_names=("R", "G", "B"), colour=True):
+    """A folder of nnU-Net's with pictures, whose red, green and blue differ."""
+    root.mkdir()
+    content = NNUNET | {"channel_names": dict(zip("012", channel_names, strict=False)), "file_ending": ".png"}
+    (root / "dataset.json").write_text(json.dumps(content))
+    picture = np.dstack([np.full((4, 5), value, np.uint8) for value in (10, 20, 30)])
+    for folder, files in (("imagesTr", names), ("labelsTr", labels)):
+        (root / folder).mkdir()
+        for name in files:
+            array = picture if colour and folder == "imagesTr" else np.eye(4, 5, dtype=np.uint8)
+            Image.fromarray(array).save(root / folder / f"{name}.png")
+    return root
+
+
+@pytest.mark.parametrize("channels", [("R", "G", "B"), ("red", "green", "blue"), ("rgb_to_0_1",) * 3])
+@pytest.mark.parametrize("suffix", ["_0000", ""])
+def test_colours_of_nnunet_are_read_together(tmp_path, channels, suffix):
+    root = pictures(tmp_path / "n", (f"a{suffix}", f"b{suffix}"), labels=("a", "b"), channel_names=channels)
+    folder = open_folder(root)
+    assert (folder.cases, folder.channel, folder.channel_files) == (("a", "b"), None, bool(suffix))
+    assert describe_folder(folder)["window"] is not None
+    scan, _ = read_pair(folder.case("b"), num_classes=1)
+    assert scan.array[0, 0, 0].tolist() == [10, 20, 30]
+    with pytest.raises(InputError, match=rf"each picture .* holds all three, {channels[0]}.*leave it out"):
+        open_folder(root, channel="0")
+
+
+def test_colours_in_a_file_each_are_channels(tmp_path):
+    names = [f"{case}_{number:04d}" for case in "ab" for number in range(3)]
+    root = pictures(tmp_path / "n", names, labels=("a", "b"), colour=False)
+    assert open_folder(root, channel="G").images["a"].name == "a_0001.png"
+    with pytest.raises(InputError, match=r"0 \(R\), 1 \(G\), 2 \(B\).*none chosen"):
+        open_folder(root)
+
+
+@pytest.mark.parametrize("channels", [{"0": "T1"}, {"0": "T1", "1": "FLAIR"}])
+def test_label_maps_with_the_suffix_of_their_scans(tmp_path, channels):
+    images = [f"c{case}_000{channel}" for case in (1, 2) for channel in range(len(channels))]
+    root = write(tmp_path / "n", NNUNET | {"channel_names": channels}, images, ("c1_0000", "c2_0000"))
+    folder = open_folder(root, channel="T1")
+    assert {case: path.name for case, path in folder.labels.items()} == {
+        "c1": "c1_0000.nii.gz",
+        "c2": "c2_0000.nii.gz",
+    }
+    assert folder.channel_files
+    scan(root / "labelsTr" / "c2.nii.gz")
+    with pytest.raises(InputError, match=r"expected one file a case, found .*c2.*remove one"):
+        open_folder(root, channel="T1")
+
+
+def test_frames_are_cases_if_their_label_maps_are_numbered_alike(tmp_path):
+    frames = [f"f_{number:04d}" for number in range(3)]
+    folder = open_folder(write(tmp_path / "n", NNUNET | {"channel_names": {"0": "T1"}}, frames, frames))
+    assert (folder.cases, folder.channel_files) == (tuple(frames), False)
+
+
+def test_files_of_channels_that_nobody_listed_are_told(tmp_path):
+    images = ("c1_0000", "c1_0001", "c2_0000")
+    root = write(tmp_path / "n", NNUNET | {"channel_names": {"0": "T1"}}, images, ("c1", "c2"))
+    with pytest.warns(UserWarning, match="lists 1 channel, so 1 files of others are left out: c1_0001"):
+        assert open_folder(root).cases == ("c1", "c2")

@@ -53,6 +53,17 @@ def test_listed_splits_that_cannot_be_used(tmp_path, content, message):
         listed_split(tmp_path / "s.json", patients_of(CASES, PATTERN))
 
 
+def test_too_few_cases_are_told_with_the_options_that_divide_them():
+    with pytest.raises(InputError, match=r"2 patients at least, .* found a; neither --folds nor --test_cases .* add"):
+        choose_splits(["a"])
+    with pytest.raises(InputError, match=r"found p00 of 2 cases by --patient_pattern; neither --folds"):
+        choose_splits(CASES[:2], patient_pattern=PATTERN)
+    with pytest.raises(InputError, match=r"expected 2 to 3 folds, .* found 5; give --folds 3, or .* --test_cases"):
+        choose_splits(["a", "b", "c"])
+    with pytest.raises(InputError, match=r"no case is left to train on when all 1 are held out; .* --test_cases"):
+        choose_splits(["a"], test_cases=["a"])
+
+
 def test_what_else_is_refused():
     patients = patients_of(CASES, PATTERN)
     for folds in (1, 11):

@@ -66,3 +66,56 @@ def test_opcodes_that_build_objects_are_named(tmp_path, protocol):
     with pytest.raises(InputError, match=r"Python objects \((STACK_GLOBAL|BYTEARRAY8|(__builtin__|builtins)\.\w+)\)"):
         load_torch_weights(write(tmp_path / "w.pth", data_pkl=data))
     assert used & {"GLOBAL", "STACK_GLOBAL"}
+
+
+WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(2)}
+PARALLEL = {f"module.{name}": tensor for name, tensor in WEIGHTS.items()}
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        *({name: WEIGHTS} for name in ("model", "state_dict", "model_state_dict")),
+        {"model": WEIGHTS, "optimizer": {"state": {0: {"exp_avg": torch.ones(6)}}, "param_groups": []}, "epoch": 3},
+        {"state_dict": {"model": PARALLEL}},
+        PARALLEL,
+        {f"_orig_mod.{name}": tensor for name, tensor in WEIGHTS.items()},
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_state_dicts_are_found_as_training_programs_store_them(tmp_path, saved, zipped):
+    torch.save(saved, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    found = load_torch_weights(tmp_path / "w.pth")
+    assert list(found) == list(WEIGHTS)
+    assert all(torch.equal(found[name], WEIGHTS[name]) for name in WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"model": WEIGHTS, "state_dict": WEIGHTS}, "found 'model': dict"),
+        ({"model": WEIGHTS, "extra": torch.ones(1)}, "found 'model': dict"),
+        ({"model": {"a": 1}}, "found 'a': int"),
+        ({"model": {}}, "found an empty dict"),
+    ],
+)
+def test_what_is_stored_is_not_guessed(tmp_path, saved, message):
+    torch.save(saved, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=message):
+        load_torch_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_beside_the_state_dict_count_as_claimed(tmp_path, zipped):
+    bomb = torch.ones(1).expand(10**9)
+    torch.save({"model": WEIGHTS, "optimizer": [bomb]}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=r"claims 4\d{9} bytes of tensors"):
+        load_torch_weights(tmp_path / "w.pth")
+
+
+def test_a_dict_that_holds_itself_ends_with_a_message(tmp_path):
+    state = {"lr": 1.0}
+    state["model"] = state
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(InputError, match="found 'lr': float"):
+        load_torch_weights(tmp_path / "w.pth")

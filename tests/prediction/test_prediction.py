@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from scan_files import AFFINE, write_dicom, write_itk
+from scipy import ndimage
 
 from samed_peft import io
 from samed_peft.adapters.save_load import add_lora, load_adapter, save_adapter
@@ -634,6 +635,40 @@ def test_scans_of_another_kind_are_told_with_figures(predict, tmp_path):
     ):
         with pytest.warns(UserWarning, match=message):
             assert predict(f"{name}.nii.gz", f"{name}-mask.nii.gz") == 0
+
+
+CT = (-125.0, 275.0)
+
+
+@pytest.mark.parametrize("kind", ["MR", "8 bit", "scaled", "shifted CT"])
+def test_scans_of_other_kinds_are_told_in_a_window_of_ct(kind):
+    noise = np.random.default_rng(0)
+    ct = np.concatenate([noise.normal(mean, 15, 4000) for mean in (-1000, -100, 50, 300)]).reshape(4, 40, 100)
+    array = {
+        "MR": np.clip(noise.gamma(2, 130, ct.shape) - 47, -47, 833),
+        "8 bit": noise.integers(0, 256, ct.shape),
+        "scaled": noise.uniform(0, 1, ct.shape),
+        "shifted CT": ct + 1100,
+    }[kind]
+    with pytest.warns(UserWarning, match=r"without the air and fat of a CT; is it of the kind, and in the units"):
+        warn_of_window(io.Volume(array.astype(np.float32)), CT)
+    warn_of_window(io.Volume(ct.astype(np.float32)), CT)
+    warn_of_window(io.Volume(ct[1:3].astype(np.float32)), CT)  # fat and soft tissue
+    warn_of_window(io.Volume(ct[2:3].astype(np.float32) - 30), CT)  # the inside of an organ
+
+
+def test_crops_around_organs_of_a_ct_are_not_told(real_scans):
+    for path in sorted((real_scans / "btcv_like" / "Training" / "img").iterdir()):
+        scan = io.read_volume(path).array
+        labels = io.read_labels(path.parent.parent / "label" / path.name.replace("img", "label")).array
+        for box in filter(None, ndimage.find_objects(labels)):
+            warn_of_window(io.Volume(scan[box]), CT)
+
+
+def test_every_mr_is_told_in_a_window_of_ct(real_scans):
+    for path in sorted((real_scans / "Task04_Hippocampus" / "imagesTr").glob("*.nii.gz"))[::8]:
+        with pytest.warns(UserWarning, match="without the air and fat of a CT"):
+            warn_of_window(io.read_volume(path), CT)
 
 
 def test_scans_that_fit_the_window_are_not_told(real_scans):

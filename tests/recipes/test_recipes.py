@@ -232,6 +232,7 @@ def test_the_small_preset_trains_and_its_adapter_is_scored(run, scans, tmp_path)
         (["--data_dir", "{scans}", "--push_to_hub", "a/b/c"], "expected owner/name as repository, found 'a/b/c'"),
         (["--data_dir", "{scans}", "--rank", "0"], "rank must be at least 1"),
         (["--data_dir", "{golden}"], "expected raw BTCV"),
+        (["--data_dir", "{scans}", "--preset", "samed_h"], "expected a GPU for fp16, found none"),
         (["--data_dir", "{scans}", "--test_cases", "5"], r"cases \[5\] are in both the train and the test split"),
     ],
 )

@@ -39,7 +39,7 @@ from samed_peft.training import (
     verifies_rows,
 )
 from samed_peft.training.batches import TrainingSlices
-from samed_peft.training.loop import learning_rate
+from samed_peft.training.loop import learning_rate, warn_of_warmup
 from samed_peft.training.runs import only_run_in
 
 
@@ -372,3 +372,12 @@ def test_two_processes_give_the_losses_of_one_with_the_double_batch(tmp_path):
     assert len(losses[0]) == 14
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-5, rtol=0)
     assert losses[0][0] - losses[0][-2] > 0.001
+
+
+@pytest.mark.parametrize("total", [1, 2, 4])
+def test_a_training_within_its_warm_up_is_told_with_the_rate_it_reaches(total):
+    training = TrainingConfig(learning_rate=0.008, warmup_steps=4)
+    reached = max(learning_rate(step, peak=0.008, warmup_steps=4, max_steps=total) for step in range(total))
+    with pytest.warns(UserWarning, match=rf"all {total} steps .* warm-up of 4, .* rises to {reached:g} of 0\.008"):
+        warn_of_warmup(total, training)
+    warn_of_warmup(5, training)
