@@ -45,6 +45,7 @@ class StopSignal:
         self.received: int | None = None
         self._raises = raises
         self._code = code
+        self._ends = False
         self._first_at_s = 0.0
         self._before: dict[int, object] = {}
         self._end: threading.Timer | None = None
@@ -65,11 +66,17 @@ class StopSignal:
         if self.received is not None and isinstance(error, Exception) and not isinstance(error, FORESEEN):
             raise KeyboardInterrupt(self.received) from error
 
+    def note_only(self) -> None:
+        """Raise no more from here on: the program is about to say its last word."""
+        self._ends = True
+
     def _note(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         first = self.received is None
         if first:
             self.received, self._first_at_s = number, now
+        if self._ends:
+            return
         if self._raises if first else now - self._first_at_s > _ONE_REQUEST_S:
             if self._raises:
                 # Libraries may wait for workers that the signal ended too.
