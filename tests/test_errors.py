@@ -137,6 +137,13 @@ def test_a_signal_is_noted_and_a_later_one_interrupts(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_program_that_says_its_last_word_is_not_interrupted():
+    with StopSignal(raises=True) as stop:
+        stop.note_only()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+
+
 def test_an_error_after_a_signal_was_noted_is_that_signal(capsys):
     def main():
         with StopSignal():
@@ -144,6 +151,91 @@ def test_an_error_after_a_signal_was_noted_is_that_signal(capsys):
             raise RuntimeError("a worker has died")
 
     assert end(main, capsys)[0] == 143
+
+
+ENDS = """
+import atexit, os, signal, sys, time
+from samed_peft.errors import exit_on_error
+
+atexit.register(lambda: [time.sleep(0.1) for _ in range(200)])
+atexit.register(print, "ends", flush=True)
+
+@exit_on_error
+def main():
+    if sys.argv[1] == "interrupted":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+
+main()
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("interrupted", 143), ("done", 0)])
+def test_a_signal_to_a_program_that_ends_changes_nothing(how, code):
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDS, how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    assert process.stdout.readline() == "ends\n"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == code
+    assert stderr.count("\n") == stderr.count("error: stopped by SIGTERM") == (code != 0)
+
+
+GLOO = "[/torch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:42411. This is"
+
+
+@pytest.mark.parametrize(("decorate", "code"), [(exit_on_error, 1), (exit_resumable, 75)])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError(GLOO), "closed by peer"),
+        (torch.distributed.DistNetworkError("Broken pipe"), "broken pipe"),
+        (torch.distributed.DistBackendError("NCCL error in: x.cpp:1, remote process exited"), "remote process exited"),
+    ],
+)
+def test_a_process_that_lost_another_one_ends_with_one_line(error, reason, decorate, code, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    found, message = end(raises(error), capsys, decorate)
+    assert found == code
+    assert message.startswith(f"lost the connection to another process of this launch ({reason}); ")
+    assert ("--resume goes on" in message) == (decorate is exit_resumable)
+
+
+TWO_PROCESSES = """
+import os, signal, sys
+import torch
+from samed_peft.errors import exit_resumable
+
+@exit_resumable
+def main():
+    place, rank = f"file://{sys.argv[1]}", int(sys.argv[2])
+    torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+    torch.distributed.barrier()
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.all_reduce(torch.zeros(3))
+
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_the_process_that_outlives_another_says_so(tmp_path):
+    command = [sys.executable, "-c", TWO_PROCESSES, tmp_path / "store"]
+    pipes = {"stderr": subprocess.PIPE, "encoding": "utf-8"}
+    processes = [subprocess.Popen([*command, rank], env=os.environ | {"RANK": rank}, **pipes) for rank in "01"]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [-signal.SIGKILL, 75], errors
+    assert errors[1].startswith("error: lost the connection to another process of this launch (")
+    assert errors[1].count("\n") == 1
+
+
+def test_other_errors_between_processes_are_faults(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for error in (torch.distributed.DistBackendError("NCCL error: invalid usage"), RuntimeError("closed by peer")):
+        assert end(raises(error), capsys)[0] == 70
 
 
 FORKS = """
