@@ -299,6 +299,22 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback():
     assert (ended.stdout, ended.stderr) == (b"0\n", b"")
 
 
+WARNS = r"""
+import warnings
+from samed_peft.errors import exit_on_error
+
+before = warnings.formatwarning
+exit_on_error(lambda: warnings.warn("a\x1b[2J\u202ename"))()
+assert warnings.formatwarning is before
+"""
+
+
+def test_warnings_of_a_program_reach_terminals_as_text():
+    ended = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, encoding="utf-8", check=True, timeout=60)
+    assert r"UserWarning: a\x1b[2J\u202ename" in ended.stderr
+    assert "\x1b" not in ended.stderr
+
+
 def test_control_characters_reach_no_terminal(capsys):
     text = "a\x1b[2J\x9b1m\u202ename\r\x07"
     assert printable(text) == r"a\x1b[2J\x9b1m\u202ename\r\x07"

@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
@@ -52,7 +53,10 @@ def exit_on_error(main: Callable[P, R], *, resumable: bool = False) -> Callable[
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with StopSignal(raises=True, code=RunInterruptedError.exit_code if resumable else None) as stop:
+        with (
+            StopSignal(raises=True, code=RunInterruptedError.exit_code if resumable else None) as stop,
+            _printable_warnings(),
+        ):
             try:
                 result = main(*args, **kwargs)
                 sys.stdout.flush()
@@ -197,6 +201,17 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202
 def printable(text: object) -> str:
     r"""Text from files as it may go to a terminal: control characters, and those that reorder text, as `\x1b`."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), str(text))
+
+
+@contextlib.contextmanager
+def _printable_warnings() -> Iterator[None]:
+    """Print warnings, which name files and quote headers, without control characters."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **options: printable(before(*args, **options))
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextlib.contextmanager
