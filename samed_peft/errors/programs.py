@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ _FAULT_CODE = 70
 
 _PIPE_CODE = 128 + 13
 """As if SIGPIPE had ended the program, which Python turns into an error."""
+
+_CLOCK_STEP_S = 1.0
+"""Precision of the times at which processes began."""
 
 _REMEDIES = {
     errno.ENOSPC: "free space there",
@@ -53,6 +57,7 @@ def exit_on_error(main: Callable[P, R], *, resumable: bool = False) -> Callable[
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        began_s = time.time()
         with (
             StopSignal(raises=True, code=RunInterruptedError.exit_code if resumable else None) as stop,
             _printable_warnings(),
@@ -68,14 +73,9 @@ def exit_on_error(main: Callable[P, R], *, resumable: bool = False) -> Callable[
                 stop.note_only()
                 if isinstance(error, BrokenPipeError) and _reader_has_left():
                     sys.exit(_PIPE_CODE)
-                message, code = _message_and_code(error, stop.received, resumable)
-                is_signal = code in (RunInterruptedError.exit_code, *(128 + number for number in SIGNALS))
-                # All processes of a launch get a signal, and one says so.
-                if not is_signal or os.environ.get("RANK", "0") == "0" or _lost_process(error):
-                    with contextlib.suppress(OSError):
-                        print(f"error: {printable(message)}", file=sys.stderr)
-                with contextlib.suppress(OSError):
-                    sys.stdout.flush()
+                code = _say_last_word(error, stop.received, resumable)
+                if stop.received is not None:
+                    _end_children(began_s)
         atexit.register(_end_at_signals, code)
         sys.exit(code)
 
@@ -85,6 +85,31 @@ def exit_on_error(main: Callable[P, R], *, resumable: bool = False) -> Callable[
 def exit_resumable(main: Callable[P, R]) -> Callable[P, R]:
     """`exit_on_error` for a training, whose state is saved: signals end it with 75, and --resume goes on with it."""
     return exit_on_error(main, resumable=True)
+
+
+def _say_last_word(error: BaseException, received: int | None, resumable: bool) -> int:
+    """Print the message of an error; returns the exit code."""
+    message, code = _message_and_code(error, received, resumable)
+    is_signal = code in (RunInterruptedError.exit_code, *(128 + number for number in SIGNALS))
+    if received is not None:
+        traceback.clear_frames(error.__traceback__)  # ends the line of a progress bar that it left open
+    # All processes of a launch get a signal, and one says so.
+    if not is_signal or os.environ.get("RANK", "0") == "0" or _lost_process(error):
+        with contextlib.suppress(OSError):
+            print(f"error: {printable(message)}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    return code
+
+
+def _end_children(began_s: float) -> None:
+    """End processes that this one began: Python waits at its end for some that a signal kept from being ended."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.create_time() >= began_s - _CLOCK_STEP_S:
+                child.kill()
 
 
 def _end_at_signals(code: int) -> None:

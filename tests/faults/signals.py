@@ -31,6 +31,7 @@ PROGRAMS = {
     "train": Program(("recipe", "synapse.py", *TRAINING, "--num_workers", "0"), resumable=True),
     "train, 2 workers": Program(("recipe", "synapse.py", *TRAINING, "--num_workers", "2"), resumable=True),
     "train, 2 processes": Program(("recipe", "synapse.py", *TRAINING, "--num_workers", "0"), 2, resumable=True),
+    "prepare, 2 workers": Program(COMMANDS["prepare-rows"].call),
     "predict": Program(COMMANDS["predict"].call),
     "evaluate": Program(COMMANDS["evaluate"].call),
 }
