@@ -225,7 +225,9 @@ main()
 def test_the_process_that_outlives_another_says_so(tmp_path):
     command = [sys.executable, "-c", TWO_PROCESSES, tmp_path / "store"]
     pipes = {"stderr": subprocess.PIPE, "encoding": "utf-8"}
-    processes = [subprocess.Popen([*command, rank], env=os.environ | {"RANK": rank}, **pipes) for rank in "01"]
+    processes = [
+        subprocess.Popen([*command, rank], env=os.environ | {"RANK": rank, "WORLD_SIZE": "2"}, **pipes) for rank in "01"
+    ]
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [-signal.SIGKILL, 75], errors
     assert errors[1].startswith("error: lost the connection to another process of this launch (")
@@ -277,6 +279,96 @@ def test_forked_workers_miss_signals_to_the_group_but_end_with_their_process(sen
     assert b"Traceback" not in stderr
     deadline = time.monotonic() + 10
     while is_running(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+INTERRUPTED = """
+import multiprocessing, os, signal, sys, threading, time
+from samed_peft.errors import exit_on_error
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+class StopsWhenItIsDeleted:
+    def __del__(self):
+        stop()
+
+def in_a_destructor():
+    StopsWhenItIsDeleted()
+
+def before_a_fork():
+    os.register_at_fork(before=stop)
+    os.fork()
+
+def after_a_fork():
+    os.register_at_fork(after_in_parent=stop)
+    os.fork()
+
+def with_a_process_that_would_be_joined():
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,)).start()
+    stop()
+
+def with_an_open_bar():
+    from tqdm import tqdm
+    bar = tqdm(range(2))
+    stop()
+
+@exit_on_error
+def main():
+    {how}()
+    time.sleep(60)
+
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.parametrize(
+    "how",
+    [
+        "in_a_destructor",
+        "before_a_fork",
+        "after_a_fork",
+        "with_a_process_that_would_be_joined",
+        "with_an_open_bar",
+    ],
+)
+def test_a_signal_counts_wherever_it_arrives(how):
+    command = [sys.executable, "-c", INTERRUPTED.replace("{how}", how)]
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, timeout=10)
+    assert ended.returncode == 143, ended.stderr
+    lines = [line for line in ended.stderr.replace("\r", "\n").splitlines() if line and "it/s" not in line]
+    assert lines == ["error: stopped by SIGTERM; files that were finished are whole, the others are not there"]
+
+
+FORKS_AT_ITS_END = """
+import atexit, os, signal, sys, time
+from samed_peft.errors import exit_on_error
+
+def fork():
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    print(child, flush=True)
+
+atexit.register(fork)
+
+@exit_on_error
+def main():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and asks Linux to end children")
+def test_what_an_interrupted_program_forks_at_its_end_ends_with_it():
+    ended = subprocess.run([sys.executable, "-c", FORKS_AT_ITS_END], stdout=subprocess.PIPE, check=False, timeout=70)
+    assert ended.returncode == 143
+    deadline = time.monotonic() + 10
+    while is_running(int(ended.stdout)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

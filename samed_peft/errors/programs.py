@@ -76,6 +76,7 @@ def exit_on_error(main: Callable[P, R], *, resumable: bool = False) -> Callable[
                 code = _say_last_word(error, stop.received, resumable)
                 if stop.received is not None:
                     _end_children(began_s)
+                _leave_launch()
         atexit.register(_end_at_signals, code)
         sys.exit(code)
 
@@ -110,6 +111,16 @@ def _end_children(began_s: float) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             if child.create_time() >= began_s - _CLOCK_STEP_S:
                 child.kill()
+
+
+def _leave_launch() -> None:
+    """End gloo's threads, which abort a process that ends with Python alone; NCCL would wait for the others."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and "torch.distributed" in sys.modules:
+        with contextlib.suppress(ImportError, AttributeError, RuntimeError):  # PyTorch may be half imported
+            from torch import distributed
+
+            if distributed.is_initialized() and distributed.get_backend() == "gloo":
+                distributed.destroy_process_group()
 
 
 def _end_at_signals(code: int) -> None:
