@@ -111,10 +111,8 @@ def predict_files(
     with StopSignal() as stop:
         stopped = partial(_is_stopped, stop, flag)
         written, failed = _predict_all(model, mine, options=options, accelerator=accelerator, stopped=stopped)
-        received = [stop.received or 0]
-        if accelerator.num_processes > 1:  # within the block: a signal must not end a process before the others' turn
-            failed = dict(gather_object(list(failed.items())))
-            written, received = gather_object(written), gather_object(received)
+        # Within the block: a signal must not end a process before the others' turn.
+        written, failed, received = _gathered(written, failed, stop.received or 0, accelerator=accelerator)
         if flag is not None and accelerator.is_main_process:
             flag.remove()
     pending_cases = [scan.case for scan in pending]
@@ -125,6 +123,15 @@ def predict_files(
         skipped=tuple(scan.case for scan in scans if scan.case not in set(pending_cases)),
         failed={case: failed[case] for case in pending_cases if case in failed},
     )
+
+
+def _gathered(
+    written: list[str], failed: dict[str, str], received: int, *, accelerator: Accelerator
+) -> tuple[list[str], dict[str, str], list[int]]:
+    """The results of all processes, and the signal that each got, 0 for none."""
+    if accelerator.num_processes == 1:
+        return written, failed, [received]
+    return gather_object(written), dict(gather_object(list(failed.items()))), gather_object([received])
 
 
 def _is_stopped(stop: StopSignal, flag: SharedFlag | None) -> bool:
