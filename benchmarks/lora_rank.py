@@ -34,7 +34,7 @@ import torch
 from measure import facts, options_parser
 
 from samed_peft.config import METHODS
-from samed_peft.errors import InputError, RunInterruptedError, SomeCasesFailedError, exit_on_error
+from samed_peft.errors import InputError, RunInterruptedError, SomeCasesFailedError, exit_on_error, printable
 from samed_peft.io import read_json, write_json
 from samed_peft.models.bases import open_sam, randomize_weights
 
@@ -246,7 +246,8 @@ def main() -> None:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             # The recipe's own message, if there is one: accelerate launch writes a traceback behind it.
             reasons = [line for line in lines if line.startswith("error: ")] or lines or ["no output"]
-            print(f"[{number}/{len(left)}] {run.result.stem} failed with {code}: {reasons[-1]} ({log})", flush=True)
+            reason = printable(f"{reasons[-1]} ({log})")
+            print(f"[{number}/{len(left)}] {run.result.stem} failed with {code}: {reason}", flush=True)
             continue
         finished.append(run)
         dice = read_json(run.result)["standard"]["mean"]["dice"]

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from samed_peft import SamedConfig, TrainingConfig, add_lora, load_sam, predict_volume, read_volume
 from samed_peft.datasets.preprocessing import normalized_array
+from samed_peft.errors import printable
 from samed_peft.io import Volume, read_json, read_labels, write_json
 from samed_peft.metrics import score_case, summarise, without_nan
 from samed_peft.training.batches import TrainingSlices
@@ -63,7 +64,9 @@ def adapt(rows: Rows, base: str, training: TrainingConfig, rank: int) -> torch.n
     seed = training.seed if training.augment else None
     slices = TrainingSlices(rows, image_size=config.image_size, label_size=sam.logits_size, seed=seed)
     steps = training_steps(prepared, optimizer, slices, training=training, accelerator=accelerator)
-    progress = tqdm(steps, total=training.epochs * len(rows) // training.batch_size, desc=base, mininterval=10)
+    progress = tqdm(
+        steps, total=training.epochs * len(rows) // training.batch_size, desc=printable(base), mininterval=10
+    )
     for step in progress:
         progress.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
     return model
@@ -87,7 +90,10 @@ def run(cases: tuple[list[Case], list[Case]], args: argparse.Namespace, steps: i
     ]
     summary = summarise(scores, CLASSES)["standard"]
     by_class = {name: round(summary["classes"][name]["dice"], 3) for name in CLASSES}
-    print(f"{base} seed {seed}, {steps} steps: {summary['mean']['dice']:.3f} {by_class}, {seconds} s", flush=True)
+    print(
+        f"{printable(base)} seed {seed}, {steps} steps: {summary['mean']['dice']:.3f} {by_class}, {seconds} s",
+        flush=True,
+    )
     kind = "development" if args.development else "held_out"
     name = f"tiny_base-{Path(base).name}-rate{args.learning_rate:g}-steps{steps}-seed{seed}-{kind}.json"
     write_json(args.results_dir / name, {

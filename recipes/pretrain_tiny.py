@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import SamConfig, SamModel
 
+from samed_peft.errors import exit_on_error, printable
 from samed_peft.io import FolderKind, atomic_dir, require_replaceable, write_json
 from samed_peft.models.bases import randomize_weights
 from samed_peft.models.losses import dice_ce_loss
@@ -60,6 +61,7 @@ def validation_dice(model: nn.Module, seed: int) -> float:
     return float((2 * (one * two).sum(0) / (one.sum(0) + two.sum(0)))[1:].mean())
 
 
+@exit_on_error
 def main() -> None:
     """Pretrain, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,7 +99,7 @@ def main() -> None:
             "seconds": round(seconds), "threads": torch.get_num_threads(), "validation_dice": round(dice, 4),
             "images": "synthetic only", "torch": torch.__version__,
         })  # fmt: skip
-    print(f"validation Dice {dice:.3f} after {seconds:.0f} s; saved to {args.output_dir}")
+    print(printable(f"validation Dice {dice:.3f} after {seconds:.0f} s; saved to {args.output_dir}"))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,11 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from accelerate import Accelerator
-
-from samed_peft import InputError, Report, Volume, exit_on_error, format_table, load_segmenter, score_held_out
+# Its names are imported on first use, so that help is printed and Ctrl-C is heeded from the start.
+import samed_peft as sp
 from samed_peft.config import SYNAPSE_CLASSES
-from samed_peft.datasets import TEST_CASES, CaseVolumes, check_cases, open_synapse, split_cases
+from samed_peft.errors import printable
 from samed_peft.io import FolderKind, require_replaceable, write_json
-from samed_peft.metrics import medpy_scores
 
 MARKER = "scores.json"
 """Marks a folder that this recipe fills, from the first mask on; a killed run is simply started again."""
@@ -35,7 +33,7 @@ ALLOWED = 1e-9
 def check_classes(class_names: tuple[str, ...], adapter: str) -> None:
     """Refuse an adapter whose labels are not Synapse's."""
     if class_names != SYNAPSE_CLASSES:
-        raise InputError(
+        raise sp.InputError(
             f"expected an adapter of Synapse's organs ({', '.join(SYNAPSE_CLASSES)}), found {adapter} of "
             f"{', '.join(class_names[:8])}; score its masks against your references with samed evaluate"
         )
@@ -50,7 +48,7 @@ def claim(folder: Path, facts: Mapping[str, object]) -> None:
 
 def coverage_note(cases: Iterable[str]) -> dict[str, str]:
     """A note above the report's scores if they are of other cases than SAMed's twelve."""
-    of_samed, scored = [f"case{number:04d}" for number in TEST_CASES], set(cases)
+    of_samed, scored = [f"case{number:04d}" for number in sp.datasets.TEST_CASES], set(cases)
     missing, others = [case for case in of_samed if case not in scored], sorted(scored - {*of_samed})
     if not missing and not others:
         return {}
@@ -60,12 +58,14 @@ def coverage_note(cases: Iterable[str]) -> dict[str, str]:
     return {"note": note}
 
 
-def score_with_medpy(report: Report, references: Mapping[str, Volume], predictions: Path) -> dict[str, object]:
+def score_with_medpy(
+    report: "sp.Report", references: Mapping[str, "sp.Volume"], predictions: Path
+) -> dict[str, object]:
     """The `samed` scores of the written masks by medpy: means, cases, and the largest difference from the report's."""
-    masks = CaseVolumes.of_masks({case: predictions / f"{case}.nii.gz" for case in report.cases})
+    masks = sp.datasets.CaseVolumes.of_masks({case: predictions / f"{case}.nii.gz" for case in report.cases})
     cases, differences, values = {}, [], {"dice": [], "hd95": []}
     for case, ours in report.cases.items():
-        scores = medpy_scores(masks[case].array, references[case].array, num_classes=len(SYNAPSE_CLASSES))
+        scores = sp.metrics.medpy_scores(masks[case].array, references[case].array, num_classes=len(SYNAPSE_CLASSES))
         cases[case] = dict(zip(SYNAPSE_CLASSES, scores, strict=True))
         for metric, column in values.items():
             column += [score[metric] for score in scores]
@@ -74,9 +74,11 @@ def score_with_medpy(report: Report, references: Mapping[str, Volume], predictio
     return {"mean": means, "largest_difference": max(differences), "cases": cases}
 
 
-@exit_on_error
+@sp.exit_on_error
 def main() -> None:
     """Segment, score, report."""
+    from accelerate import Accelerator
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True, help="adapter folder or Hub id")
     parser.add_argument("--base", help="base SAM, if it is not at the recorded location")
@@ -87,25 +89,27 @@ def main() -> None:
     out, facts = args.output_dir, {"adapter": args.adapter, "data_dir": str(args.data_dir)}
     require_replaceable(out, FOLDER)
     accelerator = Accelerator()
-    model = load_segmenter(args.adapter, base=args.base, accelerator=accelerator)
+    model = sp.load_segmenter(args.adapter, base=args.base, accelerator=accelerator)
     config = model.samed_config
     check_classes(config.class_names, args.adapter)
-    folder, cases = open_synapse(args.data_dir), split_cases(args.data_dir, "test", args.test_cases)
+    folder = sp.datasets.open_synapse(args.data_dir)
+    cases = sp.datasets.split_cases(args.data_dir, "test", args.test_cases)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            check_cases(folder, cases, num_classes=len(SYNAPSE_CLASSES), window=config.window)
+            sp.datasets.check_cases(folder, cases, num_classes=len(SYNAPSE_CLASSES), window=config.window)
             claim(out, facts)
-    images, references = CaseVolumes.of_folder(folder, cases)
+    images, references = sp.datasets.CaseVolumes.of_folder(folder, cases)
     settings = config.to_dict() | coverage_note(references)
-    report = score_held_out(model, images, references, out, accelerator=accelerator, settings=settings)
+    report = sp.score_held_out(model, images, references, out, accelerator=accelerator, settings=settings)
     if report is not None:
         by_medpy = score_with_medpy(report, references, out / "predictions")
         write_json(out / MARKER, facts | {"medpy": by_medpy | {"allowed_difference": ALLOWED}})
         mean, apart = by_medpy["mean"], by_medpy["largest_difference"]
-        print(format_table(report), f"masks, report and pictures are in {out}", sep="\n")
+        print(sp.format_table(report), printable(f"masks, report and pictures are in {out}"), sep="\n")
         print(f"medpy: samed Dice {mean['dice']:.4f}, HD95 {mean['hd95']:.2f}; largest difference {apart:.1e}")
         if not apart <= ALLOWED:
-            sys.exit(f"error: scores differ from medpy's by {apart:.1e}, more than {ALLOWED}; see {out / MARKER}")
+            message = f"error: scores differ from medpy's by {apart:.1e}, more than {ALLOWED}; see {out / MARKER}"
+            sys.exit(printable(message))
     accelerator.end_training()
     if report is not None:
         report.require_all_cases()

@@ -137,6 +137,13 @@ def test_a_signal_is_noted_and_a_later_one_interrupts(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_program_that_says_its_last_word_is_not_interrupted():
+    with StopSignal(raises=True) as stop:
+        stop.note_only()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+
+
 def test_an_error_after_a_signal_was_noted_is_that_signal(capsys):
     def main():
         with StopSignal():
@@ -144,6 +151,93 @@ def test_an_error_after_a_signal_was_noted_is_that_signal(capsys):
             raise RuntimeError("a worker has died")
 
     assert end(main, capsys)[0] == 143
+
+
+ENDS = """
+import atexit, os, signal, sys, time
+from samed_peft.errors import exit_on_error
+
+atexit.register(lambda: [time.sleep(0.1) for _ in range(200)])
+atexit.register(print, "ends", flush=True)
+
+@exit_on_error
+def main():
+    if sys.argv[1] == "interrupted":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+
+main()
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("interrupted", 143), ("done", 0)])
+def test_a_signal_to_a_program_that_ends_changes_nothing(how, code):
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDS, how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    assert process.stdout.readline() == "ends\n"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == code
+    assert stderr.count("\n") == stderr.count("error: stopped by SIGTERM") == (code != 0)
+
+
+GLOO = "[/torch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:42411. This is"
+
+
+@pytest.mark.parametrize(("decorate", "code"), [(exit_on_error, 1), (exit_resumable, 75)])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError(GLOO), "closed by peer"),
+        (torch.distributed.DistNetworkError("Broken pipe"), "broken pipe"),
+        (torch.distributed.DistBackendError("NCCL error in: x.cpp:1, remote process exited"), "remote process exited"),
+    ],
+)
+def test_a_process_that_lost_another_one_ends_with_one_line(error, reason, decorate, code, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    found, message = end(raises(error), capsys, decorate)
+    assert found == code
+    assert message.startswith(f"lost the connection to another process of this launch ({reason}); ")
+    assert ("--resume goes on" in message) == (decorate is exit_resumable)
+
+
+TWO_PROCESSES = """
+import os, signal, sys
+import torch
+from samed_peft.errors import exit_resumable
+
+@exit_resumable
+def main():
+    place, rank = f"file://{sys.argv[1]}", int(sys.argv[2])
+    torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+    torch.distributed.barrier()
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.all_reduce(torch.zeros(3))
+
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_the_process_that_outlives_another_says_so(tmp_path):
+    command = [sys.executable, "-c", TWO_PROCESSES, tmp_path / "store"]
+    pipes = {"stderr": subprocess.PIPE, "encoding": "utf-8"}
+    processes = [
+        subprocess.Popen([*command, rank], env=os.environ | {"RANK": rank, "WORLD_SIZE": "2"}, **pipes) for rank in "01"
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [-signal.SIGKILL, 75], errors
+    assert errors[1].startswith("error: lost the connection to another process of this launch (")
+    assert errors[1].count("\n") == 1
+
+
+def test_other_errors_between_processes_are_faults(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for error in (torch.distributed.DistBackendError("NCCL error: invalid usage"), RuntimeError("closed by peer")):
+        assert end(raises(error), capsys)[0] == 70
 
 
 FORKS = """
@@ -189,6 +283,96 @@ def test_forked_workers_miss_signals_to_the_group_but_end_with_their_process(sen
         time.sleep(0.05)
 
 
+INTERRUPTED = """
+import multiprocessing, os, signal, sys, threading, time
+from samed_peft.errors import exit_on_error
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+class StopsWhenItIsDeleted:
+    def __del__(self):
+        stop()
+
+def in_a_destructor():
+    StopsWhenItIsDeleted()
+
+def before_a_fork():
+    os.register_at_fork(before=stop)
+    os.fork()
+
+def after_a_fork():
+    os.register_at_fork(after_in_parent=stop)
+    os.fork()
+
+def with_a_process_that_would_be_joined():
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,)).start()
+    stop()
+
+def with_an_open_bar():
+    from tqdm import tqdm
+    bar = tqdm(range(2))
+    stop()
+
+@exit_on_error
+def main():
+    {how}()
+    time.sleep(60)
+
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.parametrize(
+    "how",
+    [
+        "in_a_destructor",
+        "before_a_fork",
+        "after_a_fork",
+        "with_a_process_that_would_be_joined",
+        "with_an_open_bar",
+    ],
+)
+def test_a_signal_counts_wherever_it_arrives(how):
+    command = [sys.executable, "-c", INTERRUPTED.replace("{how}", how)]
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, timeout=10)
+    assert ended.returncode == 143, ended.stderr
+    lines = [line for line in ended.stderr.replace("\r", "\n").splitlines() if line and "it/s" not in line]
+    assert lines == ["error: stopped by SIGTERM; files that were finished are whole, the others are not there"]
+
+
+FORKS_AT_ITS_END = """
+import atexit, os, signal, sys, time
+from samed_peft.errors import exit_on_error
+
+def fork():
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    print(child, flush=True)
+
+atexit.register(fork)
+
+@exit_on_error
+def main():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and asks Linux to end children")
+def test_what_an_interrupted_program_forks_at_its_end_ends_with_it():
+    ended = subprocess.run([sys.executable, "-c", FORKS_AT_ITS_END], stdout=subprocess.PIPE, check=False, timeout=70)
+    assert ended.returncode == 143
+    deadline = time.monotonic() + 10
+    while is_running(int(ended.stdout)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 PRINTS = """
 from samed_peft.errors import exit_on_error
 
@@ -205,6 +389,22 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback():
     command = f"{sys.executable} -c '{PRINTS}' | head -1"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, check=False, timeout=60)
     assert (ended.stdout, ended.stderr) == (b"0\n", b"")
+
+
+WARNS = r"""
+import warnings
+from samed_peft.errors import exit_on_error
+
+before = warnings.formatwarning
+exit_on_error(lambda: warnings.warn("a\x1b[2J\u202ename"))()
+assert warnings.formatwarning is before
+"""
+
+
+def test_warnings_of_a_program_reach_terminals_as_text():
+    ended = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, encoding="utf-8", check=True, timeout=60)
+    assert r"UserWarning: a\x1b[2J\u202ename" in ended.stderr
+    assert "\x1b" not in ended.stderr
 
 
 def test_control_characters_reach_no_terminal(capsys):

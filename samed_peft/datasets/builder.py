@@ -88,6 +88,10 @@ class RowsBuilder(datasets.GeneratorBasedBuilder):
             if isinstance(error.__cause__, InputError):
                 raise error.__cause__ from None
             raise
+        except RuntimeError as error:
+            # Datasets yields once more where a generator is closed, as in workers whose main process ends.
+            if str(error) != "generator ignored GeneratorExit":
+                raise
 
 
 def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str, Any]]]:

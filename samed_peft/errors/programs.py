@@ -1,5 +1,6 @@
 """End a program with one message and an exit code; say what the system's refusals mean."""
 
+import atexit
 import contextlib
 import errno
 import functools
@@ -9,11 +10,13 @@ import select
 import signal
 import sys
 import tempfile
+import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
-from samed_peft.errors.exceptions import FORESEEN, InputError, RunInterruptedError
+from samed_peft.errors.exceptions import FORESEEN, InputError, RunInterruptedError, SomeCasesFailedError
 from samed_peft.errors.signals import SIGNALS, StopSignal
 
 P = ParamSpec("P")
@@ -24,6 +27,9 @@ _FAULT_CODE = 70
 
 _PIPE_CODE = 128 + 13
 """As if SIGPIPE had ended the program, which Python turns into an error."""
+
+_CLOCK_STEP_S = 1.0
+"""Precision of the times at which processes began."""
 
 _REMEDIES = {
     errno.ENOSPC: "free space there",
@@ -51,21 +57,27 @@ def exit_on_error(main: Callable[P, R], *, resumable: bool = False) -> Callable[
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with StopSignal(raises=True, code=RunInterruptedError.exit_code if resumable else None) as stop:
+        began_s = time.time()
+        with (
+            StopSignal(raises=True, code=RunInterruptedError.exit_code if resumable else None) as stop,
+            _printable_warnings(),
+        ):
             try:
                 result = main(*args, **kwargs)
                 sys.stdout.flush()
+                atexit.register(_end_at_signals, 0)
                 return result
             except SystemExit:
                 raise
             except BaseException as error:
+                stop.note_only()
                 if isinstance(error, BrokenPipeError) and _reader_has_left():
                     sys.exit(_PIPE_CODE)
-                message, code = _message_and_code(error, stop.received, resumable)
-        is_signal = code in (RunInterruptedError.exit_code, *(128 + number for number in SIGNALS))
-        if not is_signal or os.environ.get("RANK", "0") == "0":  # all processes of a launch get it, and one says so
-            with contextlib.suppress(OSError):
-                print(f"error: {printable(message)}", file=sys.stderr)
+                code = _say_last_word(error, stop.received, resumable)
+                if stop.received is not None:
+                    _end_children(began_s)
+                _leave_launch()
+        atexit.register(_end_at_signals, code)
         sys.exit(code)
 
     return wrapped
@@ -74,6 +86,47 @@ def exit_on_error(main: Callable[P, R], *, resumable: bool = False) -> Callable[
 def exit_resumable(main: Callable[P, R]) -> Callable[P, R]:
     """`exit_on_error` for a training, whose state is saved: signals end it with 75, and --resume goes on with it."""
     return exit_on_error(main, resumable=True)
+
+
+def _say_last_word(error: BaseException, received: int | None, resumable: bool) -> int:
+    """Print the message of an error; returns the exit code."""
+    message, code = _message_and_code(error, received, resumable)
+    is_signal = code in (RunInterruptedError.exit_code, *(128 + number for number in SIGNALS))
+    if received is not None:
+        traceback.clear_frames(error.__traceback__)  # ends the line of a progress bar that it left open
+    # All processes of a launch get a signal, and one says so.
+    if not is_signal or os.environ.get("RANK", "0") == "0" or _lost_process(error):
+        with contextlib.suppress(OSError):
+            print(f"error: {printable(message)}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    return code
+
+
+def _end_children(began_s: float) -> None:
+    """End processes that this one began: Python waits at its end for some that a signal kept from being ended."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.create_time() >= began_s - _CLOCK_STEP_S:
+                child.kill()
+
+
+def _leave_launch() -> None:
+    """End gloo's threads, which abort a process that ends with Python alone; NCCL would wait for the others."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and "torch.distributed" in sys.modules:
+        with contextlib.suppress(ImportError, AttributeError, RuntimeError):  # PyTorch may be half imported
+            from torch import distributed
+
+            if distributed.is_initialized() and distributed.get_backend() == "gloo":
+                distributed.destroy_process_group()
+
+
+def _end_at_signals(code: int) -> None:
+    """Let signals end a program that has said its last word with its own code, and without a traceback."""
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: os._exit(code))
 
 
 def _message_and_code(error: BaseException, received: int | None, resumable: bool) -> tuple[str, int]:
@@ -86,6 +139,11 @@ def _message_and_code(error: BaseException, received: int | None, resumable: boo
         if resumable:
             return f"stopped by {name}; --resume goes on with what was saved", RunInterruptedError.exit_code
         return f"stopped by {name}; files that were finished are whole, the others are not there", 128 + number
+    if (lost := _lost_process(error)) is not None:
+        code = RunInterruptedError.exit_code if resumable else SomeCasesFailedError.exit_code
+        then = "--resume goes on with what was saved" if resumable else "Files that were finished are whole"
+        why = "its own message says why, and one without was killed, often for want of memory"
+        return f"lost the connection to another process of this launch ({lost}); {why}. {then}", code
     if (refusal := system_error(error)) is not None:
         return describe_system_error(refusal), InputError.exit_code
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
@@ -95,6 +153,26 @@ def _message_and_code(error: BaseException, received: int | None, resumable: boo
             InputError.exit_code,
         )
     return _fault(error), _FAULT_CODE
+
+
+_LOST_CONNECTION = re.compile(
+    "(?:closed|reset) by peer|broken pipe|connection refused|connection was (?:likely )?closed|pair closure|"
+    "remote process exited|timed out",
+    re.IGNORECASE,
+)
+
+
+def _lost_process(error: BaseException | None) -> str | None:
+    """What gloo, NCCL or PyTorch's store say where another process of the launch has ended; None for other errors."""
+    while error is not None:
+        # This module must not import PyTorch, whose store and NCCL raise errors of their own, and gloo plain ones.
+        is_distributed = any(kind.__name__ == "DistError" for kind in type(error).__mro__) or (
+            isinstance(error, RuntimeError) and "gloo/" in str(error)
+        )
+        if is_distributed and (found := _LOST_CONNECTION.search(str(error))):
+            return found[0].lower()
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _reader_has_left() -> bool:
@@ -130,11 +208,14 @@ def system_error(error: BaseException | None) -> OSError | None:
     return None
 
 
-def describe_system_error(error: OSError) -> str:
-    """One line: the file, the system's reason and a remedy."""
+_THEN = "then start again. Results that were finished before are whole"
+
+
+def describe_system_error(error: OSError, *, then: str = _THEN) -> str:
+    """One line: the file, the system's reason, a remedy, and what comes then."""
     remedy = _REMEDIES.get(error.errno or 0, "check the file, its disk and its permissions")
     named = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-    return f"{named}{error.strerror}; {remedy}, then start again. Results that were finished before are whole"
+    return f"{named}{error.strerror}; {remedy}, {then}"
 
 
 def _fault(error: BaseException) -> str:
@@ -156,6 +237,17 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202
 def printable(text: object) -> str:
     r"""Text from files as it may go to a terminal: control characters, and those that reorder text, as `\x1b`."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), str(text))
+
+
+@contextlib.contextmanager
+def _printable_warnings() -> Iterator[None]:
+    """Print warnings, which name files and quote headers, without control characters."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **options: printable(before(*args, **options))
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Signals that ask a program to stop, and what they mean to the processes that it forks."""
 
+import _thread
 import contextlib
 import ctypes
 import os
@@ -24,6 +25,9 @@ _ONE_REQUEST_S = 2.0
 """Launchers pass on a signal that the whole group got already; a person who presses Ctrl-C again takes longer."""
 
 
+_AGAIN_AFTER_S = 0.05
+
+
 class StopSignal:
     """Catch Ctrl-C (SIGINT) and SIGTERM within `with`.
 
@@ -40,11 +44,16 @@ class StopSignal:
     """
 
     _active: int = 0
+    _forking: int = 0
+    _has_interrupted: bool = False
 
     def __init__(self, *, raises: bool = False, code: int | None = None) -> None:
         self.received: int | None = None
         self._raises = raises
         self._code = code
+        self._ends = False
+        self._is_lost = False
+        self._hook_before = sys.unraisablehook
         self._first_at_s = 0.0
         self._before: dict[int, object] = {}
         self._end: threading.Timer | None = None
@@ -53,33 +62,62 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
             StopSignal._active += 1
+            self._hook_before, sys.unraisablehook = sys.unraisablehook, self._raise_again
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # typeshed knows no type for what signal() returns
-        StopSignal._active -= bool(self._before)
+        if self._before:
+            StopSignal._active -= 1
+            sys.unraisablehook = self._hook_before
         if self._end is not None:
             self._end.cancel()
         # Libraries raise errors of their own where a signal interrupts them.
         if self.received is not None and isinstance(error, Exception) and not isinstance(error, FORESEEN):
             raise KeyboardInterrupt(self.received) from error
 
+    def note_only(self) -> None:
+        """Raise no more from here on: the program is about to say its last word."""
+        self._ends = True
+
     def _note(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         first = self.received is None
         if first:
             self.received, self._first_at_s = number, now
-        if self._raises if first else now - self._first_at_s > _ONE_REQUEST_S:
-            if self._raises:
+        if self._ends:
+            return
+        if self._raises if first else self._is_lost or now - self._first_at_s > _ONE_REQUEST_S:
+            self._is_lost = False
+            StopSignal._has_interrupted = True
+            if self._raises and self._end is None:
                 # Libraries may wait for workers that the signal ended too.
                 self._end = threading.Timer(_LONGEST_END_S, os._exit, [self._code or 128 + number])
                 self._end.daemon = True
                 self._end.start()
             raise KeyboardInterrupt(self.received)
 
+    def _raise_again(self, ignored: "sys.UnraisableHookArgs") -> None:
+        """Send a signal again whose error Python ignores, as in destructors and in what runs before and after forks.
+
+        Other errors that Python ignores after a signal, and only prints, are those of objects that it left half made.
+        """
+        if self.received is None:
+            self._hook_before(ignored)
+        if self.received is None or not isinstance(ignored.exc_value, KeyboardInterrupt):
+            return
+        self._is_lost = True
+        _thread.start_new_thread(self._send_again, (self.received,))  # of threading, it would be waited for, here
+
+    @staticmethod
+    def _send_again(number: int) -> None:
+        time.sleep(_AGAIN_AFTER_S)
+        os.kill(os.getpid(), number)
+
     @classmethod
     def _before_fork(cls) -> None:
+        cls._forking = os.getpid()
         # Python forgets a signal that reaches a new process before it is set up, and its pool would wait for it.
         if cls._active:
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -91,13 +129,16 @@ class StopSignal:
 
     @classmethod
     def _in_forked(cls) -> None:
+        # Pools may replace workers until the very end of a program that was interrupted.
+        if sys.platform == "linux" and (cls._active or cls._has_interrupted):
+            ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, signal.SIGKILL)
+            if os.getppid() != cls._forking:  # it has ended before
+                os._exit(1)
         if not cls._active:
             return
         cls._active = 0
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, signal.SIGKILL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -47,6 +47,7 @@ from .scans import write_mask as write_mask
 from .targets import FolderKind as FolderKind
 from .targets import require_replaceable as require_replaceable
 from .targets import require_writable_file as require_writable_file
+from .temporary import SharedFlag as SharedFlag
 from .tensors import load_tensors as load_tensors
 from .tensors import load_torch_weights as load_torch_weights
 from .tensors import save_tensors as save_tensors

@@ -1,11 +1,13 @@
-"""Temporary names beside files that are being written, and what killed processes left under them."""
+"""Temporary names beside files that are being written, what killed processes left under them, and flags."""
 
+import contextlib
 import hashlib
 import os
 import platform
 import re
 import secrets
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
@@ -35,6 +37,37 @@ def remove_leftovers(folder: Path) -> None:
     for item, match in found:
         if _is_left_by(int(match[1]), item):
             shutil.rmtree(item, ignore_errors=True) if item.is_dir() else item.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class SharedFlag:
+    """A flag that any process raises for all that see the same folder, whatever they are doing meanwhile.
+
+    Attributes:
+        file: hidden, and there while the flag is raised.
+    """
+
+    file: Path
+
+    @classmethod
+    def new_in(cls, folder: Path) -> "SharedFlag":
+        """A flag that nobody has raised; what a killed process leaves of it, the next write to the folder removes."""
+        return cls(temporary_sibling(folder / "flag"))
+
+    def raise_(self) -> None:
+        """Raise it; nothing happens where nothing can be written."""
+        with contextlib.suppress(OSError):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.touch()
+
+    def is_raised(self) -> bool:
+        """Whether any process has raised it."""
+        return self.file.exists()
+
+    def remove(self) -> None:
+        """Remove its file, if it is there."""
+        with contextlib.suppress(OSError):
+            self.file.unlink()
 
 
 def _is_left_by(process: int, item: Path) -> bool:

@@ -17,6 +17,7 @@ from samed_peft.errors import InputError, InterruptedBySignalError, StopSignal, 
 from samed_peft.evaluation.pictures import case_picture, scan_window
 from samed_peft.io import (
     DICOM_SEG_SUFFIX,
+    SharedFlag,
     Volume,
     read_series,
     read_volume,
@@ -98,20 +99,22 @@ def predict_files(
 
     Raises:
         InputError: `options.compile` is set, and nothing can be compiled on this machine.
-        InterruptedBySignalError: Ctrl-C or SIGTERM arrived; each process has finished the scan at hand.
+        InterruptedBySignalError: Ctrl-C or SIGTERM reached one of the processes; each has finished its scan at hand.
     """
     # Decided by one process before any writes: others might see its first masks and divide another list.
     pending = [scan for scan in scans if options.overwrite or not _is_finished(scan, options)]
-    (pending,) = broadcast_object_list([pending])
+    flag = SharedFlag.new_in(pending[0].mask.parent) if pending and accelerator.num_processes > 1 else None
+    pending, flag = broadcast_object_list([pending, flag])
     mine = pending[accelerator.process_index :: accelerator.num_processes]
     if options.compile and mine:
         model = CompiledSegmenter(model, options.batch_size)
     with StopSignal() as stop:
-        written, failed = _predict_all(model, mine, options=options, accelerator=accelerator, stop=stop)
-        received = [stop.received or 0]
-        if accelerator.num_processes > 1:  # within the block: a signal must not end a process before the others' turn
-            failed = dict(gather_object(list(failed.items())))
-            written, received = gather_object(written), gather_object(received)
+        stopped = partial(_is_stopped, stop, flag)
+        written, failed = _predict_all(model, mine, options=options, accelerator=accelerator, stopped=stopped)
+        # Within the block: a signal must not end a process before the others' turn.
+        written, failed, received = _gathered(written, failed, stop.received or 0, accelerator=accelerator)
+        if flag is not None and accelerator.is_main_process:
+            flag.remove()
     pending_cases = [scan.case for scan in pending]
     if any(received) and (left := len(set(pending_cases).difference(written, failed))):
         raise InterruptedBySignalError(_what_is_left(written, failed, left, pending[0].mask.parent), max(received))
@@ -120,6 +123,24 @@ def predict_files(
         skipped=tuple(scan.case for scan in scans if scan.case not in set(pending_cases)),
         failed={case: failed[case] for case in pending_cases if case in failed},
     )
+
+
+def _gathered(
+    written: list[str], failed: dict[str, str], received: int, *, accelerator: Accelerator
+) -> tuple[list[str], dict[str, str], list[int]]:
+    """The results of all processes, and the signal that each got, 0 for none."""
+    if accelerator.num_processes == 1:
+        return written, failed, [received]
+    return gather_object(written), dict(gather_object(list(failed.items()))), gather_object([received])
+
+
+def _is_stopped(stop: StopSignal, flag: SharedFlag | None) -> bool:
+    """Whether this process got a signal, which it then tells the others, or one of them did."""
+    if flag is None:
+        return stop.received is not None
+    if stop.received is not None:
+        flag.raise_()
+    return stop.received is not None or flag.is_raised()
 
 
 def _what_is_left(written: Sequence[str], failed: dict[str, str], left: int, folder: Path) -> str:
@@ -136,7 +157,12 @@ def _is_finished(scan: Scan, options: PredictionOptions) -> bool:
 
 
 def _predict_all(
-    model: Segmenter, scans: Sequence[Scan], *, options: PredictionOptions, accelerator: Accelerator, stop: StopSignal
+    model: Segmenter,
+    scans: Sequence[Scan],
+    *,
+    options: PredictionOptions,
+    accelerator: Accelerator,
+    stopped: Callable[[], bool],
 ) -> tuple[list[str], dict[str, str]]:
     """Segment scan after scan while others are read and written; returns the cases written, and case -> failure."""
     written: list[str] = []
@@ -164,7 +190,7 @@ def _predict_all(
 
     hidden = None if accelerator.is_main_process else True  # None: shown in terminals only
     progress = tqdm(total=len(scans), desc="segmenting", unit="scan", disable=hidden)
-    process_in_order(scans, read, compute, progress=progress, stopped=lambda: stop.received is not None)
+    process_in_order(scans, read, compute, progress=progress, stopped=stopped)
     return written, failed
 
 

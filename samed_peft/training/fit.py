@@ -21,9 +21,10 @@ from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import cast_frozen_weights, product_dtype
 from samed_peft.training.adalora import prune_ranks
 from samed_peft.training.batches import TrainingSlices
+from samed_peft.training.log import EventLog
 from samed_peft.training.loop import Step, build_optimizer, steps_per_epoch, training_steps, warn_of_warmup
 from samed_peft.training.resources import write_resources
-from samed_peft.training.runs import Run, claim_run_folder, only_run_in, run_settings, tracked
+from samed_peft.training.runs import Run, claim_run_folder, only_run_in, run_settings
 from samed_peft.training.state import Progress, load_checkpoint, save_checkpoint, stop_on_any_process
 from samed_peft.training.validation import mean_dice
 
@@ -36,7 +37,7 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
 
     Args:
         run: what to train, on which data, and where to keep it.
-        accelerator: from `start_run`: processes, precision and log.
+        accelerator: from `start_run`: processes and precision.
         resume: whether to continue a run that is already in the folder.
 
     Returns:
@@ -75,17 +76,19 @@ def _train(
 
     steps = training_steps(prepared, optimizer, slices, training=training, accelerator=accelerator, start=progress.step)
     ends_s = [time.perf_counter()]
-    with tracked(accelerator, start=progress.step), StopSignal() as stop_signal:
+    log = EventLog(out / "logs", start=progress.step, enabled=accelerator.is_main_process)
+    with StopSignal() as stop_signal:
         for step in _with_bar(steps, done=progress.step, total=total, shown=accelerator.is_main_process):
             ends_s.append(time.perf_counter())
-            accelerator.log(step.scalars(), step=step.number)
+            log.write(step.scalars(), step=step.number)
             progress = dataclasses.replace(progress, step=step.number)
             if step.ends_epoch:
-                progress = _validate_and_save(run, model, step, progress, accelerator)
+                progress = _validate_and_save(run, model, step, progress, log=log, accelerator=accelerator)
             stopping = stop_on_any_process(stop_signal, accelerator)
             if stopping or step.ends_epoch or step.number % training.checkpoint_steps == 0:
                 save_checkpoint(out / "checkpoints", model, optimizer, progress=progress, accelerator=accelerator)
             if stopping:
+                accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
                 raise RunInterruptedError(f"stopped by a signal after step {step.number}; --resume goes on from there")
     if accelerator.is_main_process:
         write_resources(out, model, ends_s, accelerator=accelerator)
@@ -114,13 +117,13 @@ def _with_bar(steps: Iterator[Step], *, done: int, total: int, shown: bool) -> I
 
 
 def _validate_and_save(
-    run: Run, model: PeftModel, step: Step, progress: Progress, accelerator: Accelerator
+    run: Run, model: PeftModel, step: Step, progress: Progress, *, log: EventLog, accelerator: Accelerator
 ) -> Progress:
     """Validate if this epoch is due, and save the adapter: the best so far, and the last."""
     training = run.training
     if run.validation is not None and step.epoch % training.validate_epochs == 0:
         dice = mean_dice(model, *run.validation, accelerator=accelerator)
-        accelerator.log({"validation/dice": dice}, step=step.number)
+        log.write({"validation/dice": dice}, step=step.number)
         progress = progress.validated(dice, epoch=step.epoch)
         if accelerator.is_main_process and progress.best_epoch == step.epoch:
             save_adapter(model, run.output_dir / "adapter_best", training=training)

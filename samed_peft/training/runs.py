@@ -79,7 +79,7 @@ class Run:
 
 
 def start_run(output_dir: Path, *, mixed_precision: str | None = None, repo_id: str | None = None) -> Accelerator:
-    """Check where a run will write, and set up its processes and its TensorBoard log.
+    """Check where a run will write, and set up its processes.
 
     Args:
         output_dir: folder of the run; it may hold an earlier state of it, and is not changed yet.
@@ -93,7 +93,7 @@ def start_run(output_dir: Path, *, mixed_precision: str | None = None, repo_id: 
     if repo_id:
         check_repo_id(repo_id)
     require_replaceable(output_dir, RUN_FOLDER)
-    accelerator = Accelerator(mixed_precision=mixed_precision, log_with="tensorboard", project_dir=output_dir)
+    accelerator = Accelerator(mixed_precision=mixed_precision)
     require_replicas(accelerator)
     check_launch(accelerator)
     return accelerator
@@ -126,8 +126,9 @@ def finish_run(
     if report is not None:
         write_card(adapter, report=report, training=run.training)
         print(format_table(report), printable(f"adapter, masks, report and pictures are in {run.output_dir}"), sep="\n")
-        if repo_id and not report.settings.get("failed_cases"):
-            print(printable(push_to_hub(adapter, repo_id)))
+    accelerator.wait_for_everyone()  # until the results are whole, so that a signal before ends all processes alike
+    if report is not None and repo_id and not report.settings.get("failed_cases"):
+        print(printable(push_to_hub(adapter, repo_id)))
     accelerator.end_training()
     if report is not None:
         report.require_all_cases()
@@ -264,14 +265,3 @@ def _claim(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
         )
     if not resume:
         raise InputError(f"{directory} holds a run with these settings; pass --resume to continue it")
-
-
-@contextlib.contextmanager
-def tracked(accelerator: Accelerator, *, start: int) -> Iterator[None]:
-    """Log to TensorBoard from step `start` on: a resumed run replaces the steps it repeats; any exit writes the log."""
-    accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": start + 1}})
-    try:
-        yield
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()

@@ -31,6 +31,7 @@ PROGRAMS = {
     "train": Program(("recipe", "synapse.py", *TRAINING, "--num_workers", "0"), resumable=True),
     "train, 2 workers": Program(("recipe", "synapse.py", *TRAINING, "--num_workers", "2"), resumable=True),
     "train, 2 processes": Program(("recipe", "synapse.py", *TRAINING, "--num_workers", "0"), 2, resumable=True),
+    "prepare, 2 workers": Program(COMMANDS["prepare-rows"].call),
     "predict": Program(COMMANDS["predict"].call),
     "evaluate": Program(COMMANDS["evaluate"].call),
 }
@@ -73,7 +74,8 @@ def stopped(workshop: Workshop, *, trials: int, seed: int, names: tuple[str, ...
             temporary.append(f"{repeat}: {', '.join(left)}")
         if ended[0].code == 0:
             return "too late"
-        return next((f for one in ended if (f := _check(one, program.code(number), repeat))), None)
+        failures = (_check(one, program.code(number), repeat) for one in ended)
+        return next((failure for failure in failures if failure), _one_message(ended, repeat))
 
     found = workshop.map(trial, range(trials))
     result = Result(
@@ -140,8 +142,16 @@ def _check(ended: Ended, code: int, repeat: str) -> Failure | None:
         return Failure("orphans", ", ".join(ended.orphans), repeat)
     if ended.code != code:
         return Failure("wrong code", f"{code} expected, {found}", repeat)
-    if sum(line.startswith("error: ") for line in ended.err.replace("\r", "\n").splitlines()) != 1:
-        return Failure("not one message", found, repeat)
+    return None
+
+
+def _one_message(ended: list[Ended], repeat: str) -> Failure | None:
+    """One line; of several processes the first says it, and those that lose the connection to one that ended."""
+    counts = [sum(line.startswith("error: ") for line in one.err.replace("\r", "\n").splitlines()) for one in ended]
+    if max(counts) > 1 or not any(counts):
+        return Failure(
+            "not one message", "; ".join(f"{n}: {last_line(o.err)}" for n, o in zip(counts, ended, strict=True)), repeat
+        )
     return None
 
 

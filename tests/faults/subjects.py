@@ -93,7 +93,7 @@ def write_adapter(folder: str, seed: int) -> None:
 @samed_peft.exit_on_error
 def prepare_rows(data_dir: str) -> None:
     """Cut scans into training rows, and write their digest."""
-    rows = load_synapse(data_dir, "train", cases=["0005", "0006"])
+    rows = load_synapse(data_dir, "train", cases=["0005", "0006"], num_proc=2)
     samed_peft.io.write_json("rows.json", [str(np.asarray(row["image"]).sum()) for row in rows])
 
 

@@ -155,6 +155,10 @@ def _reap(pid: int, timeout_s: float) -> dict[str, Any]:
         time.sleep(0.02)
     for number in left:
         with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGUSR1)
+    time.sleep(0.5 * bool(left))
+    for number in left:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
     return {"code": code, "orphans": list(left.values())}
 

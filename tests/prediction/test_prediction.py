@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -734,3 +735,36 @@ def test_a_signal_lets_the_scan_at_hand_finish(adapter, tmp_path, number):
     assert f"{60 - len(done)} scan" in errors
     assert "Traceback" not in errors
     assert all(io.read_labels(tmp_path / "masks" / name).array.shape == SHAPE for name in done)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both(adapter, tmp_path):
+    for case in range(60):
+        write_scan(tmp_path / "scans" / f"{case:02d}.nii.gz", scan_array(case))
+    options = ("--adapter", adapter, "--input", tmp_path / "scans", "--output", tmp_path / "masks", "--device", "cpu")
+    command = [sys.executable, "-m", "samed_peft", "predict", *map(str, options)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    programs = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | launch | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        for rank in "01"
+    ]
+    while programs[1].poll() is None and not (tmp_path / "masks" / "01.nii.gz").exists():
+        time.sleep(0.01)
+    programs[1].send_signal(signal.SIGINT)
+    errors = [program.communicate(timeout=60)[1] for program in programs]
+    assert [program.returncode for program in programs] == [130, 130], errors
+    done = [path.name for path in (tmp_path / "masks").iterdir()]
+    assert not [name for name in done if name.startswith(".")]
+    assert 2 <= len(done) < 30
+    assert f"error: stopped by a signal: {len(done)} masks written" in errors[0]
+    assert "error" not in errors[1]

@@ -373,3 +373,11 @@ def test_recipes_stay_short_and_explain_themselves(name):
     text = (RECIPES / name).read_text(encoding="utf-8")
     assert text.count("\n") <= 150
     assert re.match(r'"""[^"]*(python|accelerate launch) recipes/' + re.escape(name), text)
+
+
+@pytest.mark.parametrize("name", ["synapse.py", "finetune.py", "score_synapse.py"])
+def test_signals_are_heeded_before_anything_heavy_is_imported(name):
+    load = f"import runpy, sys; runpy.run_path({str(RECIPES / name)!r}, run_name='recipe')"
+    heavy = "print(*{'torch', 'numpy', 'accelerate', 'datasets'} & set(sys.modules))"
+    command = [sys.executable, "-c", f"{load}; {heavy}"]
+    assert subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=60).stdout == b"\n"
