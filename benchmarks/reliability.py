@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="trials at the same time, %(default)s by default")
     args = parser.parse_args()
     machine, found = facts(), {}
+    args.results_dir.mkdir(parents=True, exist_ok=True)
+    stem = args.results_dir / f"reliability-{machine['date']}"
     with tempfile.TemporaryDirectory() as folder:
         workshop = Workshop(Path(folder), args.processes)
         for name in args.attacks:
@@ -51,12 +53,11 @@ def main() -> None:
             result = attack(workshop, trials=args.trials or max(1, round(trials * args.scale)), seed=args.seed)
             print(result.text(), flush=True)
             found[name] = _values(result) | {"seconds": round(time.perf_counter() - started)}
+            # After each attack, so that hours of work outlive an interruption.
+            values = machine | {"seed": args.seed, "attacks": found}
+            stem.with_suffix(".json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            stem.with_suffix(".md").write_text(table(found), encoding="utf-8")
         workshop.close()
-    args.results_dir.mkdir(parents=True, exist_ok=True)
-    stem = args.results_dir / f"reliability-{machine['date']}"
-    values = machine | {"seed": args.seed, "attacks": found}
-    stem.with_suffix(".json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(table(found), encoding="utf-8")
     print(f"results are in {stem}.json and .md")
 
 

@@ -56,7 +56,7 @@ def test_torch_weights(tmp_path, zipped):
         ({}, "found an empty dict"),
         ([torch.ones(1)], "found list"),
         (torch.ones(1), "found Tensor"),
-        ({"model": {"a": torch.ones(1)}}, "found 'model': dict"),
+        ({"epochs": {"a": torch.ones(1)}}, "found 'epochs': dict"),
         ({3: torch.ones(1)}, "found a key of type int: Tensor"),
         ({"n": torch.ones(2, dtype=torch.int64)}, r"'n' \(int64, strided, cpu\)"),
         ({"n": torch.ones(2, dtype=torch.bool)}, r"'n' \(bool"),
