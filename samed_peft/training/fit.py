@@ -85,13 +85,14 @@ def _train(
             if step.ends_epoch:
                 progress = _validate_and_save(run, model, step, progress, log=log, accelerator=accelerator)
             stopping = stop_on_any_process(stop_signal, accelerator)
+            if step.number == total and accelerator.is_main_process:
+                # Before the last checkpoint, since a run that goes on from there has no step to measure.
+                write_resources(out, model, ends_s, accelerator=accelerator)
             if stopping or step.ends_epoch or step.number % training.checkpoint_steps == 0:
                 save_checkpoint(out / "checkpoints", model, optimizer, progress=progress, accelerator=accelerator)
             if stopping:
                 accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
                 raise RunInterruptedError(f"stopped by a signal after step {step.number}; --resume goes on from there")
-    if accelerator.is_main_process:
-        write_resources(out, model, ends_s, accelerator=accelerator)
     return out / ("adapter" if progress.best_epoch is None else "adapter_best")
 
 

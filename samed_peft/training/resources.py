@@ -16,7 +16,7 @@ RESOURCES_FILE = "resources.json"
 
 
 def write_resources(directory: Path, model: nn.Module, ends_s: Sequence[float], *, accelerator: Accelerator) -> None:
-    """Write `resources.json`, measured by this process since it began or resumed training; nothing without steps.
+    """Write `resources.json`, measured by this process since it began or resumed training.
 
     `seconds_per_step` is the median over all steps but the first, which fills caches, if there are more.
     `peak_resident_gb` is the main process's resident memory (null on Windows), without the workers that load slices;
@@ -25,12 +25,10 @@ def write_resources(directory: Path, model: nn.Module, ends_s: Sequence[float], 
     Args:
         directory: the run's folder.
         model: the trained model.
-        ends_s: `time.perf_counter()` before the first step and after each one.
+        ends_s: `time.perf_counter()` before the first step and after each of one or more.
         accelerator: its device.
     """
     seconds = [end - start for start, end in pairwise(ends_s)]
-    if not seconds:
-        return
     device = accelerator.device
     values = {
         "steps": len(seconds),

@@ -93,15 +93,19 @@ def save_checkpoint(
         sums = {path.name: file_sha256(path) for path in folder.iterdir()}
         values = {"progress": vars(progress), "scaler": scaler}
         write_json(folder / _STATE_FILE, with_checksums(values, _STATE_FILE, sums))
-    for path in older:
-        if path != target:
+    _remove_all_but(target, older)
+
+
+def _remove_all_but(newest: Path, checkpoints: list[Path]) -> None:
+    for path in checkpoints:
+        if path != newest:
             shutil.rmtree(path)
 
 
 def load_checkpoint(
     directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, accelerator: Accelerator
 ) -> Progress:
-    """Load the newest checkpoint under `directory` into model and optimizer, if there is one.
+    """Load the newest checkpoint under `directory` into model and optimizer, if there is one, and remove older ones.
 
     Returns:
         The run's position; the beginning without a checkpoint.
@@ -136,6 +140,8 @@ def load_checkpoint(
         restore_allocation(model, load_tensors(path / _ALLOCATION_FILE))
     if accelerator.scaler is not None and scaler:  # a scaler that is switched off has no state
         accelerator.scaler.load_state_dict(scaler)
+    if accelerator.is_main_process:
+        _remove_all_but(path, found)
     return progress
 
 

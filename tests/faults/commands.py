@@ -31,6 +31,7 @@ class Command:
         outputs: files and folders it writes.
         before: a command that was finished before, whose outputs it replaces or adds to.
         again: options that the same command needs to go on after it was killed.
+        replaces_nothing: whether it is refused where its result lies already.
         several: whether some of its cases may fail while others are done, for which the exit code is 1.
     """
 
@@ -39,6 +40,7 @@ class Command:
     outputs: tuple[str, ...]
     before: tuple[str | int, ...] = ()
     again: tuple[str, ...] = ()
+    replaces_nothing: bool = False
     several: bool = False
 
 
@@ -67,7 +69,9 @@ COMMANDS = {
     "convert-base": Command(
         ("samed", "convert", "--checkpoint", "tiny-sam", "--image_size", "64", "--output", "new"), (), ("new",)
     ),
-    "export-samed": Command((*_EXPORT, "--format", "samed", "--output", "new.pth"), ("adapter",), ("new.pth",)),
+    "export-samed": Command(
+        (*_EXPORT, "--format", "samed", "--output", "new.pth"), ("adapter",), ("new.pth",), replaces_nothing=True
+    ),
     "export-merged": Command((*_EXPORT, "--format", "merged", "--output", "new"), ("adapter",), ("new",)),
     "export-fused": Command((*_EXPORT, "--format", "peft-fused", "--output", "new"), ("adapter",), ("new",)),
     "save_adapter": Command(("write_adapter", "new", 1), (), ("new",)),

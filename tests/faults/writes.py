@@ -52,7 +52,9 @@ def _killed(zygote: Zygote, root: Path, prepared: Prepared, fault: Fault) -> Fai
 
 
 def _again(zygote: Zygote, root: Path, prepared: Prepared, repeat: str) -> Failure | None:
-    """Run the command once more, undisturbed."""
+    """Run the command once more, undisturbed, unless it replaces nothing and its result is whole already."""
+    if prepared.command.replaces_nothing and not prepared.differing(root):
+        return None
     ended = zygote.run(*prepared.command.call, *prepared.command.again, root=root)
     if ended.code != 0:
         return Failure("cannot go on", f"code {ended.code}: {last_line(ended.err)}", repeat)

@@ -54,6 +54,15 @@ def test_a_flipped_bit_is_noticed(checkpoint, accelerator, name):
         load(checkpoint, accelerator)
 
 
+def test_an_older_checkpoint_that_was_left_behind_goes(checkpoint, accelerator):
+    """As after a save that put the new one in place and could not remove the one before."""
+    older = checkpoint.with_name("step-00000003")
+    older.mkdir()
+    (older / "state.json").write_text("{}")
+    assert load(checkpoint, accelerator).step == 7
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
 def test_checkpoints_without_the_entry_load_as_before(checkpoint, accelerator):
     edit(checkpoint)
     assert load(checkpoint, accelerator) == Progress(7, 0.5, 2)
