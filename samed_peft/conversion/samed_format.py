@@ -239,10 +239,6 @@ def _own_prompts(tensors: Mapping[str, Tensor], sam: SamForSemanticSegmentation)
 def write_tensors(source: str | Path, *, base: str | None = None) -> dict[str, Tensor]:
     """The tensors that SAMed's code would have saved of an adapter, in its order: the inverse of `read_samed`.
 
-    Args:
-        source: adapter directory or Hub id.
-        base: as in `load_adapter`.
-
     Raises:
         InputError: SAMed's format cannot hold this adapter.
     """

@@ -134,11 +134,7 @@ class SamEncoderLayer(SamVisionLayer):
     """Transformers' encoder layer with `SamSplitAttention` and the same names of weights.
 
     Normalised tokens are cast to the type of matrix products once, not by every projection; the residual sum stays in
-    its own type, float32.
-
-    Args:
-        config: a `SamVisionConfig`.
-        index: number of the layer, which decides between windows and the whole image.
+    its own type, float32. The layer's number decides between windows and the whole image.
     """
 
     def __init__(self, config: Any, index: int) -> None:
