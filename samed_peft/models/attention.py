@@ -34,9 +34,7 @@ class SamSplitAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = width // self.num_heads
         self.window = window_size or config.image_size // config.patch_size
-        self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, bias=config.qkv_bias) for _ in range(3))
         self.proj = nn.Linear(width, width)
         self.use_rel_pos = config.use_rel_pos
         if self.use_rel_pos:

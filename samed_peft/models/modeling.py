@@ -69,12 +69,6 @@ class SamForSemanticSegmentation(PreTrainedModel):
     `model(pixel_values=(B, 3, S, S), labels=None)` returns a `SemanticSegmenterOutput` whose `logits` are
     (B, K + 1, 4 S / P, 4 S / P) for patch size P, background first; with labels (B, h, w) int64 it has `.loss` too.
     Pixels are in [0, 1]: SAMed applies no mean or deviation.
-
-    Attributes:
-        samed_config: everything that prediction needs; read it with `config_of`.
-        base_sha256: fingerprint of the base's frozen weights.
-        base_revision: commit of a base from the Hub.
-        initial_updates: the parts that a new PiSSA or OLoRA adapter subtracted from the base's weights.
     """
 
     config_class = SamConfig
@@ -93,9 +87,10 @@ class SamForSemanticSegmentation(PreTrainedModel):
         self.prompt_encoder = SamPromptEncoder(config)
         config.mask_decoder_config._attn_implementation = config._attn_implementation
         self.mask_decoder = SemanticMaskDecoder(config.mask_decoder_config)
-        self.samed_config: SamedConfig | None = None
-        self.base_sha256: str | None = None
-        self.base_revision: str | None = None
+        self.samed_config: SamedConfig | None = None  # everything that prediction needs; read it with `config_of`
+        self.base_sha256: str | None = None  # fingerprint of the base's frozen weights
+        self.base_revision: str | None = None  # commit of a base from the Hub
+        # What a new PiSSA or OLoRA adapter subtracted from the base's weights.
         self.initial_updates: dict[str, tuple[Tensor, Tensor]] = {}
         self.post_init()
 
