@@ -13,8 +13,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -78,20 +79,16 @@ def _apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)).max())
 
 
-class Replayed:
-    """A NumPy generator's methods that return the draws of the original's generators."""
-
-    def __init__(self, draws: Sequence[float]) -> None:
-        draws = iter(draws)
-        self.random = lambda: next(draws)
-        self.integers = lambda *_: int(next(draws))
+def replayed(draws: Iterator[float]) -> SimpleNamespace:
+    """Stand in for a NumPy generator with the draws of the original's generators."""
+    return SimpleNamespace(random=lambda: next(draws), integers=lambda *_: int(next(draws)))
 
 
 def compare_augmentation(original: dict[str, np.ndarray], given: dict[str, np.ndarray]) -> Iterator[Row]:
     """Compare training slices that were augmented with the same random draws."""
     size, worst = int(given["image_size"]), [0.0, 0.0]
     for index, draws in enumerate(original["draws"]):
-        image, label = augment(given["train_images"][index], given["train_labels"][index], rng=Replayed(draws))
+        image, label = augment(given["train_images"][index], given["train_labels"][index], rng=replayed(iter(draws)))
         label = resize_label(resize_label(label, (size, size)), (size // 4, size // 4))
         found = slice_to_pixels(image, image_size=size), label
         expected = original["train_pixels"][index], original["train_targets"][index]
@@ -101,7 +98,6 @@ def compare_augmentation(original: dict[str, np.ndarray], given: dict[str, np.nd
 
 
 def rate_in_force(step: int, warmup: int) -> float:
-    """Return this package's learning rate in the same schedule."""
     return learning_rate(step, peak=PEAK, warmup_steps=warmup, max_steps=EPOCHS * STEPS)
 
 
@@ -201,7 +197,6 @@ def run_original(samed_dir: Path, work: Path, geometry: str, part: str) -> None:
 
 
 def main() -> None:
-    """Run the original, then compare."""
     parser = options_parser(__doc__)
     parser.add_argument("--samed_dir", type=Path, required=True, help="checkout of hitachinsk/SAMed")
     parser.add_argument("--data_dir", type=Path, required=True, help="raw BTCV folder")
