@@ -26,11 +26,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 def new_peft_config(config: SamedConfig, *, trained_in_full: Sequence[str], num_layers: int) -> PeftConfig:
-    """PEFT's config of a new adapter, with modules that are trained and saved whole.
-
-    Raises:
-        InputError: `layers` names one that the encoder does not have.
-    """
+    """PEFT's config of a new adapter, with modules trained and saved whole; layers that do not exist are refused."""
     absent = [layer for layer in config.layers or () if layer >= num_layers]
     if absent:
         raise InputError(f"layers must be numbers from 0 to {num_layers - 1} for this base; found {absent[0]}")

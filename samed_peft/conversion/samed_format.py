@@ -52,27 +52,15 @@ def _lora_keys(config: SamConfig, decoder: str) -> dict[str, tuple[str, str]]:
 
 def _meta_names(config: SamConfig, *, decoder: str) -> dict[str, str]:
     """Meta's -> Transformers' names of prompt encoder and mask decoder, in the order that SAMed saves them."""
-    part, grid = config.mask_decoder_config, config.prompt_encoder_config.image_embedding_size
+    part, prompt = config.mask_decoder_config, config.prompt_encoder_config
+    sizes = [(side, side) for side in (prompt.image_embedding_size, prompt.image_size)]
+    heads = {name: vars(part)[name] for name in ("num_multimask_outputs", "iou_head_depth", "iou_head_hidden_dim")}
     with torch.device("meta"):
         transformer = TwoWayTransformer(
-            depth=part.num_hidden_layers,
-            embedding_dim=part.hidden_size,
-            num_heads=part.num_attention_heads,
-            mlp_dim=part.mlp_dim,
+            part.num_hidden_layers, part.hidden_size, part.num_attention_heads, part.mlp_dim
         )
-        prompts = PromptEncoder(
-            embed_dim=part.hidden_size,
-            image_embedding_size=(grid, grid),
-            input_image_size=(config.vision_config.image_size,) * 2,
-            mask_in_chans=config.prompt_encoder_config.mask_input_channels,
-        )
-        masks = MaskDecoder(
-            transformer_dim=part.hidden_size,
-            transformer=transformer,
-            num_multimask_outputs=part.num_multimask_outputs,
-            iou_head_depth=part.iou_head_depth,
-            iou_head_hidden_dim=part.iou_head_hidden_dim,
-        )
+        prompts = PromptEncoder(part.hidden_size, *sizes, prompt.mask_input_channels)
+        masks = MaskDecoder(transformer_dim=part.hidden_size, transformer=transformer, **heads)
     state = {f"prompt_encoder.{key}": value for key, value in prompts.state_dict().items()}
     state |= {f"mask_decoder.{key}": value for key, value in masks.state_dict().items()}
     # Renaming keeps the order, and adds the second name of a tied weight at the end.
@@ -236,8 +224,7 @@ def _own_prompts(tensors: Mapping[str, Tensor], sam: SamForSemanticSegmentation)
 def write_tensors(source: str | Path, *, base: str | None = None) -> dict[str, Tensor]:
     """The tensors that SAMed's code would have saved of an adapter, in its order: the inverse of `read_samed`.
 
-    Raises:
-        InputError: SAMed's format cannot hold this adapter.
+    Adapters that SAMed's format cannot hold are refused.
     """
     adapted = load_adapter(source, base=base)
     config, sam_config = config_of(adapted), adapted.get_base_model().config
@@ -259,11 +246,7 @@ def write_tensors(source: str | Path, *, base: str | None = None) -> dict[str, T
 
 
 def require_plain_lora(adapted: PeftModel, source: str | Path, *, targets: Sequence[str]) -> None:
-    """Refuse adapters that other programs' formats cannot hold.
-
-    Raises:
-        InputError: the encoder has no LoRA, another kind of it, on other layers, or of several ranks.
-    """
+    """Refuse adapters whose encoder has no LoRA, another kind of it, on other layers, or of several ranks."""
     lora, method = adapted.peft_config["default"], config_of(adapted).method
     layers = {name: layer for name, layer in lora_layers(adapted).items() if ".vision_encoder." in name}
     is_plain = isinstance(lora, LoraConfig) and not lora.use_dora and lora.bias == "none" and METHODS[method].plain_lora

@@ -91,10 +91,7 @@ def _until_stopped(cases: Sequence[str]) -> Iterator[str]:
 def list_files(folder: Path, *, folders_too: bool = False) -> dict[str, list[Path]]:
     """List the files of each case in `folder` itself, without hidden ones and those of other kinds.
 
-    With `folders_too`, folders count as well, which may be DICOM series.
-
-    Raises:
-        InputError: the folder is missing, is a file, or has no such files.
+    With `folders_too`, folders count as well, which may be DICOM series. A folder without any such file is refused.
     """
     found: dict[str, list[Path]] = {}
     for path in list_folder(folder):

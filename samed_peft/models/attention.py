@@ -21,11 +21,7 @@ class SamSplitAttention(nn.Module):
     the same projections, which are computed once; only real tokens are projected.
 
     CPUs run `TiledAttention`. Other devices and tracing run PyTorch's scaled_dot_product_attention, with head sizes
-    padded to multiples of 8 for its fused kernels.
-
-    Args:
-        config: a `SamVisionConfig`.
-        window_size: tokens per side of a window, or 0 for attention over the whole image.
+    padded to multiples of 8 for its fused kernels. A window of 0 tokens per side is the whole image.
     """
 
     def __init__(self, config: Any, window_size: int) -> None:

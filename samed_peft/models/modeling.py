@@ -169,11 +169,7 @@ class Configured(Protocol):
 
 
 def config_of(model: Configured) -> SamedConfig:
-    """The config that a model carries, complete with the fingerprint and revision of its base.
-
-    Raises:
-        InputError: it was built by hand and has none.
-    """
+    """The config that a model carries, with its base's fingerprint and revision; one built by hand is refused."""
     if model.samed_config is None:
         raise InputError("the model has no samed_config; get it from load_sam, add_lora or load_adapter")
     return model.samed_config
