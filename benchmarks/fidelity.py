@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from samed_peft import load_adapter, predict_volume, save_adapter
 from samed_peft.conversion import convert_samed, export_samed
-from samed_peft.datasets import CaseVolumes, load_synapse
+from samed_peft.datasets import load_synapse
 from samed_peft.datasets.preprocessing import resize_image, resize_label, slice_to_pixels
 from samed_peft.evaluation.tables import markdown_table
 from samed_peft.io import Volume, load_torch_weights, write_json
@@ -45,23 +45,22 @@ LOGIT_TOLERANCE = 1e-5
 
 def write_inputs(work: Path, data_dir: Path, case: int, image_size: int) -> None:
     """Write slices as model input and as training rows, the whole volume, and pairs of masks."""
-    rows = load_synapse(data_dir, "test", cases=[case])
-    images, references = CaseVolumes.pairs(rows)
-    name, volume, reference = next(iter(images)), next(iter(images.values())), next(iter(references.values()))
-    order = np.argsort(np.count_nonzero(reference.array, axis=(1, 2)))
-    pixels = np.stack([slice_to_pixels(volume.array[i], image_size=image_size, input_size=224) for i in order[-2:]])
+    row = load_synapse(data_dir, "test", cases=[case])[0]
+    volume, reference = (np.asarray(row[name]) for name in ("image", "label"))
+    order = np.argsort(np.count_nonzero(reference, axis=(1, 2)))
+    pixels = np.stack([slice_to_pixels(volume[i], image_size=image_size, input_size=224) for i in order[-2:]])
     chosen = np.resize(order[::-1], 2 * STEPS)
     rng = np.random.default_rng(0)
     pairs = rng.random((36, 2, 6, 20, 20)) < rng.choice([0.0, 0.02, 0.3], (36, 2, 1, 1, 1))
     np.savez(
         work / "inputs.npz",
         image_size=image_size,
-        case=name,
+        case=row["case"],
         pixels=np.repeat(pixels[:, None], 3, axis=1),
-        volume=volume.array,
-        reference=reference.array,
-        train_images=np.stack([resize_image(volume.array[i], (224, 224)) for i in chosen]),
-        train_labels=np.stack([resize_label(reference.array[i], (224, 224)) for i in chosen]),
+        volume=volume,
+        reference=reference,
+        train_images=np.stack([resize_image(volume[i], (224, 224)) for i in chosen]),
+        train_labels=np.stack([resize_label(reference[i], (224, 224)) for i in chosen]),
         mask_pairs=pairs.astype(np.uint8),
     )
 

@@ -98,14 +98,9 @@ class SamForSemanticSegmentation(PreTrainedModel):
     def from_sam(cls, sam: SamModel, *, num_labels: int | None = None, image_size: int | None = None) -> Self:
         """Build the model from a SAM's weights, which are shared, not copied.
 
-        Args:
-            sam: any `SamModel`.
-            num_labels: K + 1, background included; mask tokens, hypernetworks and IoU head are then initialised anew.
-                None keeps the SAM's own outputs, for example those of a merged model.
-            image_size: pixels per side to run at; positions are resized bilinearly as SAMed does. None keeps it.
-
-        Raises:
-            InputError: `image_size` is not a multiple of the patch size.
+        For K + 1 labels, background included, mask tokens, hypernetworks and IoU head are initialised anew; None keeps
+        the SAM's own outputs, for example those of a merged model. For another image size, a multiple of the patch's,
+        positions are resized bilinearly as SAMed does.
         """
         config = semantic_config(sam.config, num_labels=num_labels, image_size=image_size)
         state = split_qkv(resize_positions(sam.state_dict(), config))
