@@ -180,7 +180,10 @@ def warn_of_window(volume: Volume, window: tuple[float, float] | None) -> None:
 
     The warning comes if the clipped scan spans less than 5 % of the window, if less than 2 % of the voxels lie within
     it, or if more than half lie above. CTs in Hounsfield units pass; MR and scans in other units or in [0, 1] do not.
-    A `normalized` scan should fill [0, 1], with the clipped voxels at 0 and 1. Percentiles (None) fit any scan.
+
+    Args:
+        volume: a scan; a `normalized` one should fill [0, 1], with the clipped voxels at 0 and 1.
+        window: the adapter's (low, high), or None for percentiles, which fit any scan.
     """
     if window is None:
         return

@@ -47,8 +47,12 @@ def published_files(directory: str | Path, *, pictures: bool = False, cases: boo
 
     A base on this machine is named by the last part of its path; its fingerprint identifies it. A report counts as
     the adapter's if it names the same classes and lies in its folder, or in the folder around it where the model card
-    shows scores. With `pictures`, the report's pictures are published too, under numbers unless `cases`, and without
-    any text stored in them; with `cases`, names and scores of single cases, otherwise only means over them.
+    shows scores.
+
+    Args:
+        directory: a folder that `save_adapter` wrote.
+        pictures: also the report's pictures, under numbers unless `cases`, and without any text stored in them.
+        cases: keep the names and scores of single cases; otherwise only means over cases are published.
 
     Raises:
         InputError: the directory is not a complete adapter, a file in it is damaged, or pictures are missing.

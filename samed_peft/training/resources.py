@@ -18,10 +18,15 @@ RESOURCES_FILE = "resources.json"
 def write_resources(directory: Path, model: nn.Module, ends_s: Sequence[float], *, accelerator: Accelerator) -> None:
     """Write `resources.json`, measured by this process since it began or resumed training; nothing without steps.
 
-    `ends_s` are `time.perf_counter()` before the first step and after each one. `seconds_per_step` is the median over
-    all steps but the first, which fills caches, if there are more. `peak_resident_gb` is the main process's resident
-    memory (null on Windows), without the workers that load slices; `peak_gpu_gb` is the memory that PyTorch used on its
-    GPU, null without one.
+    `seconds_per_step` is the median over all steps but the first, which fills caches, if there are more.
+    `peak_resident_gb` is the main process's resident memory (null on Windows), without the workers that load slices;
+    `peak_gpu_gb` is the memory that PyTorch used on its GPU, null without one.
+
+    Args:
+        directory: the run's folder.
+        model: the trained model.
+        ends_s: `time.perf_counter()` before the first step and after each one.
+        accelerator: its device.
     """
     seconds = [end - start for start, end in pairwise(ends_s)]
     if not seconds:
