@@ -13,8 +13,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -27,7 +28,7 @@ from torch.nn import functional
 
 from samed_peft import load_adapter, predict_volume, save_adapter
 from samed_peft.conversion import convert_samed, export_samed
-from samed_peft.datasets import CaseVolumes, load_synapse
+from samed_peft.datasets import load_synapse
 from samed_peft.datasets.preprocessing import resize_image, resize_label, slice_to_pixels
 from samed_peft.evaluation.tables import markdown_table
 from samed_peft.io import Volume, load_torch_weights, write_json
@@ -44,23 +45,22 @@ LOGIT_TOLERANCE = 1e-5
 
 def write_inputs(work: Path, data_dir: Path, case: int, image_size: int) -> None:
     """Write slices as model input and as training rows, the whole volume, and pairs of masks."""
-    rows = load_synapse(data_dir, "test", cases=[case])
-    images, references = CaseVolumes.pairs(rows)
-    name, volume, reference = next(iter(images)), next(iter(images.values())), next(iter(references.values()))
-    order = np.argsort(np.count_nonzero(reference.array, axis=(1, 2)))
-    pixels = np.stack([slice_to_pixels(volume.array[i], image_size=image_size, input_size=224) for i in order[-2:]])
+    row = load_synapse(data_dir, "test", cases=[case])[0]
+    volume, reference = (np.asarray(row[name]) for name in ("image", "label"))
+    order = np.argsort(np.count_nonzero(reference, axis=(1, 2)))
+    pixels = np.stack([slice_to_pixels(volume[i], image_size=image_size, input_size=224) for i in order[-2:]])
     chosen = np.resize(order[::-1], 2 * STEPS)
     rng = np.random.default_rng(0)
     pairs = rng.random((36, 2, 6, 20, 20)) < rng.choice([0.0, 0.02, 0.3], (36, 2, 1, 1, 1))
     np.savez(
         work / "inputs.npz",
         image_size=image_size,
-        case=name,
+        case=row["case"],
         pixels=np.repeat(pixels[:, None], 3, axis=1),
-        volume=volume.array,
-        reference=reference.array,
-        train_images=np.stack([resize_image(volume.array[i], (224, 224)) for i in chosen]),
-        train_labels=np.stack([resize_label(reference.array[i], (224, 224)) for i in chosen]),
+        volume=volume,
+        reference=reference,
+        train_images=np.stack([resize_image(volume[i], (224, 224)) for i in chosen]),
+        train_labels=np.stack([resize_label(reference[i], (224, 224)) for i in chosen]),
         mask_pairs=pairs.astype(np.uint8),
     )
 
@@ -78,20 +78,16 @@ def _apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)).max())
 
 
-class Replayed:
-    """A NumPy generator's methods that return the draws of the original's generators."""
-
-    def __init__(self, draws: Sequence[float]) -> None:
-        draws = iter(draws)
-        self.random = lambda: next(draws)
-        self.integers = lambda *_: int(next(draws))
+def replayed(draws: Iterator[float]) -> SimpleNamespace:
+    """Stand in for a NumPy generator with the draws of the original's generators."""
+    return SimpleNamespace(random=lambda: next(draws), integers=lambda *_: int(next(draws)))
 
 
 def compare_augmentation(original: dict[str, np.ndarray], given: dict[str, np.ndarray]) -> Iterator[Row]:
     """Compare training slices that were augmented with the same random draws."""
     size, worst = int(given["image_size"]), [0.0, 0.0]
     for index, draws in enumerate(original["draws"]):
-        image, label = augment(given["train_images"][index], given["train_labels"][index], rng=Replayed(draws))
+        image, label = augment(given["train_images"][index], given["train_labels"][index], rng=replayed(iter(draws)))
         label = resize_label(resize_label(label, (size, size)), (size // 4, size // 4))
         found = slice_to_pixels(image, image_size=size), label
         expected = original["train_pixels"][index], original["train_targets"][index]
@@ -101,7 +97,6 @@ def compare_augmentation(original: dict[str, np.ndarray], given: dict[str, np.nd
 
 
 def rate_in_force(step: int, warmup: int) -> float:
-    """Return this package's learning rate in the same schedule."""
     return learning_rate(step, peak=PEAK, warmup_steps=warmup, max_steps=EPOCHS * STEPS)
 
 
@@ -201,7 +196,6 @@ def run_original(samed_dir: Path, work: Path, geometry: str, part: str) -> None:
 
 
 def main() -> None:
-    """Run the original, then compare."""
     parser = options_parser(__doc__)
     parser.add_argument("--samed_dir", type=Path, required=True, help="checkout of hitachinsk/SAMed")
     parser.add_argument("--data_dir", type=Path, required=True, help="raw BTCV folder")

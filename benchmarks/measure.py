@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import date
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from multiprocessing.context import BaseContext
 from operator import methodcaller
 from pathlib import Path
@@ -157,6 +157,7 @@ def facts() -> dict[str, Any]:
     cpu = next((line.split(":", 1)[1].strip() for line in cpuinfo if "model name" in line), platform.machine())
     describe = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
     described = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=False)
+    installed = {package.name.lower(): package.version for package in distributions()}
     machine = {
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -164,16 +165,9 @@ def facts() -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         # With "+changes" if files differ from the commit; None outside of a checkout.
         "commit": described.stdout.strip() or None,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: installed.get(name) for name in PACKAGES},
     }
     return {"date": str(date.today()), "machine": machine}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

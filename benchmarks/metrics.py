@@ -8,7 +8,6 @@ with exit code 1. Seven minutes on one core at 512 x 512 x 150, nearly all of it
 seconds. Writes one JSON to benchmarks/results.
 """
 
-import os
 import statistics
 import sys
 from datetime import date
@@ -23,6 +22,7 @@ from samed_peft.datasets.synapse_files import BTCV_TO_SYNAPSE
 from samed_peft.evaluation.tables import markdown_table
 from samed_peft.io import write_json
 from samed_peft.metrics import medpy_scores, score_case, score_labels
+from samed_peft.training.batches import available_cores
 
 ALLOWED = 1e-9
 SHAPE_DHW = (150, 512, 512)
@@ -76,8 +76,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="calls of ours, of which the median counts")
     parser.add_argument("--name", help="end of the result's file name; the shape if not given")
     args = parser.parse_args()
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    result = facts() | {"cores_used": cores, "allowed_difference": ALLOWED}
+    result = facts() | {"cores_used": available_cores(), "allowed_difference": ALLOWED}
     result["settings"] = {"shape_dhw": args.shape, "spacing_zyx_mm": SPACING_ZYX_MM, "repeats": args.repeats}
     shape_dhw = tuple(args.shape)
     reference = phantom_labels(0, shape_dhw)

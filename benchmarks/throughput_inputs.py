@@ -49,41 +49,12 @@ def write_sam(args: argparse.Namespace) -> None:
         model = random_model(args.geometry, args.image_size)
     model.save_pretrained(args.work / "sam")
     weights = SamModel.from_pretrained(args.work / "sam").state_dict()
-    geometry = meta_geometry(model.config)
+    geometry = model.config.to_dict()
     write_json(args.work / "geometry.json", geometry)
     with torch.device("meta"):
         meta_keys = meta_sam(modeling, geometry).state_dict()
     names = {key: name for name, key in rename_meta_keys({key: key for key in meta_keys}).items()}
     torch.save({key: weights[names[key]] for key in meta_keys}, args.work / "sam.pth")
-
-
-def meta_geometry(config: SamConfig) -> dict[str, Any]:
-    """List a SAM's sizes under the names of Meta's constructors."""
-    vision, decoder = config.vision_config, config.mask_decoder_config
-    grid = vision.image_size // vision.patch_size
-    return {
-        "encoder": {
-            "img_size": vision.image_size, "patch_size": vision.patch_size, "embed_dim": vision.hidden_size,
-            "depth": vision.num_hidden_layers, "num_heads": vision.num_attention_heads,
-            "mlp_ratio": vision.mlp_dim / vision.hidden_size, "out_chans": vision.output_channels,
-            "qkv_bias": vision.qkv_bias, "use_rel_pos": True, "window_size": vision.window_size,
-            "global_attn_indexes": list(vision.global_attn_indexes),
-        },
-        "prompt": {
-            "embed_dim": vision.output_channels, "image_embedding_size": [grid, grid],
-            "input_image_size": [vision.image_size, vision.image_size],
-            "mask_in_chans": config.prompt_encoder_config.mask_input_channels,
-        },
-        "transformer": {
-            "depth": decoder.num_hidden_layers, "embedding_dim": decoder.hidden_size, "mlp_dim": decoder.mlp_dim,
-            "num_heads": decoder.num_attention_heads,
-            "attention_downsample_rate": decoder.attention_downsample_rate,
-        },
-        "decoder": {
-            "transformer_dim": decoder.hidden_size, "num_multimask_outputs": decoder.num_multimask_outputs,
-            "iou_head_depth": decoder.iou_head_depth, "iou_head_hidden_dim": decoder.iou_head_hidden_dim,
-        },
-    }  # fmt: skip
 
 
 def write_data(args: argparse.Namespace) -> int:

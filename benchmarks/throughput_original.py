@@ -14,18 +14,26 @@ from measure import DEVICE
 from torch import nn
 
 
-def meta_sam(modeling: ModuleType, geometry: dict[str, dict[str, Any]]) -> nn.Module:
-    """Build Meta's `Sam` of any geometry; SAMed's own builders only know ViT-B, -L and -H."""
-    norm = partial(nn.LayerNorm, eps=1e-6)
-    return modeling.Sam(
-        image_encoder=modeling.ImageEncoderViT(**geometry["encoder"], norm_layer=norm),
-        prompt_encoder=modeling.PromptEncoder(**geometry["prompt"]),
-        mask_decoder=modeling.MaskDecoder(
-            **geometry["decoder"], transformer=modeling.TwoWayTransformer(**geometry["transformer"])
-        ),
-        pixel_mean=[0, 0, 0],
-        pixel_std=[1, 1, 1],
-    )
+def meta_sam(modeling: ModuleType, config: dict[str, Any]) -> nn.Module:
+    """Build Meta's `Sam` for the values of a `SamConfig`; SAMed's own builders only know ViT-B, -L and -H."""
+    vision, prompts, decoder = (config[f"{part}_config"] for part in ("vision", "prompt_encoder", "mask_decoder"))
+    image_size, channels = vision["image_size"], vision["output_channels"]
+    encoder = modeling.ImageEncoderViT(
+        img_size=image_size, patch_size=vision["patch_size"], embed_dim=vision["hidden_size"], out_chans=channels,
+        depth=vision["num_hidden_layers"], num_heads=vision["num_attention_heads"], use_rel_pos=True,
+        mlp_ratio=vision["mlp_dim"] / vision["hidden_size"], norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        **{name: vision[name] for name in ("qkv_bias", "window_size", "global_attn_indexes")},
+    )  # fmt: skip
+    sizes = {"image_embedding_size": (image_size // vision["patch_size"],) * 2, "input_image_size": (image_size,) * 2}
+    prompt_encoder = modeling.PromptEncoder(embed_dim=channels, mask_in_chans=prompts["mask_input_channels"], **sizes)
+    transformer = modeling.TwoWayTransformer(
+        embedding_dim=decoder["hidden_size"], depth=decoder["num_hidden_layers"],
+        num_heads=decoder["num_attention_heads"],
+        **{name: decoder[name] for name in ("mlp_dim", "attention_downsample_rate")},
+    )  # fmt: skip
+    heads = {name: decoder[name] for name in ("num_multimask_outputs", "iou_head_depth", "iou_head_hidden_dim")}
+    masks = modeling.MaskDecoder(transformer_dim=decoder["hidden_size"], transformer=transformer, **heads)
+    return modeling.Sam(encoder, prompt_encoder, masks, pixel_mean=[0, 0, 0], pixel_std=[1, 1, 1])
 
 
 class Original:

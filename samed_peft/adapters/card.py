@@ -31,11 +31,6 @@ def model_card(config: SamedConfig, *, report: Report | None = None, training: M
     """The adapter's README.md, with the Hub's YAML front matter.
 
     Folders of this machine are named by their last part only, as the card may be published.
-
-    Args:
-        config: the adapter's config.
-        report: scores to show; None if the adapter was not evaluated.
-        training: options it was trained with, as JSON values.
     """
     dataset = _dataset(report)
     number = len(config.class_names)

@@ -26,11 +26,7 @@ _TRAINING = ("epochs", "stop_epoch", "learning_rate", "batch_size", "num_process
 
 
 def adapter_info(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """Describe an adapter.
-
-    Args:
-        source: adapter directory, or Hub id.
-        revision: branch, tag or commit of an adapter on the Hub.
+    """Describe an adapter in a directory, or one on the Hub at a branch, tag or commit.
 
     Returns:
         JSON values: `classes` (label -> name), `config` (that of `samed_config.json`), `method`, `peft_type`, `files`

@@ -26,16 +26,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 def new_peft_config(config: SamedConfig, *, trained_in_full: Sequence[str], num_layers: int) -> PeftConfig:
-    """PEFT's config of a new adapter.
-
-    Args:
-        config: method, rank, alpha, targets, layers and so on.
-        trained_in_full: modules that are trained and saved whole.
-        num_layers: layers of the encoder.
-
-    Raises:
-        InputError: `layers` names one that the encoder does not have.
-    """
+    """PEFT's config of a new adapter, with modules trained and saved whole; layers that do not exist are refused."""
     absent = [layer for layer in config.layers or () if layer >= num_layers]
     if absent:
         raise InputError(f"layers must be numbers from 0 to {num_layers - 1} for this base; found {absent[0]}")
@@ -116,11 +107,8 @@ def write_lora(
 ) -> None:
     """Write PEFT's two files of LoRA whose products are added as they are, each layer with a rank of its own.
 
-    Args:
-        pairs: A (r, in) and B (out, r) of each layer by its name in a `PeftModel`.
-        others: the adapter's further tensors; LoRA among them is left out.
-        folder: where to.
-        options: fields of `LoraConfig`.
+    `pairs` are A (r, in) and B (out, r) by layer, `others` further tensors of which LoRA is left out, `options` fields
+    of `LoraConfig`.
     """
     tensors = {name: tensor for name, tensor in others.items() if ".lora_" not in name}
     for name, (a, b) in pairs.items():

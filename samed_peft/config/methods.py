@@ -33,31 +33,18 @@ class Storage(StrEnum):
 
 @dataclass(frozen=True)
 class Method:
-    """A method that adapts SAM's encoder; the mask decoder is trained with each of them.
+    """A method that adapts SAM's encoder; the mask decoder is trained with each of them."""
 
-    Attributes:
-        summary: one line for users.
-        peft_values: fields of PEFT's config, besides the modules, from ours.
-        peft_type: PEFT's name of the kind of adapter.
-        options: fields of `SamedConfig` and `TrainingConfig` that it uses; "decoder" if it can adapt the decoder too.
-        storage: how its weights are written.
-        plain_lora: whether its file holds LoRA as formats of other programs can.
-        min_rank: smallest rank.
-        trained_in_full: modules of the encoder that are trained and saved whole.
-        quantized: whether the encoder's linear layers are packed into 4 bits.
-        extra: extra of this package that it needs.
-    """
-
-    summary: str
-    peft_values: "Callable[[SamedConfig], dict[str, Any]]"
-    peft_type: str = "LORA"
-    options: tuple[str, ...] = _LORA
+    summary: str  # one line for users
+    peft_values: "Callable[[SamedConfig], dict[str, Any]]"  # fields of PEFT's config, besides the modules, from ours
+    peft_type: str = "LORA"  # PEFT's name of the kind of adapter
+    options: tuple[str, ...] = _LORA  # fields of both configs that it uses; "decoder" if it can adapt the decoder too
     storage: Storage = Storage.AS_TRAINED
-    plain_lora: bool = False
+    plain_lora: bool = False  # whether its file holds LoRA as formats of other programs can
     min_rank: int = 1
-    trained_in_full: tuple[str, ...] = ()
-    quantized: bool = False
-    extra: str | None = None
+    trained_in_full: tuple[str, ...] = ()  # modules of the encoder that are trained and saved whole
+    quantized: bool = False  # whether the encoder's linear layers are packed into 4 bits
+    extra: str | None = None  # extra of this package that it needs
 
 
 def adapted_layers(config: "SamedConfig") -> str:

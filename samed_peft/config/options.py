@@ -18,13 +18,7 @@ _ADAPTER_FIELDS = ("image_size", "input_size", *METHOD_FIELDS)
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type[JsonFields], names: Sequence[str] | None = None) -> None:
-    """Add options `--field` for fields of a config, with the text that `described` gave them.
-
-    Args:
-        parser: gets the options.
-        kind: class of the config.
-        names: fields; by default all, each of which needs a default then.
-    """
+    """Add options `--field` for some or all fields of a config, with the text that `described` gave them."""
     types = get_type_hints(kind)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         of_field = types[field.name]

@@ -60,12 +60,8 @@ def is_layer_pattern(text: object) -> bool:
             groups[-1].in_head = False
             runs += kind == "run"
             groups += [_Group()] if kind == "open" else []
-    return len(groups) == 1 and groups[0].is_clear() and runs <= 1 and _compiles(text)
-
-
-def _compiles(text: str) -> bool:
     try:
         re.compile(text)
     except re.error:  # a range such as [z-a]
         return False
-    return True
+    return len(groups) == 1 and groups[0].is_clear() and runs <= 1

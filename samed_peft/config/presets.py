@@ -11,25 +11,15 @@ from samed_peft.config.training import TrainingConfig
 
 @dataclass(frozen=True)
 class Preset:
-    """A published variant on Synapse (arXiv 2304.13785 and the tables of its code).
+    """A published variant on Synapse (arXiv 2304.13785 and the tables of its code)."""
 
-    Attributes:
-        base: the SAM it adapts.
-        decoder: `SamedConfig.decoder`.
-        training: its `TrainingConfig`, with the batches of two GPUs in one.
-        mixed_precision: Accelerate's name of the precision it was trained in; None for Accelerate's default.
-        dice: Dice in % by organ and their "mean", `samed` convention; organs only where they were published.
-        hd95: mean HD95 in voxels.
-        dataset: the data of these scores, as reports and model cards call it.
-    """
-
-    base: str
-    dice: Mapping[str, float]
-    hd95: float
-    decoder: str = "full"
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    mixed_precision: str | None = None
-    dataset: str = SYNAPSE_NAME
+    base: str  # the SAM it adapts
+    dice: Mapping[str, float]  # in %, by organ where published, and "mean"; `samed` convention
+    hd95: float  # mean, in voxels
+    decoder: str = "full"  # `SamedConfig.decoder`
+    training: TrainingConfig = field(default_factory=TrainingConfig)  # with the batches of two GPUs in one
+    mixed_precision: str | None = None  # Accelerate's name; None for Accelerate's default
+    dataset: str = SYNAPSE_NAME  # of the scores, as reports and model cards call it
 
     @property
     def options(self) -> dict[str, Any]:

@@ -5,8 +5,9 @@ then the prompt encoder and the mask decoder under Meta's names. SAMed_s leaves 
 LoRA matrices for it.
 """
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,46 +33,34 @@ _TRANSFORMER = "mask_decoder.transformer"
 _FIRST_A, _TOKENS = "w_a_000", "mask_decoder.mask_tokens.weight"
 
 
-def _numbered(prefix: str, modules: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    yield from ((f"{prefix}_a_{n:03d}", f"{prefix}_b_{n:03d}", module) for n, module in enumerate(modules))
-
-
-def _lora_keys(config: SamConfig, decoder: str) -> list[tuple[str, str, str]]:
-    """SAMed's names of A and B, and the linear layer they belong to, for every pair in SAMed's order."""
-    layers = range(config.vision_config.num_hidden_layers)
-    keys = [*_numbered("w", [f"vision_encoder.layers.{i}.attn.{p}_proj" for i in layers for p in "qv"])]
+def _lora_keys(config: SamConfig, decoder: str) -> dict[str, tuple[str, str]]:
+    """SAMed's name of a matrix -> the linear layer it belongs to, and "A" or "B"; in SAMed's order."""
+    attentions = {"w": [f"vision_encoder.layers.{i}.attn" for i in range(config.vision_config.num_hidden_layers)]}
     if decoder == "lora":
-        blocks = range(config.mask_decoder_config.num_hidden_layers)
+        blocks = [f"{_TRANSFORMER}.layers.{i}" for i in range(config.mask_decoder_config.num_hidden_layers)]
         for prefix, name in _DECODER_ATTENTIONS.items():
-            keys += _numbered(prefix, [f"{_TRANSFORMER}.layers.{i}.{name}.{p}_proj" for i in blocks for p in "qv"])
+            attentions[prefix] = [f"{block}.{name}" for block in blocks]
+    keys: dict[str, tuple[str, str]] = {}
+    for (prefix, names), letter in itertools.product(attentions.items(), "ab"):
+        modules = [f"{name}.{p}_proj" for name in names for p in "qv"]
+        keys |= {f"{prefix}_{letter}_{n:03d}": (module, letter.upper()) for n, module in enumerate(modules)}
+    if decoder == "lora":
         final = f"{_TRANSFORMER}.final_attn_token_to_image"
-        keys += [(f"fati_{p}a", f"fati_{p}b", f"{final}.{p}_proj") for p in "qv"]
+        keys |= {f"fati_{p}{letter}": (f"{final}.{p}_proj", letter.upper()) for p in "qv" for letter in "ab"}
     return keys
 
 
 def _meta_names(config: SamConfig, *, decoder: str) -> dict[str, str]:
     """Meta's -> Transformers' names of prompt encoder and mask decoder, in the order that SAMed saves them."""
-    part, grid = config.mask_decoder_config, config.prompt_encoder_config.image_embedding_size
+    part, prompt = config.mask_decoder_config, config.prompt_encoder_config
+    sizes = [(side, side) for side in (prompt.image_embedding_size, prompt.image_size)]
+    heads = {name: vars(part)[name] for name in ("num_multimask_outputs", "iou_head_depth", "iou_head_hidden_dim")}
     with torch.device("meta"):
         transformer = TwoWayTransformer(
-            depth=part.num_hidden_layers,
-            embedding_dim=part.hidden_size,
-            num_heads=part.num_attention_heads,
-            mlp_dim=part.mlp_dim,
+            part.num_hidden_layers, part.hidden_size, part.num_attention_heads, part.mlp_dim
         )
-        prompts = PromptEncoder(
-            embed_dim=part.hidden_size,
-            image_embedding_size=(grid, grid),
-            input_image_size=(config.vision_config.image_size,) * 2,
-            mask_in_chans=config.prompt_encoder_config.mask_input_channels,
-        )
-        masks = MaskDecoder(
-            transformer_dim=part.hidden_size,
-            transformer=transformer,
-            num_multimask_outputs=part.num_multimask_outputs,
-            iou_head_depth=part.iou_head_depth,
-            iou_head_hidden_dim=part.iou_head_hidden_dim,
-        )
+        prompts = PromptEncoder(part.hidden_size, *sizes, prompt.mask_input_channels)
+        masks = MaskDecoder(transformer_dim=part.hidden_size, transformer=transformer, **heads)
     state = {f"prompt_encoder.{key}": value for key, value in prompts.state_dict().items()}
     state |= {f"mask_decoder.{key}": value for key, value in masks.state_dict().items()}
     # Renaming keeps the order, and adds the second name of a tied weight at the end.
@@ -225,13 +214,9 @@ def _check_base(state: Mapping[str, Tensor], sam: SamForSemanticSegmentation, pa
 
 def _adapter_tensors(state: Mapping[str, Tensor], config: SamConfig, decoder: str) -> dict[str, Tensor]:
     """SAMed's tensors under PEFT's names; unknown ones keep their names, which the caller reports."""
-    tensors = {}
-    left = dict(state)
-    for key_a, key_b, module in _lora_keys(config, decoder):
-        for key, letter in ((key_a, "A"), (key_b, "B")):
-            if key in left:
-                tensors[f"{module}.lora_{letter}.weight"] = left.pop(key)
-    renamed = rename_meta_keys(left)
+    names = {key: f"{module}.lora_{letter}.weight" for key, (module, letter) in _lora_keys(config, decoder).items()}
+    tensors = {names[key]: tensor for key, tensor in state.items() if key in names}
+    renamed = rename_meta_keys({key: tensor for key, tensor in state.items() if key not in names})
     tensors |= {key: value for key, value in renamed.items() if key != POSITIONS and "shared_embedding" not in key}
     return {f"{PEFT_PREFIX}{key}": value.float() for key, value in tensors.items()}
 
@@ -246,12 +231,7 @@ def _own_prompts(tensors: Mapping[str, Tensor], sam: SamForSemanticSegmentation)
 def write_tensors(source: str | Path, *, base: str | None = None) -> dict[str, Tensor]:
     """The tensors that SAMed's code would have saved of an adapter, in its order: the inverse of `read_samed`.
 
-    Args:
-        source: adapter directory or Hub id.
-        base: as in `load_adapter`.
-
-    Raises:
-        InputError: SAMed's format cannot hold this adapter.
+    Adapters that SAMed's format cannot hold are refused.
     """
     adapted = load_adapter(source, base=base)
     config, sam_config = config_of(adapted), adapted.get_base_model().config
@@ -261,25 +241,19 @@ def write_tensors(source: str | Path, *, base: str | None = None) -> dict[str, T
             f"SAMed's format holds LoRA on q_proj and v_proj of all layers, found {', '.join(config.targets)} of "
             f"{'all' if config.layers is None else list(config.layers)} in {source}; export it with --format merged"
         )
-    layers, lora = lora_layers(adapted), {}
-    for key_a, key_b, module in _lora_keys(sam_config, config.decoder):
-        # SAMed's code has no scaling: it is multiplied into B.
-        lora[key_a], lora[key_b] = lora_pair(layers[f"{PEFT_PREFIX}{module}"])
-    kinds = list(dict.fromkeys(key[:-4] for key in lora))  # w_a, w_b, ...: all A of a kind come before its B
-    ordered = {key: lora[key] for key in sorted(lora, key=lambda key: kinds.index(key[:-4]))}
-    last = {key: ordered.pop(key) for key in list(ordered) if key.startswith("fati")}
+    # SAMed's code has no scaling: it is multiplied into B.
+    pairs = {name: dict(zip("AB", lora_pair(layer), strict=True)) for name, layer in lora_layers(adapted).items()}
+    keys = _lora_keys(sam_config, config.decoder)
+    lora = {key: pairs[f"{PEFT_PREFIX}{module}"][letter] for key, (module, letter) in keys.items()}
+    last = {key: lora.pop(key) for key in keys if key.startswith("fati")}
     whole = dict(adapted.get_base_model().state_dict())
     whole |= {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in adapter_tensors(adapted).items()}
     rest = {key: whole[name] for key, name in _meta_names(sam_config, decoder=config.decoder).items()}
-    return {key: tensor.float().clone().contiguous() for key, tensor in (ordered | rest | last).items()}
+    return {key: tensor.float().clone().contiguous() for key, tensor in (lora | rest | last).items()}
 
 
 def require_plain_lora(adapted: PeftModel, source: str | Path, *, targets: Sequence[str]) -> None:
-    """Refuse adapters that other programs' formats cannot hold.
-
-    Raises:
-        InputError: the encoder has no LoRA, another kind of it, on other layers, or of several ranks.
-    """
+    """Refuse adapters whose encoder has no LoRA, another kind of it, on other layers, or of several ranks."""
     lora, method = adapted.peft_config["default"], config_of(adapted).method
     layers = {name: layer for name, layer in lora_layers(adapted).items() if ".vision_encoder." in name}
     is_plain = isinstance(lora, LoraConfig) and not lora.use_dora and lora.bias == "none" and METHODS[method].plain_lora

@@ -83,14 +83,10 @@ def choose_orientation(folder: LabelledFolder, *, plane: str | None = None) -> s
 
 def _world_spacing_mm(affine: np.ndarray) -> np.ndarray:
     """Voxel size along right-left, posterior-anterior and inferior-superior, each by the voxel axis nearest to it."""
+    from nibabel.affines import voxel_sizes
     from nibabel.orientations import io_orientation
 
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    spacing = np.ones(3)
-    for voxel_axis, world_axis in enumerate(io_orientation(affine)[:, 0]):
-        if np.isfinite(world_axis):
-            spacing[int(world_axis)] = sizes[voxel_axis]
-    return spacing
+    return voxel_sizes(affine)[np.argsort(io_orientation(affine)[:, 0])]
 
 
 def choose_window(folder: LabelledFolder) -> tuple[float, float] | None:

@@ -16,19 +16,14 @@ from samed_peft.io import list_folder
 class Layout:
     """One way to store labelled scans.
 
-    Attributes:
-        name: recorded in `LabelledFolder.layout`.
-        title: the name of its files in messages.
-        holds: the files and folders that users have to provide.
-        open: folder -> `LabelledFolder`, or None for a folder of another layout; see `described`.
-        described: a file in the folder describes it, whatever else lies beside it; `open` then takes the channel and
-            class names given by users as well.
+    If a file in the folder describes it, it counts whatever else lies there, and `open` also takes the channel and
+    class names given by users.
     """
 
-    name: str
-    title: str
-    holds: str
-    open: Callable[..., LabelledFolder | None]
+    name: str  # recorded in `LabelledFolder.layout`
+    title: str  # the name of its files in messages
+    holds: str  # the files and folders that users have to provide
+    open: Callable[..., LabelledFolder | None]  # None for a folder of another layout
     described: bool = False
 
 

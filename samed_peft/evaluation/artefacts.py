@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -104,10 +105,8 @@ def picture_links(pictures: Iterable[str]) -> dict[str, str]:
     for case in pictures:
         # Cut, because the temporary file has a longer name.
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", case)[:100]
-        name, number = stem, 1
-        while name.lower() in taken:
-            number += 1
-            name = f"{stem}_{number}"
+        names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+        name = next(name for name in names if name.lower() not in taken)
         taken.add(name.lower())
         links[case] = f"pictures/{name}.png"
     return links

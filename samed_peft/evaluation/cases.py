@@ -118,11 +118,7 @@ def _volume(labels: Labels) -> Volume:
 
 
 def checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
-    """Names of labels 1..K.
-
-    Raises:
-        InputError: the list is empty, or two names are equal.
-    """
+    """Names of labels 1..K; an empty list and equal names are refused."""
     names = tuple(class_names)
     if isinstance(class_names, str) or not names or len(set(names)) != len(names):
         raise InputError(f"class_names must be different names, background left out; found {class_names!r}")
@@ -171,18 +167,13 @@ def score_pair(prediction: Volume, reference: Volume, *, num_classes: int, toler
         spacing = tuple(size for axis, size in enumerate(spacing) if axis != thin)
     try:
         scores = score_case(*arrays, num_classes=num_classes, spacing_zyx_mm=spacing, tolerance_mm=tolerance_mm)
-        _check_grids(prediction, reference)
+        if apart_mm := grids_apart_mm(prediction, reference):
+            raise InputError(
+                f"prediction and reference must lie on one grid; found corners {apart_mm:.3g} mm apart. "
+                "Resample the prediction to the reference's grid"
+            )
     except InputError as error:
         roles = {"prediction": prediction, "reference": reference}
         files = [f"{role} {volume.path}" for role, volume in roles.items() if volume.path is not None]
         raise InputError(f"{error} ({', '.join(files)})" if files else str(error)) from error
     return scores
-
-
-def _check_grids(prediction: Volume, reference: Volume) -> None:
-    """Refuse grids of equal shape at different places in space."""
-    if apart_mm := grids_apart_mm(prediction, reference):
-        raise InputError(
-            f"prediction and reference must lie on one grid; found corners {apart_mm:.3g} mm apart. "
-            "Resample the prediction to the reference's grid"
-        )

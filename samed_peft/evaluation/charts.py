@@ -22,12 +22,8 @@ def box_plots(points: Mapping[str, Points], *, label: str, top: float | None = N
     """One row for each class on a common axis from 0.
 
     Boxes reach from the first to the third quartile, whiskers to the last value within 1.5 of its length from it
-    (Tukey's rule); classes of fewer than five cases have dots and a median only.
-
-    Args:
-        points: class -> its cases and values, all at least 0.
-        label: name of the axis with its unit.
-        top: end of the axis; None for the largest value.
+    (Tukey's rule); classes of fewer than five cases have dots and a median only. Values are at least 0; the axis ends
+    at `top`, by default at the largest.
     """
     largest = max((value for row in points.values() for _, value in row), default=0.0)
     ticks = _ticks(top or largest or 1.0)

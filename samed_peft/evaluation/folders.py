@@ -28,17 +28,10 @@ def evaluate_folders(
 ) -> Report:
     """Score the masks in one folder against those in another, one case in memory at a time.
 
-    Files belong together if their names without suffix are equal. A case that cannot be scored is left out and
-    named in the report's settings under `failed_cases`.
-
-    Args:
-        predictions: folder of label maps.
-        references: folder of label maps.
-        class_names: names of labels 1..K; None for "class 1" up to the largest label of the references, each of
-            which is then read twice.
-        images: folder of scans, for the pictures; as for nnU-Net, `a_0000` is the scan of `a`.
-        tolerance_mm: of the surface Dice; see `metrics.score_labels`.
-        on_failure: called with case and reason as soon as a case fails.
+    Files belong together if their names without suffix are equal; scans for pictures may be named as nnU-Net's, where
+    `a_0000` is the scan of `a`. A case that cannot be scored is left out, named in the report's settings under
+    `failed_cases`, and given to `on_failure` with the reason at once. Without names, classes are "class 1" up to the
+    largest label of the references, each of which is then read twice.
 
     Raises:
         InputError: a folder is missing or has no label maps, no name is in both, every case failed, or no case has
@@ -98,10 +91,7 @@ def _until_stopped(cases: Sequence[str]) -> Iterator[str]:
 def list_files(folder: Path, *, folders_too: bool = False) -> dict[str, list[Path]]:
     """List the files of each case in `folder` itself, without hidden ones and those of other kinds.
 
-    With `folders_too`, folders count as well, which may be DICOM series.
-
-    Raises:
-        InputError: the folder is missing, is a file, or has no such files.
+    With `folders_too`, folders count as well, which may be DICOM series. A folder without any such file is refused.
     """
     found: dict[str, list[Path]] = {}
     for path in list_folder(folder):

@@ -12,17 +12,10 @@ from samed_peft.evaluation.charts import box_plots
 from samed_peft.evaluation.render import asset, render
 from samed_peft.evaluation.report import Report
 from samed_peft.evaluation.tables import MAIN_METRICS, metric_title
-from samed_peft.metrics import CONVENTIONS, METRICS, Interval, Metric, Presence
+from samed_peft.metrics import CONVENTIONS, METRICS, Interval, Metric
 
 MOST_PICTURES = 12
 """Pictures inside the page, about a quarter of a megabyte each; further ones are linked."""
-
-_PRESENCES: Mapping[Presence, str] = {
-    "both": "both masks",
-    "missed": "missed",
-    "spurious": "spurious",
-    "absent": "neither mask",
-}
 
 
 def html_page(report: Report, *, pictures: Mapping[str, bytes], links: Mapping[str, str]) -> str:
@@ -43,7 +36,6 @@ def html_page(report: Report, *, pictures: Mapping[str, bytes], links: Mapping[s
             for convention in CONVENTIONS
         ],
         short_interval=_short_interval,
-        presences=_PRESENCES,
         charts=[_chart(report, metric) for metric in MAIN_METRICS],
         worst={case: _worst_classes(report, case) for case in worst[:MOST_PICTURES]},
         pictures={

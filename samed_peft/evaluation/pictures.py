@@ -72,7 +72,10 @@ def case_picture(
     colours = np.array([(0.0, 0.0, 0.0), *(label_colour(label) for label in range(1, len(class_names) + 1))])
     figure = _figure(panels, titles, columns=("image", *labels), view=view, colours=colours)
     _legend(figure, panels, class_names)
-    return _png(figure)
+    buffer = io.BytesIO()
+    # Without Matplotlib's version in the file, equal inputs give equal bytes.
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _checked(
@@ -110,7 +113,7 @@ def representative_slices(reference: NDArray | None, prediction: NDArray) -> dic
     maps = [prediction] if reference is None else [reference, prediction]
     depth = len(prediction)
     area = np.sum([[np.count_nonzero(labels) for labels in slices] for slices in maps], axis=0)
-    classes = np.sum([[_count_classes(labels) for labels in slices] for slices in maps], axis=0)
+    classes = np.sum([[len(np.unique(labels[labels > 0])) for labels in slices] for slices in maps], axis=0)
     if not area.any():
         return {depth // 2: "no label" if reference is None else "no label in either"}
     # Area breaks ties between slices with equally many classes.
@@ -126,10 +129,6 @@ def representative_slices(reference: NDArray | None, prediction: NDArray) -> dic
         if free:
             chosen[max(free, key=value.__getitem__)] = reason
     return dict(sorted(chosen.items()))
-
-
-def _count_classes(labels: NDArray) -> int:
-    return int(np.count_nonzero(np.bincount(labels.ravel().astype(np.int64))[1:]))
 
 
 def scan_window(image: Volume | NDArray, window: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -221,12 +220,3 @@ def _legend(figure: "Figure", panels: Sequence[Sequence[NDArray]], class_names: 
         # Set afterwards: a leading underscore would hide the entry, and a dollar sign start a formula.
         text.set_parse_math(False)
         text.set_text(class_names[label - 1])
-
-
-def _png(figure: "Figure") -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    buffer = io.BytesIO()
-    # Without Matplotlib's version in the file, equal inputs give equal bytes.
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()

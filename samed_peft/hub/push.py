@@ -205,11 +205,7 @@ def _refusal(status: int, repo_id: str, reason: str, advice: str) -> str:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Check that `repo_id` can name a repository, without asking the Hub.
-
-    Raises:
-        InputError: it is malformed.
-    """
+    """Refuse a `repo_id` that cannot name a repository, without asking the Hub."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

@@ -1,5 +1,6 @@
 """Gather the scores of several processes with an `evaluate.Metric`."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import ArrayLike
 
 from samed_peft.errors import InputError
-from samed_peft.metrics.records import CONVENTIONS, METRICS, Convention
-from samed_peft.metrics.scores import DEFAULT_TOLERANCE_MM, CaseScores, ClassScores, checked_tolerance, score_case
+from samed_peft.metrics.scores import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance, score_case
 from samed_peft.metrics.summary import summarise, without_nan
 
 _INPUTS = """
@@ -47,13 +47,12 @@ class SegmentationScores(evaluate.Metric):
         super().__init__(**options)
 
     def _info(self) -> evaluate.MetricInfo:
-        text, number = datasets.Value("string"), datasets.Value("float64")
-        scores = {f"{convention}_{name}": datasets.Sequence(number) for convention in CONVENTIONS for name in METRICS}
+        text = datasets.Value("string")
         return evaluate.MetricInfo(
             description="Overlap and surface distances of segmentations, per class and overall.",
             citation="",
             inputs_description=_INPUTS,
-            features=datasets.Features({"case": text, "presence": datasets.Sequence(text), **scores}),
+            features=datasets.Features({"case": text, "scores": text}),
         )
 
     def add(
@@ -83,12 +82,7 @@ class SegmentationScores(evaluate.Metric):
 
     def add_scores(self, case: str, scores: CaseScores) -> None:
         """Keep the scores of a case that is already scored."""
-        row = {
-            f"{convention}_{name}": [values[name] for values in scores[convention]]
-            for convention in CONVENTIONS
-            for name in METRICS
-        }
-        super().add(case=case, presence=scores["presence"], **row)
+        super().add(case=case, scores=json.dumps(scores))  # JSON keeps every bit of a float, and NaN
 
     def compute(self, *, per_case: bool = False, **options: Any) -> dict[str, Any] | None:
         """Average over all cases, as in `report.json`; None on every process but the first.
@@ -99,21 +93,13 @@ class SegmentationScores(evaluate.Metric):
         """
         if self.writer is None:
             # A process without cases must still write its file, since the first one waits for it.
-            super().add_batch(**{name: [] for name in self._feature_names()})
+            super().add_batch(case=[], scores=[])
         return super().compute(per_case=per_case, **options)
 
-    def _compute(self, *, per_case: bool, **columns: Sequence[Any]) -> dict[str, Any]:
-        by_case = {case: _scores_at(columns, index) for index, case in enumerate(columns["case"])}
-        means = without_nan(summarise([by_case[case] for case in sorted(by_case)], self.class_names))
+    def _compute(self, *, per_case: bool, case: Sequence[str], scores: Sequence[str]) -> dict[str, Any]:
+        by_case = dict(zip(case, map(json.loads, scores), strict=True))
+        means = without_nan(summarise([by_case[name] for name in sorted(by_case)], self.class_names))
         return means | ({"cases": by_case} if per_case else {})
-
-
-def _scores_at(columns: Mapping[str, Sequence[Any]], index: int) -> CaseScores:
-    def scores(convention: Convention) -> ClassScores:
-        by_class = zip(*(columns[f"{convention}_{name}"][index] for name in METRICS), strict=True)
-        return [dict(zip(METRICS, values, strict=True)) for values in by_class]
-
-    return {"standard": scores("standard"), "samed": scores("samed"), "presence": list(columns["presence"][index])}
 
 
 def gather_scores(

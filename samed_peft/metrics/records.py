@@ -6,6 +6,7 @@ To add a metric, add its record here and its values to the tests.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -49,68 +50,50 @@ _DISTANCES: AbsentScores = {
 
 @dataclass(frozen=True)
 class MetricRecord:
-    """All facts about one metric.
+    """All facts about one metric."""
 
-    Attributes:
-        title: name in tables and texts.
-        summary: one line for users.
-        compute: scores a class that both masks contain.
-        absent: scores of a class that one mask or neither contains.
-        unit: "" for shares of 1, "distance" for millimetres (`standard`) or voxels (`samed`).
-        higher_is_better: whether larger values are better.
-        digits: digits after the point in print.
-    """
-
-    title: str
-    summary: str
-    compute: Callable[[Comparison], float]
-    absent: AbsentScores
-    unit: Literal["", "distance"] = ""
+    title: str  # in tables and texts
+    summary: str  # one line for users
+    compute: Callable[[Comparison], float]  # scores a class that both masks contain
+    absent: AbsentScores  # scores of a class that one mask or neither contains
+    unit: Literal["", "distance"] = ""  # "" for shares of 1, "distance" for mm (`standard`) or voxels (`samed`)
     higher_is_better: bool = True
-    digits: int = 4
+    digits: int = 4  # after the point, in print
 
     def unit_in(self, convention: Convention) -> str:
         """Label of the unit: "mm" or "voxels" for distances, "" for shares."""
         return _DISTANCE_UNITS[convention] if self.unit else ""
 
 
+_share = partial(MetricRecord, absent=_SHARES)
+_distance = partial(MetricRecord, absent=_DISTANCES, unit="distance", higher_is_better=False, digits=2)
+
 METRICS: Mapping[Metric, MetricRecord] = MappingProxyType(
     {
-        "dice": MetricRecord(
-            title="Dice",
-            summary="twice the shared voxels over the voxels of both masks",
-            compute=lambda found: 2.0 * found.shared / (found.predicted + found.referenced),
-            absent=_SHARES,
+        "dice": _share(
+            "Dice",
+            "twice the shared voxels over the voxels of both masks",
+            lambda found: 2.0 * found.shared / (found.predicted + found.referenced),
         ),
-        "iou": MetricRecord(
-            title="IoU",
-            summary="shared voxels over the voxels of the union",
-            compute=lambda found: found.shared / (found.predicted + found.referenced - found.shared),
-            absent=_SHARES,
+        "iou": _share(
+            "IoU",
+            "shared voxels over the voxels of the union",
+            lambda found: found.shared / (found.predicted + found.referenced - found.shared),
         ),
-        "hd95": MetricRecord(
-            title="HD95",
-            summary="95th percentile of the distances between the surfaces",
-            compute=lambda found: found.distances.hd95,
-            absent=_DISTANCES,
-            unit="distance",
-            higher_is_better=False,
-            digits=2,
+        "hd95": _distance(
+            "HD95",
+            "95th percentile of the distances between the surfaces",
+            lambda found: found.distances.hd95,
         ),
-        "assd": MetricRecord(
-            title="ASSD",
-            summary="mean distance between the surfaces, in both directions",
-            compute=lambda found: found.distances.assd,
-            absent=_DISTANCES,
-            unit="distance",
-            higher_is_better=False,
-            digits=2,
+        "assd": _distance(
+            "ASSD",
+            "mean distance between the surfaces, in both directions",
+            lambda found: found.distances.assd,
         ),
-        "surface_dice": MetricRecord(
-            title="surface Dice",
-            summary="share of the surfaces within the tolerance of each other",
-            compute=lambda found: found.distances.within(found.tolerance),
-            absent=_SHARES,
+        "surface_dice": _share(
+            "surface Dice",
+            "share of the surfaces within the tolerance of each other",
+            lambda found: found.distances.within(found.tolerance),
         ),
     }
 )

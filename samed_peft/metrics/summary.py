@@ -95,9 +95,7 @@ def _summary(cases: Sequence[CaseScores], class_names: Sequence[str], convention
             **_means(scores),
             "n_valid": sum(not math.isnan(score["dice"]) for score in scores),
             "n_cases": len(cases),
-            "n_absent": there.count("absent"),
-            "n_missed": there.count("missed"),
-            "n_spurious": there.count("spurious"),
+            **{f"n_{presence}": there.count(presence) for presence in ("absent", "missed", "spurious")},
         }
     return {"mean": _means(list(classes.values())), "classes": classes}
 

@@ -21,11 +21,7 @@ class SamSplitAttention(nn.Module):
     the same projections, which are computed once; only real tokens are projected.
 
     CPUs run `TiledAttention`. Other devices and tracing run PyTorch's scaled_dot_product_attention, with head sizes
-    padded to multiples of 8 for its fused kernels.
-
-    Args:
-        config: a `SamVisionConfig`.
-        window_size: tokens per side of a window, or 0 for attention over the whole image.
+    padded to multiples of 8 for its fused kernels. A window of 0 tokens per side is the whole image.
     """
 
     def __init__(self, config: Any, window_size: int) -> None:
@@ -34,9 +30,7 @@ class SamSplitAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = width // self.num_heads
         self.window = window_size or config.image_size // config.patch_size
-        self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, bias=config.qkv_bias) for _ in range(3))
         self.proj = nn.Linear(width, width)
         self.use_rel_pos = config.use_rel_pos
         if self.use_rel_pos:
@@ -134,11 +128,7 @@ class SamEncoderLayer(SamVisionLayer):
     """Transformers' encoder layer with `SamSplitAttention` and the same names of weights.
 
     Normalised tokens are cast to the type of matrix products once, not by every projection; the residual sum stays in
-    its own type, float32.
-
-    Args:
-        config: a `SamVisionConfig`.
-        index: number of the layer, which decides between windows and the whole image.
+    its own type, float32. The layer's number decides between windows and the whole image.
     """
 
     def __init__(self, config: Any, index: int) -> None:

@@ -166,11 +166,7 @@ def load_meta_checkpoint(path: Path) -> SamModel:
 
 
 def semantic_config(config: SamConfig, *, num_labels: int | None, image_size: int | None) -> SamConfig:
-    """Copy a SAM's config for other classes, another size, or both; None keeps its own.
-
-    Raises:
-        InputError: `image_size` is not a positive multiple of the patch size.
-    """
+    """Copy a SAM's config for other classes, another size (a multiple of the patch's), or both; None keeps its own."""
     config = copy.deepcopy(config)
     # Meta's decoder was trained with it; Transformers' 1e-6 moves logits a hundred times more than rounding does.
     config.mask_decoder_config.layer_norm_eps = DECODER_NORM_EPS

@@ -66,25 +66,17 @@ class _Block:
 
     Queries of a tile attend to the keys of its window: its own tokens and, if the image ends within the window,
     padding. A head in a tile of an image is a group; a block has G groups.
-
-    Attributes:
-        images: indices of the images.
-        top: first row; `bottom` is the row behind the last; `left` and `right` bound the columns likewise.
-        tile: rows and columns of a tile.
-        window: rows and columns of a window.
-        heads: indices of the heads.
-        chunk: rows of each tile whose queries are computed at a time.
     """
 
     images: range
     top: int
-    bottom: int
+    bottom: int  # the row behind the last
     left: int
     right: int
-    tile: tuple[int, int]
-    window: int
+    tile: tuple[int, int]  # rows and columns of a tile
+    window: int  # rows and columns of a window
     heads: range
-    chunk: int
+    chunk: int  # rows of each tile whose queries are computed at a time
 
     @property
     def outer(self) -> tuple[int, int, int, int]:

@@ -45,13 +45,7 @@ def loss_parts(
     """Compute `dice_ce_loss` and its parts, over the batches of all processes.
 
     Numerators and denominators are added up over processes before dividing, so that N processes give the loss of one
-    process with the N-fold batch.
-
-    Args:
-        logits: (B, K + 1, h, w).
-        labels: (B, h, w) or larger, int64.
-        dice_weight: share of the Dice loss.
-        sum_over_processes: differentiable sum of a (3 K + 5,) tensor over processes; None for one process.
+    process with the N-fold batch: `sum_over_processes` is a differentiable sum of a (3 K + 5,) tensor.
     """
     num_labels = logits.shape[1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

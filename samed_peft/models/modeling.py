@@ -69,12 +69,6 @@ class SamForSemanticSegmentation(PreTrainedModel):
     `model(pixel_values=(B, 3, S, S), labels=None)` returns a `SemanticSegmenterOutput` whose `logits` are
     (B, K + 1, 4 S / P, 4 S / P) for patch size P, background first; with labels (B, h, w) int64 it has `.loss` too.
     Pixels are in [0, 1]: SAMed applies no mean or deviation.
-
-    Attributes:
-        samed_config: everything that prediction needs; read it with `config_of`.
-        base_sha256: fingerprint of the base's frozen weights.
-        base_revision: commit of a base from the Hub.
-        initial_updates: the parts that a new PiSSA or OLoRA adapter subtracted from the base's weights.
     """
 
     config_class = SamConfig
@@ -93,9 +87,10 @@ class SamForSemanticSegmentation(PreTrainedModel):
         self.prompt_encoder = SamPromptEncoder(config)
         config.mask_decoder_config._attn_implementation = config._attn_implementation
         self.mask_decoder = SemanticMaskDecoder(config.mask_decoder_config)
-        self.samed_config: SamedConfig | None = None
-        self.base_sha256: str | None = None
-        self.base_revision: str | None = None
+        self.samed_config: SamedConfig | None = None  # everything that prediction needs; read it with `config_of`
+        self.base_sha256: str | None = None  # fingerprint of the base's frozen weights
+        self.base_revision: str | None = None  # commit of a base from the Hub
+        # What a new PiSSA or OLoRA adapter subtracted from the base's weights.
         self.initial_updates: dict[str, tuple[Tensor, Tensor]] = {}
         self.post_init()
 
@@ -103,14 +98,9 @@ class SamForSemanticSegmentation(PreTrainedModel):
     def from_sam(cls, sam: SamModel, *, num_labels: int | None = None, image_size: int | None = None) -> Self:
         """Build the model from a SAM's weights, which are shared, not copied.
 
-        Args:
-            sam: any `SamModel`.
-            num_labels: K + 1, background included; mask tokens, hypernetworks and IoU head are then initialised anew.
-                None keeps the SAM's own outputs, for example those of a merged model.
-            image_size: pixels per side to run at; positions are resized bilinearly as SAMed does. None keeps it.
-
-        Raises:
-            InputError: `image_size` is not a multiple of the patch size.
+        For K + 1 labels, background included, mask tokens, hypernetworks and IoU head are initialised anew; None keeps
+        the SAM's own outputs, for example those of a merged model. For another image size, a multiple of the patch's,
+        positions are resized bilinearly as SAMed does.
         """
         config = semantic_config(sam.config, num_labels=num_labels, image_size=image_size)
         state = split_qkv(resize_positions(sam.state_dict(), config))
@@ -174,11 +164,7 @@ class Configured(Protocol):
 
 
 def config_of(model: Configured) -> SamedConfig:
-    """The config that a model carries, complete with the fingerprint and revision of its base.
-
-    Raises:
-        InputError: it was built by hand and has none.
-    """
+    """The config that a model carries, with its base's fingerprint and revision; one built by hand is refused."""
     if model.samed_config is None:
         raise InputError("the model has no samed_config; get it from load_sam, add_lora or load_adapter")
     return model.samed_config

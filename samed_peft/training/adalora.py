@@ -16,12 +16,8 @@ def _tuner(model: nn.Module) -> AdaLoraModel | None:
 def prune_ranks(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int) -> None:
     """Prune ranks after steps of an optimizer until the mean rank falls from 1.5 times `rank` to `rank`.
 
-    Does nothing for methods other than AdaLoRA, nor for a single step, which has no past gradients.
-
-    Args:
-        model: from `add_lora`, prepared or not.
-        optimizer: over its trainable weights, before it is prepared.
-        steps: of the whole training, those before a resumption included.
+    Does nothing for methods other than AdaLoRA, nor for a single step, which has no past gradients. The optimizer must
+    not be prepared yet; `steps` are those of the whole training, before a resumption too.
     """
     tuner = _tuner(model)
     if tuner is None or steps < 2:

@@ -36,15 +36,8 @@ def augment(image: np.ndarray, label: np.ndarray, *, rng: np.random.Generator) -
     """SAMed's random augmentation (arXiv 2304.13785 and its code).
 
     Half the slices are turned by a multiple of 90 degrees and flipped, a quarter are rotated by -20..19 degrees, a
-    quarter stay as they are.
-
-    Args:
-        image: (H, W) or (H, W, 3).
-        label: (H, W).
-        rng: only source of randomness.
-
-    Returns:
-        Image and label, (H, W) or (W, H); views of the inputs, or new arrays.
+    quarter stay as they are. Of an image (H, W) or (H, W, 3) and a label (H, W), either views or new arrays are
+    returned, whose sides may have changed places.
     """
     if rng.random() > 0.5:
         turns, axis = int(rng.integers(4)), int(rng.integers(2))

@@ -24,11 +24,7 @@ Key = tuple[int, int]
 class TrainingSlices(Dataset):
     """Training examples by (epoch, index), so that any number of workers yields the same examples.
 
-    Args:
-        rows: sequence of mappings with `image` (H, W) or, in colour, (H, W, 3) in [0, 1], and `label` (H, W).
-        image_size: S, pixels per side of the model.
-        label_size: side of the model's logits.
-        seed: seed of the augmentation, or None to leave it out.
+    Rows have `image` (H, W) or, in colour, (H, W, 3) in [0, 1], and `label` (H, W). Without a seed, none is augmented.
     """
 
     def __init__(
@@ -89,13 +85,8 @@ def batch_loader(
     """Load `batches` in order and prefetch them.
 
     The only place that moves batches to the device and expands grey slices to three channels: they are loaded, copied
-    and moved as one channel, and expanded on the device, which copies nothing.
-
-    Args:
-        slices: training examples.
-        batches: from `epoch_batches`, of as many epochs as are wanted.
-        num_workers: processes that load, at most one a core; 0 loads in this process.
-        device: device of the batches; None leaves them on the CPU.
+    and moved as one channel, and expanded on the device, which copies nothing. Without workers, of which there is at
+    most one a core, this process loads them.
 
     Yields:
         `pixel_values` (B, 3, S, S), read-only because channels share memory, and `labels` (B, h, h).
