@@ -53,7 +53,7 @@ def main() -> None:
             result = attack(workshop, trials=args.trials or max(1, round(trials * args.scale)), seed=args.seed)
             print(result.text(), flush=True)
             found[name] = _values(result) | {"seconds": round(time.perf_counter() - started)}
-            # After each attack, so that hours of work outlive an interruption.
+            # After each attack, so that an interruption does not lose hours of work.
             values = machine | {"seed": args.seed, "attacks": found}
             stem.with_suffix(".json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             stem.with_suffix(".md").write_text(table(found), encoding="utf-8")

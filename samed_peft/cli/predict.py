@@ -24,7 +24,7 @@ samed predict --adapter runs/synapse/adapter --input scan.nii.gz --output mask.n
 samed predict --adapter runs/synapse/adapter --input scans --output masks --overlay
 accelerate launch --num_processes 4 -m samed_peft predict --adapter NAME/REPOSITORY --input scans --output masks
 
-exit codes: 0 done, 1 some scans failed or may have been passed over and the others are done, 2 wrong input"""
+exit codes: 0 done, 1 some scans failed or may have been skipped and the others are done, 2 wrong input"""
 
 
 def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -90,9 +90,9 @@ def run(args: argparse.Namespace) -> None:
     # Other processes exit with 0: if one failed, a launcher would stop the main process before it has reported.
     if accelerator.is_main_process:
         left_out = _tell_other_channels(len(sources) - len(scans), len(sources))
-        passed_over = "" if args.series else _tell_passed_over(args.input, sources, args.output)
+        skipped = "" if args.series else _tell_skipped(args.input, sources, [args.output, first.overlay.parent])
         _report(outcome, args.output)
-        _require_all_done(left_out if channel is None else "", passed_over, bool(config.channel_files))
+        _require_all_done(left_out if channel is None else "", skipped, bool(config.channel_files))
 
 
 def _tell_other_channels(count: int, total: int) -> str:
@@ -104,18 +104,18 @@ def _tell_other_channels(count: int, total: int) -> str:
     return told
 
 
-def _tell_passed_over(source: Path, scans: list[Path], output: Path) -> str:
-    """Say what was passed over beside the scans; returns the names of those that may hold scans all the same."""
-    from samed_peft.prediction.scans import files_passed_over
+def _tell_skipped(source: Path, scans: list[Path], outputs: list[Path]) -> str:
+    """List the files skipped beside the scans; returns the names of those that may hold scans."""
+    from samed_peft.prediction.scans import skipped_files
 
-    maybe, others = files_passed_over(source, scans, output)
-    for paths, reason in ((others, "as they are no scans"), (maybe, "though they may hold scans")):
+    maybe, others = skipped_files(source, scans, outputs)
+    for paths, reason in ((others, "not scans"), (maybe, "but may hold scans")):
         if paths:
-            print(printable(f"passed over, {reason}: {_listed(paths)}"))
+            print(printable(f"skipped, {reason}: {_listed(paths)}"))
     return _listed(maybe)
 
 
-def _require_all_done(left_out: str, passed_over: str, has_one_channel: bool) -> None:
+def _require_all_done(left_out: str, skipped: str, has_one_channel: bool) -> None:
     """Raise if scans may have been left out that users would miss."""
     if left_out:
         raise SomeCasesFailedError(
@@ -123,9 +123,9 @@ def _require_all_done(left_out: str, passed_over: str, has_one_channel: bool) ->
             "--channel 0 if that is right, or rename files that are cases, so that their names do not end in _0000, "
             "_0001 and so on"
         )
-    if passed_over:
+    if skipped:
         raise SomeCasesFailedError(
-            f"{passed_over} may hold scans, but were passed over; convert such files to a format that is read, give "
+            f"{skipped} may hold scans, but were skipped; convert such files to a format that is read, give "
             "such folders as --input, or move them elsewhere"
         )
 

@@ -38,12 +38,14 @@ def naming_files(*paths: Path) -> Iterator[None]:
     """Turn any error about a scan or its label map into an `InputError` that names the files."""
     try:
         yield
-    except (InputError, ImportError, Warning):
+    except (InputError, ImportError, AssertionError, Warning):
         raise
     except Exception as error:  # libraries raise errors of many kinds for bad files
+        advice = "or leave the case out"
+        if not isinstance(error, MemoryError):
+            advice = "look at it in a viewer, and mend it or leave the case out"
         raise InputError(
-            f"{' and '.join(map(str, dict.fromkeys(paths)))} cannot be used: {reason_of(error)}; look at it in a "
-            "viewer, and mend it or leave the case out"
+            f"{' and '.join(map(str, dict.fromkeys(paths)))} cannot be used: {reason_of(error)}; {advice}"
         ) from error
 
 

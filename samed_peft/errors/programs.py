@@ -31,6 +31,9 @@ _PIPE_CODE = 128 + 13
 _CLOCK_STEP_S = 1.0
 """Precision of the times at which processes began."""
 
+_LONGEST_END_OF_CHILDREN_S = 3.0
+"""Time that processes get for their own end; those that load and prepare slices need none."""
+
 _REMEDIES = {
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "free space there or ask for a larger quota",
@@ -73,7 +76,7 @@ def exit_on_error(main: Callable[P, R], *, resumable: bool = False) -> Callable[
                 stop.note_only()
                 if isinstance(error, BrokenPipeError) and _reader_has_left():
                     sys.exit(_PIPE_CODE)
-                code = _say_last_word(error, stop.received, resumable)
+                code = _print_final_message(error, stop.received, resumable)
                 if stop.received is not None:
                     _end_children(began_s)
                 _leave_launch()
@@ -88,7 +91,7 @@ def exit_resumable(main: Callable[P, R]) -> Callable[P, R]:
     return exit_on_error(main, resumable=True)
 
 
-def _say_last_word(error: BaseException, received: int | None, resumable: bool) -> int:
+def _print_final_message(error: BaseException, received: int | None, resumable: bool) -> int:
     """Print the message of an error; returns the exit code."""
     message, code = _message_and_code(error, received, resumable)
     is_signal = code in (RunInterruptedError.exit_code, *(128 + number for number in SIGNALS))
@@ -107,10 +110,15 @@ def _end_children(began_s: float) -> None:
     """End processes that this one began: Python waits at its end for some that a signal kept from being ended."""
     import psutil
 
+    children = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if child.create_time() >= began_s - _CLOCK_STEP_S:
-                child.kill()
+                child.terminate()
+                children.append(child)
+    for child in psutil.wait_procs(children, timeout=_LONGEST_END_OF_CHILDREN_S)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def _leave_launch() -> None:
@@ -124,7 +132,7 @@ def _leave_launch() -> None:
 
 
 def _end_at_signals(code: int) -> None:
-    """Let signals end a program that has said its last word with its own code, and without a traceback."""
+    """Let signals end a program that has printed its final message with its own code, and without a traceback."""
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(code))
 
@@ -134,7 +142,7 @@ def _message_and_code(error: BaseException, received: int | None, resumable: boo
         return str(error), error.exit_code
     # Libraries may raise errors of their own where a signal interrupts them or ends their workers.
     if received is not None or isinstance(error, KeyboardInterrupt):
-        number = received or next(iter(error.args), signal.SIGINT)
+        number = received or next((number for number in error.args if number in SIGNALS), signal.SIGINT)
         name = signal.Signals(number).name
         if resumable:
             return f"stopped by {name}; --resume goes on with what was saved", RunInterruptedError.exit_code

@@ -78,7 +78,7 @@ class StopSignal:
             raise KeyboardInterrupt(self.received) from error
 
     def note_only(self) -> None:
-        """Raise no more from here on: the program is about to say its last word."""
+        """Raise no more from here on: the program is about to print its final message."""
         self._ends = True
 
     def _note(self, number: int, _: FrameType | None) -> None:

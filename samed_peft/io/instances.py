@@ -4,7 +4,10 @@ import numpy as np
 from scipy import ndimage
 
 _MANY, _VERY_MANY = 8, 20
-"""Labels of a map: so many are classes without a doubt; more than the latter hardly are without names."""
+"""Labels of a map: so many are classes; more than the latter hardly ever are if nothing names them."""
+
+_LARGEST = 2**16
+"""Larger numbers are replaced by their ranks: SciPy makes a box for each number up to the largest."""
 
 _MOST_GAPS, _LEAST_WHOLE = 0.1, 0.95
 """Share of numbers that may lack, as of objects that were cut away; share of objects that are in one piece."""
@@ -30,6 +33,8 @@ def has_whole_objects(array: np.ndarray) -> bool:
         array: (D, H, W) labels, 0 is background.
     """
     positive = np.maximum(array, 0)
+    if positive.max() > _LARGEST:
+        positive = np.unique(positive, return_inverse=True)[1].reshape(array.shape)
     boxes = {label: box for label, box in enumerate(ndimage.find_objects(positive), start=1) if box is not None}
     in_boxes = sum(positive[box].size for box in boxes.values())
     if len(boxes) <= _MANY or in_boxes > _MOST_OVERLAP * positive.size:

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,8 +174,10 @@ def _state_of(state: object, path: Path) -> "dict[str, Tensor]":
     for _ in range(_MOST_WRAPPERS):
         if not isinstance(state, dict) or any(isinstance(value, torch.Tensor) for value in state.values()):
             break
-        inner = [state[name] for name in _WRAPPERS if isinstance(state.get(name), dict)]
-        state = inner[0] if len(inner) == 1 else state
+        inner = [name for name in _WRAPPERS if isinstance(state.get(name), dict)]
+        if len(inner) > 1:
+            raise InputError(f"expected one state dict, found {' and '.join(inner)} in {path}; save one of them alone")
+        state = state[inner[0]] if inner else state
     if not isinstance(state, dict) or not state:
         found = "an empty dict" if isinstance(state, dict) else _kind(state)
         raise InputError(f"expected a state dict (names to tensors), found {found} in {path}; save model.state_dict()")
@@ -186,10 +188,14 @@ def _state_of(state: object, path: Path) -> "dict[str, Tensor]":
                 f"expected a state dict (names to tensors), found {shown}: {_kind(value)} "
                 f"in {path}; save the model's state dict alone"
             )
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) and name != prefix for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    while prefix := _common_prefix(state):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return dict(state)
+
+
+def _common_prefix(names: "Iterable[str]") -> str | None:
+    """The prefix of a training program that all names have."""
+    return next((one for one in _PREFIXES if all(name.startswith(one) and name != one for name in names)), None)
 
 
 def _bytes_in(loaded: object) -> int:

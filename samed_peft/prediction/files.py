@@ -99,7 +99,8 @@ def predict_files(
 
     Raises:
         InputError: `options.compile` is set, and nothing can be compiled on this machine.
-        InterruptedBySignalError: Ctrl-C or SIGTERM reached one of the processes; each has finished its scan at hand.
+        InterruptedBySignalError: Ctrl-C or SIGTERM reached a process before its last scan was done; each
+            has finished its current scan.
     """
     # Decided by one process before any writes: others might see its first masks and divide another list.
     pending = [scan for scan in scans if options.overwrite or not _is_finished(scan, options)]
@@ -108,13 +109,13 @@ def predict_files(
     mine = pending[accelerator.process_index :: accelerator.num_processes]
     if options.compile and mine:
         model = CompiledSegmenter(model, options.batch_size)
-    with StopSignal() as stop:
+    with StopSignal() as stop, contextlib.ExitStack() as cleanup:
+        if flag is not None and accelerator.is_main_process:
+            cleanup.callback(flag.remove)
         stopped = partial(_is_stopped, stop, flag)
         written, failed = _predict_all(model, mine, options=options, accelerator=accelerator, stopped=stopped)
         # Within the block: a signal must not end a process before the others' turn.
         written, failed, received = _gathered(written, failed, stop.received or 0, accelerator=accelerator)
-        if flag is not None and accelerator.is_main_process:
-            flag.remove()
     pending_cases = [scan.case for scan in pending]
     if any(received) and (left := len(set(pending_cases).difference(written, failed))):
         raise InterruptedBySignalError(_what_is_left(written, failed, left, pending[0].mask.parent), max(received))
@@ -191,6 +192,7 @@ def _predict_all(
     hidden = None if accelerator.is_main_process else True  # None: shown in terminals only
     progress = tqdm(total=len(scans), desc="segmenting", unit="scan", disable=hidden)
     process_in_order(scans, read, compute, progress=progress, stopped=stopped)
+    stopped()  # tells the other processes of a signal during the last scan
     return written, failed
 
 

@@ -1,5 +1,6 @@
 """List the scans to segment and plan the files of their masks."""
 
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -100,13 +101,13 @@ def warn_of_storage_order(sources: Sequence[Path], orientation: str | None) -> N
         )
 
 
-def files_passed_over(source: Path, scans: Sequence[Path], output: Path) -> tuple[list[Path], list[Path]]:
+def skipped_files(source: Path, scans: Sequence[Path], outputs: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """What lies beside the scans of a folder, but for hidden files and the masks.
 
     Args:
         source: the folder, or a file, which has nothing beside it.
         scans: from `list_scans`.
-        output: of the masks.
+        outputs: files and folders that are written.
 
     Returns:
         What may hold scans all the same: files of formats that are not read, folders with scans; and other files.
@@ -116,9 +117,10 @@ def files_passed_over(source: Path, scans: Sequence[Path], output: Path) -> tupl
     is_series = list(scans) == [source]
     maybe: list[Path] = []
     others: list[Path] = []
+    known, own = set(scans), [Path(os.path.realpath(path)) for path in outputs]
     for item in list_folder(source):
-        is_own = output.resolve().is_relative_to(item.resolve()) or item in scans
-        if item.name.startswith(".") or is_own:
+        real = os.path.realpath(item)
+        if item.name.startswith(".") or item in known or any(path.is_relative_to(real) for path in own):
             continue
         if item.is_dir():
             (maybe if _holds_scans(item) else others).append(item)
@@ -130,7 +132,11 @@ def files_passed_over(source: Path, scans: Sequence[Path], output: Path) -> tupl
 
 
 def _holds_scans(folder: Path) -> bool:
-    return any(suffix_of(path) for path in list_folder(folder)) or holds_dicom(folder) or bool(folders_below(folder))
+    try:
+        below = list_folder(folder)
+        return any(suffix_of(path) for path in below) or holds_dicom(folder) or bool(folders_below(folder))
+    except InputError:  # it may not be listed
+        return True
 
 
 def _none_found(source: Path, series: str | None) -> str:

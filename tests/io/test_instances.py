@@ -89,6 +89,12 @@ def test_a_scan_given_as_labels_has_no_objects():
     assert not has_whole_objects(noise)  # at once, though it has 3,000 values
 
 
+@pytest.mark.parametrize("offset", [0, 2**31 - 100])
+def test_large_numbers_take_no_more_memory(offset):
+    objects = discs(range(1, 41)).astype(np.int64)
+    assert has_whole_objects(np.where(objects > 0, objects + offset, 0))
+
+
 def test_real_organs_are_classes(real_scans):
     folder = real_scans / "btcv_like" / "Training" / "label"
     assert len(numbered_names(map(read_labels, sorted(folder.iterdir())), folder=folder)) == 11

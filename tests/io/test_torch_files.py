@@ -79,7 +79,8 @@ PARALLEL = {f"module.{name}": tensor for name, tensor in WEIGHTS.items()}
         {"model": WEIGHTS, "optimizer": {"state": {0: {"exp_avg": torch.ones(6)}}, "param_groups": []}, "epoch": 3},
         {"state_dict": {"model": PARALLEL}},
         PARALLEL,
-        {f"_orig_mod.{name}": tensor for name, tensor in WEIGHTS.items()},
+        {f"_orig_mod.{name}": tensor for name, tensor in PARALLEL.items()},
+        {f"module._orig_mod.{name}": tensor for name, tensor in WEIGHTS.items()},
     ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
@@ -93,7 +94,7 @@ def test_state_dicts_are_found_as_training_programs_store_them(tmp_path, saved, 
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ({"model": WEIGHTS, "state_dict": WEIGHTS}, "found 'model': dict"),
+        ({"model": WEIGHTS, "state_dict": WEIGHTS}, "found model and state_dict"),
         ({"model": WEIGHTS, "extra": torch.ones(1)}, "found 'model': dict"),
         ({"model": {"a": 1}}, "found 'a': int"),
         ({"model": {}}, "found an empty dict"),

@@ -11,7 +11,7 @@ from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.models.bases import load_sam
 from samed_peft.prediction import plan_masks
-from samed_peft.prediction.scans import files_passed_over
+from samed_peft.prediction.scans import skipped_files
 
 
 def masks_of(tmp_path, names, **options):
@@ -58,15 +58,20 @@ def test_a_single_file_of_another_channel_is_refused(tmp_path):
         masks_of(tmp_path, ["a_2021.nii.gz"], channel_files=True)
 
 
-def test_what_is_passed_over_is_told(tmp_path):
+def test_skipped_files_are_listed(tmp_path):
     for name in ("a.nii.gz", "b.mhd", "c.bmp", ".d.bmp", "notes.txt", "patient/e.nrrd", "out/masks/a.nii.gz"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
-    maybe, others = files_passed_over(tmp_path, [tmp_path / "a.nii.gz"], tmp_path / "out" / "masks")
+    (tmp_path / "overlays").mkdir()
+    (tmp_path / "overlays" / "a.png").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    maybe, others = skipped_files(
+        tmp_path, [tmp_path / "a.nii.gz"], [tmp_path / "out" / "masks", tmp_path / "overlays"]
+    )
     assert [path.name for path in maybe] == ["b.mhd", "c.bmp", "patient"]
-    assert [path.name for path in others] == ["empty", "notes.txt"]
-    assert files_passed_over(tmp_path / "a.nii.gz", [tmp_path / "a.nii.gz"], tmp_path / "out") == ([], [])
+    assert [path.name for path in others] == ["empty", "loop", "notes.txt"]
+    assert skipped_files(tmp_path / "a.nii.gz", [tmp_path / "a.nii.gz"], [tmp_path / "out"]) == ([], [])
 
 
 def test_the_command_reads_what_the_adapter_recorded(tmp_path, capsys):
@@ -87,5 +92,5 @@ def test_the_command_reads_what_the_adapter_recorded(tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         main([*command, str(tmp_path / "scans")])
     printed = capsys.readouterr()
-    assert "passed over, as they are no scans: notes.txt" in printed.out
-    assert "error: a_0001.mhd may hold scans, but were passed over" in printed.err
+    assert "skipped, not scans: notes.txt" in printed.out
+    assert "error: a_0001.mhd may hold scans, but were skipped" in printed.err
