@@ -1,5 +1,6 @@
 """Read the headers of DICOM files through pydicom, and sort out which files are images."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class DicomFile:
 
     def integer(self, keyword: str, default: int | None = None) -> int:
         """A whole number of two bytes; refused if it is missing and has no default."""
-        item = self.header.get_item(keyword)
+        item = self.header.get_item(tag_of(keyword))
         value = None if item is None else item.value
         if isinstance(value, bytes) and len(value) >= 2:
             return int.from_bytes(value[:2], "little" if item.is_little_endian else "big")
@@ -77,12 +78,20 @@ class DicomFile:
         return int(text)
 
 
+@functools.lru_cache(maxsize=256)
+def tag_of(keyword: str) -> Any:
+    """The tag of an element; pydicom's own search for it takes a third of the time of reading a header."""
+    from pydicom.tag import Tag
+
+    return Tag(keyword)
+
+
 def text_of(dataset: Any, keyword: str) -> str:
     """An element of a dataset as text, values parted by backslashes; empty if it is missing or blank.
 
     The bytes are taken as they are: pydicom's conversion warns of each value that breaks the letter of the standard.
     """
-    item = dataset.get_item(keyword)
+    item = dataset.get_item(tag_of(keyword))
     value = None if item is None else item.value
     if isinstance(value, bytes):
         return value.decode("latin-1").strip(" \0")
@@ -126,9 +135,10 @@ def read_header(path: Path) -> DicomFile | None:
     """
     import pydicom
 
+    tags = [tag_of(keyword) for keyword in _KEYWORDS]
     with naming_unreadable(path), path.open("rb") as stream:
         try:
-            header: Any = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=[*_KEYWORDS], force=True)
+            header: Any = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=tags, force=True)
             syntax = text_of(header.file_meta, "TransferSyntaxUID")
             kinds = {text_of(header, "SOPClassUID"), text_of(header.file_meta, "MediaStorageSOPClassUID")} - {""}
             names = [pydicom.uid.UID_dictionary.get(kind, ("",))[0] for kind in kinds]

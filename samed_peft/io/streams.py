@@ -2,7 +2,6 @@
 
 import math
 import os
-import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -10,11 +9,16 @@ import numpy as np
 
 from samed_peft.io.files import damaged
 
+try:
+    from isal import isal_zlib as inflate  # two to three times as fast, with the same checks of what it reads
+except ImportError:  # there are no wheels of it for some machines
+    import zlib as inflate
+
 GZIP_MAGIC = b"\x1f\x8b"
 DEFLATE_FACTOR = 1032
 """How far deflate can expand data at most, https://zlib.net/zlib_tech.html."""
 
-_BYTES_IN = 1 << 16
+_BYTES_IN = 1 << 20
 _BYTES_OUT = 1 << 22
 
 
@@ -30,7 +34,7 @@ class Source:
     def __init__(self, stream: BinaryIO, path: Path, *, is_packed: bool) -> None:
         self._stream = stream
         self._path = path
-        self._inflater = zlib.decompressobj(zlib.MAX_WBITS | 32) if is_packed else None
+        self._inflater = inflate.decompressobj(inflate.MAX_WBITS | 32) if is_packed else None
         self._packed = b""
         stored = os.fstat(stream.fileno()).st_size - stream.tell()
         self._most = stored * (DEFLATE_FACTOR if is_packed else 1)
@@ -97,10 +101,10 @@ class Source:
                     return b""
                 if not data.startswith(GZIP_MAGIC):
                     raise damaged(self._path, "other bytes follow its compressed data")
-                self._inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)
+                self._inflater = inflate.decompressobj(inflate.MAX_WBITS | 16)
             try:
                 piece = self._inflater.decompress(data, min(most, _BYTES_OUT))
-            except zlib.error as error:
+            except inflate.error as error:
                 raise damaged(self._path, f"its compressed data are wrong ({error})") from error
             self._packed = self._inflater.unused_data or self._inflater.unconsumed_tail
             if piece:
