@@ -403,7 +403,7 @@ assert warnings.formatwarning is before
 
 def test_warnings_of_a_program_reach_terminals_as_text():
     ended = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, encoding="utf-8", check=True, timeout=60)
-    assert r"UserWarning: a\x1b[2J\u202ename" in ended.stderr
+    assert r"warning: a\x1b[2J\u202ename" in ended.stderr
     assert "\x1b" not in ended.stderr
 
 

@@ -14,7 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from samed_peft.errors.exceptions import FORESEEN, InputError, RunInterruptedError, SomeCasesFailedError
 from samed_peft.errors.signals import SIGNALS, StopSignal
@@ -37,6 +37,7 @@ _LONGEST_END_OF_CHILDREN_S = 3.0
 _REMEDIES = {
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "free space there or ask for a larger quota",
+    errno.EFBIG: "raise the limit of a file's size, ulimit -f, or choose another place",
     errno.EROFS: "it is mounted read-only, choose another place",
     errno.EACCES: "check its permissions, or choose another place",
     errno.EPERM: "check its permissions, or choose another place",
@@ -197,6 +198,8 @@ def reason_of(error: Exception) -> str:
     """Why one case of many failed, in one line; errors that nobody foresaw are preceded by their type."""
     if isinstance(error, MemoryError):
         return f"it does not fit into memory ({_first_line(error)}); close other programs, or crop or resample it"
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        return _refusal(error)
     return str(error) if isinstance(error, (InputError, OSError)) else f"{type(error).__name__}: {_first_line(error)}"
 
 
@@ -221,9 +224,13 @@ _THEN = "then start again. Results that were finished before are whole"
 
 def describe_system_error(error: OSError, *, then: str = _THEN) -> str:
     """One line: the file, the system's reason, a remedy, and what comes then."""
+    return f"{_refusal(error)}, {then}"
+
+
+def _refusal(error: OSError) -> str:
     remedy = _REMEDIES.get(error.errno or 0, "check the file, its disk and its permissions")
     named = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-    return f"{named}{error.strerror}; {remedy}, {then}"
+    return f"{named}{error.strerror}; {remedy}"
 
 
 def _fault(error: BaseException) -> str:
@@ -249,9 +256,14 @@ def printable(text: object) -> str:
 
 @contextlib.contextmanager
 def _printable_warnings() -> Iterator[None]:
-    """Print warnings, which name files and quote headers, without control characters."""
+    """Print warnings, which name files and quote headers, without control characters; ours without a place in code."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda *args, **options: printable(before(*args, **options))
+
+    def formatted(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> str:
+        text = f"warning: {message}\n" if category is UserWarning else before(message, category, *where, **options)
+        return printable(text)
+
+    warnings.formatwarning = formatted
     try:
         yield
     finally:

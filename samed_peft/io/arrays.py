@@ -45,7 +45,8 @@ def _end_of_hdf5(path: Path) -> int:
     """
     with path.open("rb") as stream:
         head = stream.read(64)
-    if not head.startswith(b"\x89HDF"):  # a user block of any content comes first
+    # A user block of any content may come first; shorter files are refused by libhdf5.
+    if not head.startswith(b"\x89HDF") or len(head) < 64:
         return path.stat().st_size
     version = head[8]
     width = head[13] if version < 2 else head[9]

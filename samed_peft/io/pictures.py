@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,15 @@ from samed_peft.io.files import damaged
 from samed_peft.io.label_names import TEXT_KEY, parsed_names, text_of_names
 from samed_peft.io.volumes import Volume
 
-_TIFF_COMPRESSION = 259
+_TIFF_BITS, _TIFF_COMPRESSION = 258, 259
 _TIFF_PARTS = ((273, 279), (324, 325))
 """Tags of the offsets and lengths of strips, and of tiles."""
+
+_TIFF_DEFLATE = (8, 32946)
+_TIFF_BOUNDED, _TIFF_MOST_FACTOR = (5, *_TIFF_DEFLATE, 32773), 4096
+"""LZW, deflate and PackBits, and how far the first expands data at most; its codes have up to 12 bits."""
+
+_INFLATED_AT_ONCE = 1 << 22
 
 
 def read(path: Path) -> tuple[np.ndarray, None]:
@@ -88,26 +95,39 @@ def _require_sound_png(path: Path) -> None:
 
 
 def _require_sound_tiff(picture: Any, path: Path) -> None:
-    """Refuse a TIFF whose parts lie beyond its end, or whose deflated parts have a wrong checksum.
+    """Refuse a TIFF that claims more pixels than it holds, or whose deflated parts have a wrong checksum.
 
-    libtiff inflates a part until its pixels are full, and does not look at the checksum behind.
+    libtiff inflates a part until its pixels are full, and does not look at the checksum behind. Pillow allocates what
+    a header claims, and leaves pixels without data as they are.
     """
     if picture.format != "TIFF":
         return
     tags = picture.tag_v2
-    is_deflated = tags.get(_TIFF_COMPRESSION) in (8, 32946)
-    size = path.stat().st_size
+    compression, size, stored = tags.get(_TIFF_COMPRESSION, 1), path.stat().st_size, 0
     with path.open("rb") as stream:
         for offsets, lengths in _TIFF_PARTS:
             for offset, length in zip(_as_tuple(tags.get(offsets)), _as_tuple(tags.get(lengths)), strict=False):
                 if offset + length > size:
                     raise damaged(path, f"its pixels end at byte {offset + length}, and the file has {size}")
-                if is_deflated:
+                stored += length
+                if compression in _TIFF_DEFLATE:
                     stream.seek(offset)
-                    inflater = zlib.decompressobj()
-                    inflater.decompress(stream.read(length))
-                    if not inflater.eof:
+                    if not _is_whole(stream.read(length)):
                         raise damaged(path, f"the compressed pixels at byte {offset} are cut off")
+    width, height = picture.size
+    claimed = width * height * sum(_as_tuple(tags.get(_TIFF_BITS, 1))) // 8
+    factor = 1 if compression == 1 else _TIFF_MOST_FACTOR if compression in _TIFF_BOUNDED else math.inf
+    if claimed > (stored or size) * factor:
+        raise damaged(path, f"it claims {width} x {height} pixels, {claimed} bytes, and holds {stored or size}")
+
+
+def _is_whole(deflated: bytes) -> bool:
+    """Whether a stream comes to its end, where its checksum is."""
+    inflater = zlib.decompressobj()
+    while deflated and not inflater.eof:
+        inflater.decompress(deflated, _INFLATED_AT_ONCE)
+        deflated = inflater.unconsumed_tail
+    return inflater.eof
 
 
 def _as_tuple(value: Any) -> tuple[int, ...]:

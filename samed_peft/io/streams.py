@@ -12,7 +12,7 @@ from samed_peft.io.files import damaged
 try:
     from isal import isal_zlib as inflate  # two to three times as fast, with the same checks of what it reads
 except ImportError:  # there are no wheels of it for some machines
-    import zlib as inflate
+    import zlib as inflate  # type: ignore[no-redef]
 
 GZIP_MAGIC = b"\x1f\x8b"
 DEFLATE_FACTOR = 1032
@@ -104,7 +104,7 @@ class Source:
                 self._inflater = inflate.decompressobj(inflate.MAX_WBITS | 16)
             try:
                 piece = self._inflater.decompress(data, min(most, _BYTES_OUT))
-            except inflate.error as error:
+            except inflate.error as error:  # type: ignore[misc]  # a class without type in its stubs
                 raise damaged(self._path, f"its compressed data are wrong ({error})") from error
             self._packed = self._inflater.unused_data or self._inflater.unconsumed_tail
             if piece:

@@ -93,7 +93,9 @@ OWN = ("adapter", "checkpoint", "rows", "report.json", "dataset.json", "run.json
 
 def _adapter(folder: Path) -> list[Any]:
     model = load_adapter(folder)
-    return [*model.state_dict().values(), repr(model.get_base_model().samed_config)]
+    # Beside modules that are trained in full, PEFT keeps the ones they replace, whose random weights nothing uses.
+    used = [value for name, value in model.state_dict().items() if ".original_module." not in name]
+    return [*used, repr(model.get_base_model().samed_config)]
 
 
 def _checkpoint(folder: Path) -> list[Any]:

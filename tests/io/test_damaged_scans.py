@@ -22,6 +22,17 @@ def test_cut_off_files_are_refused(tmp_path, capfd, suffix, keep):
         io.read_volume(path)
 
 
+@pytest.mark.parametrize("suffix", list(WRITERS))
+def test_files_of_a_few_bytes_are_refused(tmp_path, capfd, suffix):
+    path = tmp_path / f"scan{suffix}"
+    WRITERS[suffix](path)
+    data = path.read_bytes()
+    for size in range(64):
+        path.write_bytes(data[:size])
+        with pytest.raises(InputError, match="scan"):
+            io.read_volume(path)
+
+
 @pytest.mark.parametrize("suffix", [".nii.gz", ".npz"])
 def test_flipped_bits_are_noticed(tmp_path, suffix):
     path = tmp_path / f"scan{suffix}"

@@ -11,6 +11,7 @@ from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ImplicitVRLittleEndian,
+    JPEGLSLossless,
     RLELossless,
 )
 from scan_files import write_dicom
@@ -76,6 +77,25 @@ def test_bits_of_overlays_are_no_pixels(tmp_path, bits):
 def test_transfer_syntaxes(tmp_path, syntax):
     folder = write_series(tmp_path / "s", CT, intercepts=[-1024] * 5, syntax=syntax)
     np.testing.assert_array_equal(io.read_volume(folder).array, CT - 1024)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_slices_that_are_decoded_together(tmp_path, bits):
+    """More slices than one batch has, each of its own size when compressed."""
+    stored = np.arange(35 * 20 * 16).reshape(35, 20, 16) // 3 % 2**bits
+    stored[::3] = 7
+    folder = write_series(tmp_path / "s", stored, signed=False, syntax=JPEGLSLossless, BitsStored=bits)
+    np.testing.assert_array_equal(io.read_volume(folder).array, stored)
+
+
+def test_a_bad_slice_among_those_decoded_together_is_named(tmp_path):
+    folder = write_series(tmp_path / "s", CT, signed=False, syntax=JPEGLSLossless)
+    path = folder / "IM0002"
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\xff\xf7") + 5  # the height in the frame's own header
+    data[at : at + 2] = (999).to_bytes(2, "big")
+    path.write_bytes(data)
+    refused(folder, path)
 
 
 def test_an_unknown_compression_is_named_with_the_remedy(tmp_path):

@@ -1,5 +1,6 @@
 """Pictures, channels of 4-D scans, and affines from headers."""
 
+import warnings
 import zlib
 
 import nibabel
@@ -203,6 +204,23 @@ def test_png_that_shows_its_damage(tmp_path, end):
     flipped[end] ^= 4
     path.write_bytes(flipped)
     with pytest.raises(InputError, match=r"p\.png cannot be read"):
+        io.read_volume(path)
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_adobe_deflate", "tiff_lzw", "packbits"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16", "1"])
+def test_tiffs_that_claim_more_pixels_than_they_hold(tmp_path, compression, mode):
+    path = tmp_path / "p.tif"
+    Image.new(mode, (300, 2000)).save(path, compression=compression)  # all black, which is packed best
+    expected = io.read_volume(path).array
+    with Image.open(path) as opened:
+        entry = path.read_bytes().index((257).to_bytes(2, "little"))  # ImageLength, in rows
+        assert opened.tag_v2[257] == 2000
+    assert not expected.any()
+    data = bytearray(path.read_bytes())
+    data[entry + 2 : entry + 12] = bytes([4, 0, 1, 0, 0, 0]) + (400_000).to_bytes(4, "little")
+    path.write_bytes(data)
+    with warnings.catch_warnings(action="ignore"), pytest.raises(InputError, match=r"p\.tif cannot be read"):
         io.read_volume(path)
 
 

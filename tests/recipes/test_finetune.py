@@ -51,7 +51,7 @@ def test_from_scans_to_a_report(run, scans, tmp_path):
     patients = ("--patient_pattern", "(p.)_.", "--folds", 3, "--validation_cases", "p2_a", "--validate_epochs", 1)
     code, stdout, stderr = run(*options, *patients, "--fold", 1, "--resume")
     assert code == 0, stderr
-    assert f"UserWarning: nothing to resume in {tmp_path / 'out'}: " in stderr
+    assert f"warning: nothing to resume in {tmp_path / 'out'}: " in stderr
     assert "ball" in stdout
     config = json.loads((tmp_path / "out" / "adapter" / "samed_config.json").read_text())
     assert (config["class_names"], config["orientation"], config["window"]) == (["ball"], "LPS", None)
@@ -87,7 +87,7 @@ def test_from_colour_pictures_to_a_report(run, tmp_path):
     code, stdout, stderr = run(*options, *SMALL, "--test_cases", 3, 4)
     assert code == 0, stderr
     assert "polyp" in stdout
-    assert "UserWarning: no training slice has a labelled pixel of tool: " in stderr
+    assert "warning: no training slice has a labelled pixel of tool: " in stderr
     config = json.loads((tmp_path / "out" / "adapter" / "samed_config.json").read_text())
     assert (config["window"], config["orientation"]) == ([0.0, 255.0], None)
 
