@@ -110,13 +110,14 @@ def test_a_signal_ends_a_program_with_one_line(sent, decorate, code, capsys):
     assert signal.getsignal(sent) == before
 
 
-def test_an_error_of_a_library_that_a_signal_interrupts_is_that_signal(capsys):
+@pytest.mark.parametrize("error", [RuntimeError("DataLoader worker (pid 7) exited"), InputError("it is damaged")])
+def test_an_error_of_a_library_that_a_signal_interrupts_is_that_signal(capsys, error):
     def main():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
         except KeyboardInterrupt:
-            raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly") from None
+            raise error from None
 
     assert end(main, capsys)[0] == 128 + signal.SIGTERM
 

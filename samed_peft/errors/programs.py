@@ -9,9 +9,7 @@ import re
 import select
 import signal
 import sys
-import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
@@ -97,6 +95,8 @@ def _print_final_message(error: BaseException, received: int | None, resumable: 
     message, code = _message_and_code(error, received, resumable)
     is_signal = code in (RunInterruptedError.exit_code, *(128 + number for number in SIGNALS))
     if received is not None:
+        import traceback  # costs the start of each command some milliseconds
+
         traceback.clear_frames(error.__traceback__)  # ends the line of a progress bar that it left open
     # All processes of a launch get a signal, and one says so.
     if not is_signal or os.environ.get("RANK", "0") == "0" or _lost_process(error):
@@ -139,9 +139,10 @@ def _end_at_signals(code: int) -> None:
 
 
 def _message_and_code(error: BaseException, received: int | None, resumable: bool) -> tuple[str, int]:
-    if isinstance(error, FORESEEN):
+    # Libraries may raise errors of their own where a signal interrupts them or ends their workers, and a file that was
+    # being read then looks damaged.
+    if isinstance(error, FORESEEN) and not (received is not None and isinstance(error, InputError)):
         return str(error), error.exit_code
-    # Libraries may raise errors of their own where a signal interrupts them or ends their workers.
     if received is not None or isinstance(error, KeyboardInterrupt):
         number = received or next((number for number in error.args if number in SIGNALS), signal.SIGINT)
         name = signal.Signals(number).name
@@ -235,6 +236,9 @@ def _refusal(error: OSError) -> str:
 
 def _fault(error: BaseException) -> str:
     """Write an unforeseen error's trace to a file, and name both."""
+    import tempfile
+    import traceback
+
     trace = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile("w", prefix="samed-", suffix=".txt", delete=False, encoding="utf-8") as file:

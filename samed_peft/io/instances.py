@@ -1,7 +1,6 @@
 """Recognise label maps whose numbers tell objects apart, such as single nuclei, and not classes."""
 
 import numpy as np
-from scipy import ndimage
 
 _MANY, _VERY_MANY = 8, 20
 """Labels of a map: so many are classes; more than the latter hardly ever are if nothing names them."""
@@ -32,6 +31,8 @@ def has_whole_objects(array: np.ndarray) -> bool:
     Args:
         array: (D, H, W) labels, 0 is background.
     """
+    from scipy import ndimage  # takes longer to import than all the rest of `io`
+
     positive = np.maximum(array, 0)
     if positive.max() > _LARGEST:
         positive = np.unique(positive, return_inverse=True)[1].reshape(array.shape)

@@ -6,7 +6,6 @@ from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.ndimage import find_objects
 
 from samed_peft.errors import InputError
 from samed_peft.metrics.records import CONVENTIONS, METRICS, Comparison, Convention, Metric, Presence
@@ -133,6 +132,8 @@ def _score(
 ) -> tuple[dict[Convention, ClassScores], list[Presence]]:
     """Scores and presence of labels 1..K."""
     # One pass over each volume finds every class; all that follows sees small crops only.
+    from scipy.ndimage import find_objects  # reading a report does not need it
+
     boxes = [find_objects(labels, max_label=num_classes) for labels in pair]
     scores: dict[Convention, ClassScores] = {convention: [] for convention in units}
     there: list[Presence] = []

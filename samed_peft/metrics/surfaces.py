@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import distance_transform_edt
-from scipy.spatial import cKDTree
 
 _DENSE = 0.25
 """Share of border voxels in the pair's bounding box above which a distance transform beats a tree of points."""
@@ -75,6 +73,8 @@ def surface_distances(
 
 
 def _nearest(queries: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
+    from scipy.spatial import cKDTree  # reading a report does not need it
+
     # Balancing the tree costs more than it saves, and is slow where many points are equally far.
     tree = cKDTree(points, balanced_tree=False, compact_nodes=False)
     return np.asarray(tree.query(queries)[0])
@@ -83,6 +83,8 @@ def _nearest(queries: NDArray[np.float64], points: NDArray[np.float64]) -> NDArr
 def _transformed(
     queries: NDArray[np.intp], points: NDArray[np.intp], size: NDArray[np.intp], spacing: Sequence[float]
 ) -> NDArray[np.float64]:
+    from scipy.ndimage import distance_transform_edt  # reading a report does not need it
+
     away = np.ones(size, dtype=bool)
     away[tuple(points.T)] = False
     distances = np.asarray(distance_transform_edt(away, sampling=spacing))
