@@ -17,12 +17,17 @@ _INTEGERS = (np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.int
 
 
 def require_grey(file: DicomFile) -> None:
-    """Refuse an image in colour, and one of a number type that scanners do not write."""
+    """Refuse an image in colour, with a table of values, or of a number type that scanners do not write."""
     colours, kind = file.integer("SamplesPerPixel", 1), file.text("PhotometricInterpretation").upper()
     if colours != 1 or kind not in ("MONOCHROME2", "MONOCHROME1", ""):
         raise InputError(
             f"expected grey slices, found {colours} numbers a pixel, {kind or 'of unknown meaning'}, in {file.path}; "
             "convert the series to grey, or save single images as PNG"
+        )
+    if "ModalityLUTSequence" in file.header:
+        raise InputError(
+            f"expected values scaled by a slope, found a table of values (Modality LUT) in {file.path}; convert the "
+            "series to NIfTI with a tool that applies it"
         )
     bits, stored = file.integer("BitsAllocated"), file.integer("BitsStored", file.integer("BitsAllocated"))
     if bits not in (8, 16, 32) or not 1 <= stored <= bits or not stored - 1 <= high_bit(file) < bits:

@@ -25,6 +25,9 @@ _TIFF_DEFLATE = (8, 32946)
 _TIFF_BOUNDED, _TIFF_MOST_FACTOR = (5, *_TIFF_DEFLATE, 32773), 4096
 """LZW, deflate and PackBits, and how far the first expands data at most; its codes have up to 12 bits."""
 
+_SPREAD = {"L;2": 85, "L;4": 17}
+"""Grey of 2 and 4 bits, whose numbers Pillow spreads over those of 8."""
+
 _INFLATED_AT_ONCE = 1 << 22
 
 
@@ -148,7 +151,9 @@ def _read(path: Path, *, indexed: bool) -> np.ndarray:
         # A camera's MPO holds its picture first, and then previews or the other eye's picture.
         if picture.format != "MPO":
             _require_one_page(picture, path)
-        bits_cut = _is_cut_to_8_bits(picture)
+        raw = _raw_mode(picture)
+        # In all modes but grey, Pillow takes the upper half of 16 bits.
+        bits_cut = ";16" in raw and not picture.mode.startswith("I")
         if bits_cut and indexed:
             raise InputError(
                 f"expected label numbers in grey or 8 bits a colour, found 16 bits in mode {picture.mode} in {path}, "
@@ -158,6 +163,8 @@ def _read(path: Path, *, indexed: bool) -> np.ndarray:
         # TIFF is turned already, and then has no orientation any more.
         ImageOps.exif_transpose(picture, in_place=True)
         array = _pixels(picture, path, indexed=indexed)[None]
+        if indexed and picture.mode == "L":
+            array //= _SPREAD.get(raw, 1)
     if bits_cut:
         warnings.warn(f"{path} has 16 bits a colour, of which the upper 8 are read", stacklevel=2)
     return array
@@ -170,11 +177,10 @@ def _require_one_page(picture: Any, path: Path) -> None:
     picture.seek(0)
 
 
-def _is_cut_to_8_bits(picture: Any) -> bool:
-    """Whether Pillow takes the upper half of 16 bits, as in all modes but grey."""
+def _raw_mode(picture: Any) -> str:
+    """How a picture is stored, in Pillow's words; known before its pixels are loaded."""
     raw = picture.tile[0].args if picture.tile else ""
-    raw = raw if isinstance(raw, str) else raw[0] if raw else ""
-    return ";16" in str(raw) and not picture.mode.startswith("I")
+    return str(raw if isinstance(raw, str) else raw[0] if raw else "")
 
 
 def _pixels(picture: Any, path: Path, *, indexed: bool) -> np.ndarray:

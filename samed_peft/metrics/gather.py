@@ -128,6 +128,11 @@ def gather_scores(
         computed = metric.compute(per_case=True)
         (cases,) = broadcast_object_list([computed and computed["cases"]])
         return cases
+    except (OSError, ValueError):  # the latter is what `evaluate` makes of missing files
+        if not Path(folder).is_dir():
+            # The main process has ended and removed it; waiting for it says so as in all other exchanges.
+            accelerator.wait_for_everyone()
+        raise
     finally:
         if accelerator.is_main_process:
             shutil.rmtree(folder)

@@ -305,6 +305,14 @@ def test_single_files(tmp_path):
     refused(tmp_path / "x.dcm", "x.dcm")
 
 
+def test_tables_of_values_are_named(tmp_path):
+    folder = write_series(tmp_path / "s", CT)
+    table = pydicom.Dataset()
+    table.ModalityLUTType = "HU"
+    edit(folder / "IM0003", lambda header: setattr(header, "ModalityLUTSequence", [table]))
+    refused(folder, "Modality LUT", "IM0003")
+
+
 def test_colour_and_inverse_pictures(tmp_path):
     folder = write_series(tmp_path / "s", CT, PhotometricInterpretation="MONOCHROME1")
     with pytest.warns(UserWarning, match=r"IM0000 is MONOCHROME1"):

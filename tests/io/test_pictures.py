@@ -1,5 +1,6 @@
 """Pictures, channels of 4-D scans, and affines from headers."""
 
+import struct
 import warnings
 import zlib
 
@@ -169,6 +170,23 @@ def write_png16(path, colour_type):
     parts = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
     return path
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("transparent", [None, 1])
+def test_label_numbers_of_few_bits(tmp_path, bits, transparent):
+    def part(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    labels = np.arange(2 * 2**bits).reshape(2, -1) % 2**bits
+    rows = ["".join(f"{label:0{bits}b}" for label in row) for row in labels]
+    rows = [row + "0" * (-len(row) % 8) for row in rows]
+    packed = b"".join(b"\0" + int(row, 2).to_bytes(len(row) // 8, "big") for row in rows)
+    hint = [] if transparent is None else [part(b"tRNS", struct.pack(">H", transparent))]
+    head = part(b"IHDR", struct.pack(">IIBBBBB", labels.shape[1], 2, bits, 0, 0, 0, 0))
+    data = [head, *hint, part(b"IDAT", zlib.compress(packed)), part(b"IEND", b"")]
+    (tmp_path / "m.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(data))
+    np.testing.assert_array_equal(io.read_labels(tmp_path / "m.png").array[0], labels)
 
 
 def test_sixteen_bits(tmp_path):
