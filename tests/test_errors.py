@@ -122,6 +122,20 @@ def test_an_error_of_a_library_that_a_signal_interrupts_is_that_signal(capsys, e
     assert end(main, capsys)[0] == 128 + signal.SIGTERM
 
 
+def test_a_program_that_does_not_end_is_ended_with_a_message():
+    code = (
+        "import os, signal, time; from samed_peft.errors import exit_on_error, signals; signals._LONGEST_END_S = 0.2\n"
+        "@exit_on_error\n"
+        "def main():\n"
+        "    try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
+        "    finally: time.sleep(9)\n"
+        "main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
+    assert ended.returncode == 143
+    assert ended.stderr.strip().startswith("error: stopped by SIGTERM while libraries waited")
+
+
 def test_what_was_done_before_a_signal_is_said(capsys):
     code, message = end(raises(InterruptedBySignalError("3 masks written", signal.SIGINT)), capsys)
     assert (code, message) == (130, "3 masks written")

@@ -27,6 +27,8 @@ _ONE_REQUEST_S = 2.0
 
 _AGAIN_AFTER_S = 0.05
 
+_FORCED = b"\nerror: stopped by %s while libraries waited for their processes; files that were finished are whole\n"
+
 
 class StopSignal:
     """Catch Ctrl-C (SIGINT) and SIGTERM within `with`.
@@ -93,10 +95,15 @@ class StopSignal:
             StopSignal._has_interrupted = True
             if self._raises and self._end is None:
                 # Libraries may wait for workers that the signal ended too.
-                self._end = threading.Timer(_LONGEST_END_S, os._exit, [self._code or 128 + number])
+                self._end = threading.Timer(_LONGEST_END_S, self._end_by_force, [number])
                 self._end.daemon = True
                 self._end.start()
             raise KeyboardInterrupt(self.received)
+
+    def _end_by_force(self, number: int) -> None:
+        if not self._ends:  # the final message was not printed
+            os.write(2, _FORCED % signal.Signals(number).name.encode())
+        os._exit(self._code or 128 + number)
 
     def _raise_again(self, ignored: "sys.UnraisableHookArgs") -> None:
         """Send a signal again whose error Python ignores, as in destructors and in what runs before and after forks.
