@@ -216,6 +216,6 @@ def warn_of_window(volume: Volume, window: tuple[float, float] | None) -> None:
 
 
 def _lacks_air_and_fat(voxels: np.ndarray, above: float) -> bool:
-    """Whether a scan is no CT: nothing lies at air or fat; the inside of an organ has neither, but nothing bright."""
+    """Tell a scan of another kind from CT: it lacks air and fat, and unlike CT of an organ alone, has bright voxels."""
     lowest = float(np.percentile(voxels, 0.1))
     return lowest >= 0 or (lowest > _FAT_HU and above > _LEAST_ABOVE)

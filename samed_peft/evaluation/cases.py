@@ -129,7 +129,7 @@ def check_same_cases(predictions: Collection[str], references: Collection[str]) 
     """Require predictions and references of the same cases.
 
     Raises:
-        InputError: naming those that have no partner, or there is no case.
+        InputError: naming those without a partner, or nothing was given.
     """
     if not references:
         raise InputError("found no case to evaluate: no reference was given; check the folder of references")

@@ -11,7 +11,7 @@ from samed_peft.io.files import damaged
 
 try:
     from isal import isal_zlib as inflate  # two to three times as fast, with the same checks of what it reads
-except ImportError:  # there are no wheels of it for some machines
+except ImportError:  # some machines lack wheels of it
     import zlib as inflate  # type: ignore[no-redef]
 
 GZIP_MAGIC = b"\x1f\x8b"
