@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from samed_peft.errors import (
     InputError,
@@ -159,6 +160,38 @@ def test_a_program_that_says_its_last_word_is_not_interrupted():
         assert stop.received == signal.SIGINT
 
 
+def test_the_message_has_a_line_of_its_own_below_a_progress_bar_that_is_left_open(capsys):
+    with tqdm(total=2, desc="loading") as bar:
+
+        def main():
+            bar.update()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(SystemExit, match="143"):
+            exit_on_error(main)()
+        lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert sum(line.startswith("error: stopped by SIGTERM") for line in lines) == 1
+
+
+def test_the_first_signal_is_passed_on():
+    told = []
+    with StopSignal(on_first=lambda: told.append(stop.received)) as stop:
+        for sent in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), sent)
+    assert told == [signal.SIGTERM]
+
+
+def test_a_signal_after_the_results_are_whole_changes_nothing(capsys):
+    def main():
+        with StopSignal():
+            StopSignal.results_are_whole()
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("done")
+
+    exit_on_error(main)()
+    assert capsys.readouterr().out == "done\n"
+
+
 def test_an_error_after_a_signal_was_noted_is_that_signal(capsys):
     def main():
         with StopSignal():
@@ -166,6 +199,48 @@ def test_an_error_after_a_signal_was_noted_is_that_signal(capsys):
             raise RuntimeError("a worker has died")
 
     assert end(main, capsys)[0] == 143
+
+
+NEW_PROCESS = """
+import os, signal, sys, threading, time
+
+def early():  # in the new process, whose signals are still blocked
+    if sys.argv[1] == "another process":
+        kill = os.posix_spawn("/bin/kill", ["kill", "-TERM", str(os.getpid())], {})
+        os.waitpid(kill, 0)
+    time.sleep(0.2)
+
+os.register_at_fork(after_in_child=early)
+from samed_peft.errors import StopSignal
+
+def fork():
+    global pid
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(0.3)
+        os._exit(7)
+
+with StopSignal():
+    if sys.argv[1] == "nobody":
+        thread = threading.Thread(target=fork)
+        thread.start()
+        thread.join()
+    else:
+        fork()
+    if sys.argv[1] == "parent":
+        os.kill(pid, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals at a parent's death are Linux's")
+@pytest.mark.parametrize(("sender", "code"), [("nobody", 7), ("another process", 7), ("parent", -signal.SIGTERM)])
+def test_a_new_process_ends_when_its_parent_tells_it_to_and_not_with_a_group_or_thread(sender, code):
+    """A pool's worker that dies with its lock hangs the pool."""
+    ended = subprocess.run(
+        [sys.executable, "-c", NEW_PROCESS, sender], capture_output=True, encoding="utf-8", check=True
+    )
+    assert ended.stdout == f"{code}\n", ended.stderr
 
 
 ENDS = """

@@ -1,6 +1,7 @@
 """Cases as rows of a dataset, prepared once in several processes and kept in the cache of Datasets."""
 
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.preprocessing import normalized_array, reorientation, reoriented
 from samed_peft.datasets.row_cache import discard_if_damaged, record_checksums
 from samed_peft.datasets.rows import SLICE_FEATURES, VOLUME_FEATURES
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, StopSignal
+from samed_peft.io import SharedFlag
 
 
 @dataclass
@@ -43,6 +45,7 @@ class RowsBuilder(datasets.GeneratorBasedBuilder):
 
     Args:
         verify: whether to compare rows that are in the cache with their checksums, and to discard damaged ones.
+        stopped: raised to stop all processes that prepare rows.
         options: of Datasets' builders, and fields of `RowsConfig`.
     """
 
@@ -50,8 +53,9 @@ class RowsBuilder(datasets.GeneratorBasedBuilder):
     VERSION = datasets.Version("2.0.0")
     BUILDER_CONFIG_CLASS = RowsConfig
 
-    def __init__(self, *, verify: bool, **options: Any) -> None:
+    def __init__(self, *, verify: bool, stopped: SharedFlag, **options: Any) -> None:
         self._verify = verify
+        self._stopped = stopped
         super().__init__(**options)
 
     def _build_cache_dir(self) -> str:
@@ -78,6 +82,8 @@ class RowsBuilder(datasets.GeneratorBasedBuilder):
         rows = _slice_rows if self.config.split == "train" else _volume_rows
         for case in cases:
             for number, row in rows(case, self.config):
+                if self._stopped.is_raised():
+                    raise InterruptedError("stopped by a signal")
                 yield f"{case.name}_{number:05d}", row
 
     def _prepare_split_single(self, **kwargs: Any) -> Iterator[Any]:
@@ -143,8 +149,10 @@ def prepared_rows(
     """
     processes = min(num_proc or os.cpu_count() or 1, len(cases))
     files = tuple(folder.case(case, as_slices=split == "train") for case in cases)
+    stopped = SharedFlag.new_in(Path(tempfile.gettempdir()))
     try:
         builder = RowsBuilder(
+            stopped=stopped,
             config_name=name,
             cache_dir=None if cache_dir is None else str(cache_dir),
             # Rows kept in memory before they are written; a volume is a few hundred megabytes.
@@ -154,7 +162,10 @@ def prepared_rows(
             window=None if window is None else (float(window[0]), float(window[1])),
             **options,
         )
-        builder.download_and_prepare(num_proc=processes if processes > 1 else None)
+        if processes > 1:
+            _prepare_in_processes(builder, processes, stopped)
+        else:
+            builder.download_and_prepare()
     except OSError as error:  # never one about a scan, which is an `InputError`
         root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).absolute()
         raise InputError(
@@ -171,6 +182,17 @@ def prepared_rows(
     if not builder.info.splits[split].num_examples:
         raise InputError(f"no slice is left of {len(cases)} cases; keep some of those without foreground")
     return builder.as_dataset(split=split)
+
+
+def _prepare_in_processes(builder: RowsBuilder, processes: int, stopped: SharedFlag) -> None:
+    """Prepare rows; a signal ends that after the slices at hand, since Datasets' processes may hang otherwise."""
+    try:
+        with StopSignal(on_first=stopped.raise_) as stop:
+            builder.download_and_prepare(num_proc=processes)
+        if stop.received is not None:
+            raise KeyboardInterrupt(stop.received)
+    finally:
+        stopped.remove()
 
 
 def load_slices(

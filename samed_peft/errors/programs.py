@@ -98,6 +98,8 @@ def _print_final_message(error: BaseException, received: int | None, resumable: 
         import traceback  # costs the start of each command some milliseconds
 
         traceback.clear_frames(error.__traceback__)  # ends the line of a progress bar that it left open
+        if _has_open_bar():
+            print(file=sys.stderr)
     # All processes of a launch get a signal, and one says so.
     if not is_signal or os.environ.get("RANK", "0") == "0" or _lost_process(error):
         with contextlib.suppress(OSError):
@@ -105,6 +107,12 @@ def _print_final_message(error: BaseException, received: int | None, resumable: 
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     return code
+
+
+def _has_open_bar() -> bool:
+    """Whether a progress bar is left that could not end its line, as where the signal came while it was drawn."""
+    bars = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+    return any(not getattr(bar, "disable", True) for bar in getattr(bars, "_instances", ()))
 
 
 def _end_children(began_s: float) -> None:

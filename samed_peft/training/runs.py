@@ -17,11 +17,12 @@ from datasets import Dataset
 from samed_peft.adapters.save_load import write_card
 from samed_peft.config import TINY_SAM, TINY_SAM_NOTE, SamedConfig, TrainingConfig
 from samed_peft.datasets import CaseVolumes, LabelledFolder, Splits
-from samed_peft.errors import InputError, printable
+from samed_peft.errors import InputError, RunInterruptedError, StopSignal, printable
 from samed_peft.evaluation import Report, format_table
 from samed_peft.hub.push import check_repo_id, push_to_hub
 from samed_peft.io import FolderKind, Volume, read_json, require_replaceable, write_json
 from samed_peft.models.launch import check_launch
+from samed_peft.training.state import stop_on_any_process
 
 RUN_FILE = "run.json"
 """Record of a run's settings; marks a folder as that of a run."""
@@ -123,15 +124,29 @@ def finish_run(
         InputError: the Hub cannot be reached or refuses.
         SomeCasesFailedError: cases failed; the rest is done, but the adapter is not pushed.
     """
+    refusal = None
     if report is not None:
         write_card(adapter, report=report, training=run.training)
         print(format_table(report), printable(f"adapter, masks, report and pictures are in {run.output_dir}"), sep="\n")
-    accelerator.wait_for_everyone()  # until the results are whole, so that a signal before ends all processes alike
-    if report is not None and repo_id and not report.settings.get("failed_cases"):
-        print(printable(push_to_hub(adapter, repo_id)))
+        if repo_id and not report.settings.get("failed_cases"):
+            try:
+                print(printable(push_to_hub(adapter, repo_id)))
+            except InputError as error:
+                refusal = error
+    _agree_on_the_end(accelerator)
     accelerator.end_training()
+    if refusal is not None:
+        raise refusal
     if report is not None:
         report.require_all_cases()
+
+
+def _agree_on_the_end(accelerator: Accelerator) -> None:
+    """Wait until the results are whole: a signal to one process ends all before, and none afterwards."""
+    with StopSignal() as stop:
+        if stop_on_any_process(stop, accelerator):
+            raise RunInterruptedError("stopped by a signal at the very end; all results are written")
+        StopSignal.results_are_whole()
 
 
 def require_replicas(accelerator: Accelerator) -> None:

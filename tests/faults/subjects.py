@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import sys
+import threading
 from pathlib import Path
 
 import accelerate.utils.memory  # noqa: F401
@@ -19,6 +20,7 @@ import SimpleITK
 import torch
 import torch.utils.data
 import torch.utils.tensorboard
+import tqdm
 import transformers  # noqa: F401
 from corruption import corrupt  # noqa: F401
 from malice import attack  # noqa: F401
@@ -46,6 +48,7 @@ CLASSES = ("liver", "spleen")
 def prepare_process(root: Path) -> None:
     """Give a process its own cache of prepared rows, and standard streams as a new one has."""
     datasets.config.HF_DATASETS_CACHE = root / "cache"
+    tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore, shared with all that are forked from the zygote
     sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), encoding="utf-8")
     sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", closefd=False), encoding="utf-8", write_through=True)

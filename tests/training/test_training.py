@@ -4,8 +4,11 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +24,7 @@ from datasets import Dataset, DatasetInfo
 from samed_peft.adapters.save_load import save_adapter
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig, TrainingConfig
 from samed_peft.datasets import LabelledFolder, Splits
-from samed_peft.errors import InputError, NonFiniteLossError, SomeCasesFailedError
+from samed_peft.errors import InputError, NonFiniteLossError, SomeCasesFailedError, exit_resumable
 from samed_peft.evaluation import evaluate_cases
 from samed_peft.training import (
     Progress,
@@ -33,6 +36,7 @@ from samed_peft.training import (
     load_checkpoint,
     require_replicas,
     run_settings,
+    runs,
     save_checkpoint,
     train_step,
     training_steps,
@@ -350,6 +354,22 @@ def test_a_run_whose_test_failed_in_part_is_done_but_not_pushed(golden_model, tm
         finish_run(run, tmp_path / "adapter", report, accelerator=accelerator, repo_id="someone/adapter")
     assert "1 failed and left out: b" in capsys.readouterr().out
     assert "model-index:" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_stops_a_run_until_its_results_are_whole(when, tmp_path, accelerator, monkeypatch):
+    """The wait for all processes is where their ways part: this one gets a signal in it, or right after it."""
+    run = SimpleNamespace(output_dir=tmp_path)
+    waits_until = runs.stop_on_any_process
+    if when == "before":
+        monkeypatch.setattr(
+            runs, "stop_on_any_process", lambda *given: os.kill(os.getpid(), signal.SIGTERM) or waits_until(*given)
+        )
+    else:
+        monkeypatch.setattr(accelerator, "end_training", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    program = exit_resumable(partial(finish_run, run, tmp_path, None, accelerator=accelerator))
+    with pytest.raises(SystemExit, match="75") if when == "before" else nullcontext():
+        program()
 
 
 def test_a_model_split_over_processes_is_refused():
