@@ -29,7 +29,7 @@ from samed_peft.datasets import load_synapse
 from samed_peft.evaluation.tables import markdown_table
 from samed_peft.io import write_json
 from samed_peft.prediction.inference import resize_on_device, upsampled_argmax
-from samed_peft.training.batches import TrainingSlices, batch_loader
+from samed_peft.training.batches import SlicePreparation, TrainingSlices, batch_loader
 
 IMAGE_SIZE, LABEL_SIZE, BOTTLENECK, CLASSES = 512, 128, 224, 9
 
@@ -78,7 +78,7 @@ def training_slices(original: Any, size: int, *, batch_size: int, rounds: int) -
         transform = original.RandomGenerator([IMAGE_SIZE, IMAGE_SIZE], [LABEL_SIZE, LABEL_SIZE])
         theirs = original.Synapse_dataset(str(folder / "train_npz"), name, "train", transform)
         rows = load_synapse(folder, "train", cases=[5], cache_dir=folder / "cache")
-        ours = TrainingSlices(rows, image_size=IMAGE_SIZE, label_size=LABEL_SIZE, seed=0)
+        ours = TrainingSlices(rows, SlicePreparation(IMAGE_SIZE, LABEL_SIZE, augmentation="samed", seed=0))
         epochs = iter(range(1_000_000))  # another one, another augmentation
 
         def their_slices() -> list[dict[str, Any]]:

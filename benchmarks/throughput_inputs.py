@@ -20,7 +20,7 @@ from samed_peft.io import write_json, write_volume
 from samed_peft.models.bases import TINY_SAM_DIR, randomize_weights
 from samed_peft.models.checkpoints import rename_meta_keys
 from samed_peft.models.modeling import SamForSemanticSegmentation
-from samed_peft.training.batches import TrainingSlices, batch_loader
+from samed_peft.training.batches import SlicePreparation, TrainingSlices, batch_loader
 
 GEOMETRIES = {
     "vit_b": {},
@@ -63,7 +63,9 @@ def write_data(args: argparse.Namespace) -> int:
     phantom = write_phantom(args.work / "phantom", cases=(5, 6), seed=0, shape_dhw=size)
     rows = load_synapse(phantom, "train", cache_dir=args.work / "rows", num_proc=1)
     patch = SamConfig.from_pretrained(args.work / "sam").vision_config.patch_size
-    slices = TrainingSlices(rows, image_size=args.image_size, label_size=4 * args.image_size // patch, seed=0)
+    slices = TrainingSlices(
+        rows, SlicePreparation(args.image_size, 4 * args.image_size // patch, augmentation="samed", seed=0)
+    )
     middle = len(rows) // 4
     keys = [(0, middle + i) for i in range(args.batch_size)]
     torch.save(next(batch_loader(slices, [keys], num_workers=0)), args.work / "batch.pth")

@@ -27,7 +27,7 @@ from samed_peft.models.precision import cast_frozen_weights, product_dtype
 from samed_peft.prediction import PredictionOptions, Scan, predict_files
 from samed_peft.prediction.inference import load_segmenter
 from samed_peft.training import build_optimizer, train_step
-from samed_peft.training.batches import TrainingSlices, batch_loader, epoch_batches
+from samed_peft.training.batches import SlicePreparation, TrainingSlices, batch_loader, epoch_batches
 
 
 class SamedPeft:
@@ -62,7 +62,9 @@ class SamedPeft:
 
     def _endless_batches(self) -> Iterator[dict[str, Tensor]]:
         rows = load_synapse(self.args.work / "phantom", "train", cache_dir=self.args.work / "rows", num_proc=1)
-        slices = TrainingSlices(rows, image_size=self.args.image_size, label_size=self.label_size, seed=0)
+        slices = TrainingSlices(
+            rows, SlicePreparation(self.args.image_size, self.label_size, augmentation="samed", seed=0)
+        )
         # All epochs in one loader, as restarted workers would have to be waited for.
         size = len(self.batch["labels"])
         epochs = (epoch_batches(len(rows), batch_size=size, seed=0, epoch=epoch) for epoch in range(100))

@@ -26,7 +26,7 @@ from samed_peft.datasets.preprocessing import normalized_array
 from samed_peft.errors import printable
 from samed_peft.io import Volume, read_json, read_labels, write_json
 from samed_peft.metrics import score_case, summarise, without_nan
-from samed_peft.training.batches import TrainingSlices
+from samed_peft.training.batches import training_slices
 from samed_peft.training.loop import build_optimizer, training_steps
 
 Case = tuple[Volume, np.ndarray]
@@ -61,8 +61,7 @@ def adapt(rows: Rows, base: str, training: TrainingConfig, rank: int) -> torch.n
     model = add_lora(sam, config)
     accelerator = Accelerator(cpu=True)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, weight_decay=training.weight_decay))
-    seed = training.seed if training.augment else None
-    slices = TrainingSlices(rows, image_size=config.image_size, label_size=sam.logits_size, seed=seed)
+    slices = training_slices(rows, config, training, label_size=sam.logits_size)
     steps = training_steps(prepared, optimizer, slices, training=training, accelerator=accelerator)
     progress = tqdm(
         steps, total=training.epochs * len(rows) // training.batch_size, desc=printable(base), mininterval=10

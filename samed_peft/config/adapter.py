@@ -93,6 +93,12 @@ class SamedConfig(JsonFields):
     window: tuple[float, float] | None = described(
         "(low, high) clipped to and scaled to [0, 1]; None for each scan's 0.5-99.5 percentiles", CT_WINDOW_HU, _WINDOW
     )
+    neighbour_mm: float | None = described(
+        "distance of the slices before and after that fill the first and third channel, at least the next ones; None "
+        "for the slice itself in all three",
+        None,
+        POSITIVE,
+    )
     orientation: str | None = described(
         "axis codes of the (x, y, z) voxel axes of the training scans, such as LAS, or None", None, _ORIENTATION
     )

@@ -28,7 +28,33 @@ class TrainingConfig(JsonFields):
     dice_weight: float = described(
         "share of the Dice loss; cross entropy has the rest", 0.8, ("be in [0, 1]", lambda share: 0 <= share <= 1)
     )
-    augment: bool = described("whether slices are flipped and rotated", True)
+    schedule: str = described(
+        "decay of the learning rate after the warm-up: polynomial, as in SAMed, or cosine",
+        "polynomial",
+        ("be polynomial or cosine", ("polynomial", "cosine").__contains__),
+    )
+    augment: bool = described("whether slices are augmented", True)
+    augmentation: str = described(
+        "samed: flips, quarter turns and small rotations; strong: rotation, scale, shift, intensities and resolution, "
+        "as nnU-Net's",
+        "samed",
+        ("be samed or strong", ("samed", "strong").__contains__),
+    )
+    mirror: tuple[str, ...] = described(
+        "axes that the strong augmentation mirrors: rows (up and down), columns (left and right)",
+        (),
+        ("be some of rows, columns", lambda names: len(names) == len(set(names) & {"rows", "columns"})),
+    )
+    foreground_share: float = described(
+        "share of each epoch's slices that is drawn by class, so that rare ones are seen; 0 for none",
+        0.0,
+        ("be in [0, 1]", lambda share: 0 <= share <= 1),
+    )
+    weight_average: float = described(
+        "decay of the moving average of the weights that is validated and saved; 0 for none",
+        0.0,
+        ("be in [0, 1)", lambda decay: 0 <= decay < 1),
+    )
     gradient_checkpointing: bool = described("recompute encoder layers in the backward pass to save memory", False)
     num_workers: int = described(
         "processes that load slices, at most one a core; 2 keep ahead of a GPU", 2, NOT_NEGATIVE

@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from samed_peft.datasets.cases import check_cases, naming_files, read_pair
 from samed_peft.datasets.folder import Case, LabelledFolder
-from samed_peft.datasets.preprocessing import normalized_array, reorientation, reoriented
+from samed_peft.datasets.preprocessing import normalized_array, reorientation, reoriented, slice_spacing_mm
 from samed_peft.datasets.row_cache import discard_if_damaged, record_checksums
 from samed_peft.datasets.rows import SLICE_FEATURES, VOLUME_FEATURES
 from samed_peft.errors import InputError, StopSignal
@@ -50,7 +50,7 @@ class RowsBuilder(datasets.GeneratorBasedBuilder):
     """
 
     # Part of the cache's name: raised when equal files come to give other rows.
-    VERSION = datasets.Version("2.0.0")
+    VERSION = datasets.Version("3.0.0")
     BUILDER_CONFIG_CLASS = RowsConfig
 
     def __init__(self, *, verify: bool, stopped: SharedFlag, **options: Any) -> None:
@@ -102,7 +102,7 @@ class RowsBuilder(datasets.GeneratorBasedBuilder):
 
 def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     """Slice numbers and rows of a case; of the slices without foreground, the share to keep, evenly spread."""
-    slices: list[tuple[np.ndarray, np.ndarray, str | None]] = []
+    slices: list[tuple[np.ndarray, np.ndarray, dict[str, Any]]] = []
     for files in zip(case.scans, case.labels, strict=True):
         part = replace(case, scans=files[:1], labels=files[1:])
         with naming_files(*files):
@@ -114,15 +114,18 @@ def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str,
             there, _ = reorientation(scan, config.orientation)
             images = reoriented(normalized_array(scan, config.window), there)
             label = reoriented(labels.array.astype(np.uint8, copy=False), there)
-        codes = config.orientation or scan.orientation
-        slices += [(*arrays, codes) for arrays in zip(images, label, strict=True)]
+        facts = {
+            "orientation": config.orientation or scan.orientation,
+            "slice_spacing_mm": slice_spacing_mm(scan, there),
+        }
+        slices += [(*arrays, facts) for arrays in zip(images, label, strict=True)]
     empty = np.array([place for place, (_, label, _) in enumerate(slices) if not label.any()], int)
     kept = np.linspace(0, len(empty) - 1, round(config.empty_share * len(empty))).round().astype(int)
     dropped = set(np.delete(empty, kept).tolist())
-    for place, (image, label, codes) in enumerate(slices):
+    for place, (image, label, facts) in enumerate(slices):
         if place not in dropped:
             number = case.numbers[place] if case.numbers else place
-            yield number, {"image": image, "label": label, "case": case.name, "slice": number, "orientation": codes}
+            yield number, {"image": image, "label": label, "case": case.name, "slice": number, **facts}
 
 
 def _volume_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -222,8 +225,8 @@ def load_slices(
             verified on this machine.
 
     Returns:
-        rows of `image` (H, W) float32 in [0, 1], or (H, W, 3) in colour, `label` (H, W) uint8, `case`, `slice` and
-        `orientation`.
+        rows of `image` (H, W) float32 in [0, 1], or (H, W, 3) in colour, `label` (H, W) uint8, `case`, `slice`,
+        `orientation` and `slice_spacing_mm`.
 
     Raises:
         InputError: a file is damaged, a pair does not fit, a label has no name, or no slice is left.

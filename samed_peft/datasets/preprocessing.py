@@ -153,6 +153,28 @@ def slice_to_pixels(image: np.ndarray, *, image_size: int, input_size: int | Non
     return resize_image(image, (image_size, image_size)).astype(np.float32, copy=False)
 
 
+def slice_spacing_mm(volume: Volume, transform: np.ndarray | None) -> float | None:
+    """Distance of neighbouring slices of a scan after `reoriented` with `transform`; None if it is unknown."""
+    if volume.affine is None:
+        return None
+    axis = 2 if transform is None else int(np.flatnonzero(transform[:, 0] == 2)[0])
+    return volume.spacing_zyx_mm[2 - axis]
+
+
+def neighbour_step(spacing_mm: float | None, neighbour_mm: float, *, name: object) -> int:
+    """Number of slices to a neighbour at a distance of about `neighbour_mm`, at least one.
+
+    Raises:
+        InputError: the spacing of the scan called `name` is unknown.
+    """
+    if spacing_mm is None:
+        raise InputError(
+            f"expected scans whose spacing is known, for neighbouring slices at {neighbour_mm:g} mm; {name} has none. "
+            "Leave neighbour_mm out, or give scans with an affine"
+        )
+    return max(1, round(neighbour_mm / spacing_mm))
+
+
 def reorientation(volume: Volume, codes: str | None) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Transforms for `reoriented` to axis codes such as "LPS" and back; None if nothing has to change."""
     if codes is None or volume.orientation in (None, codes):

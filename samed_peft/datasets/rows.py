@@ -82,6 +82,7 @@ SLICE_FEATURES = Features(
         "case": Value("string"),
         "slice": Value("int32"),
         "orientation": Value("string"),
+        "slice_spacing_mm": Value("float32"),
     }
 )
 """Columns of a training split: one slice a row, image (H, W) or (H, W, 3), label (H, W)."""

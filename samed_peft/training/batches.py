@@ -4,15 +4,22 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.datasets.preprocessing import resize_label, slice_to_pixels
 from samed_peft.models.losses import IGNORED_LABEL
+from samed_peft.models.resizing import resize_aligned
 from samed_peft.training.augmentation import augment
+from samed_peft.training.sampling import ClassBalance, neighbour_rows
+from samed_peft.training.strong_augmentation import augment_strongly
 
 FILLER = -1
 """Index of a slice that no loss counts, for a process that has no slice left in a batch."""
@@ -21,52 +28,140 @@ Key = tuple[int, int]
 """(epoch, row index or `FILLER`)."""
 
 
+@dataclass(frozen=True)
+class SlicePreparation:
+    """How a row becomes an example; the defaults are SAMed's.
+
+    Attributes:
+        image_size: S, pixels per side that the encoder sees.
+        label_size: of the labels in SAMed's geometry, that of the logits.
+        aligned: resize image and labels to S x S in one geometry, and keep the labels at that size.
+        augmentation: None, "samed" or "strong".
+        mirror: axes that the strong augmentation mirrors.
+        seed: of the augmentation.
+    """
+
+    image_size: int
+    label_size: int
+    aligned: bool = False
+    augmentation: str | None = None
+    mirror: tuple[str, ...] = ()
+    seed: int = 0
+
+    def example(self, image: np.ndarray, label: np.ndarray, *, draw: Key | None) -> tuple[Tensor, Tensor]:
+        """Pixels (1, S, S) or (3, S, S) float32 and labels (S, S) or (h, h) uint8 of a slice (H, W) or (H, W, 3).
+
+        Args:
+            image: in [0, 1].
+            label: (H, W) uint8.
+            draw: epoch and row, on which the augmentation depends; None for none.
+        """
+        rng = np.random.default_rng((self.seed, *draw)) if draw and self.augmentation else None
+        full, low = (self.image_size, self.image_size), (self.label_size, self.label_size)
+        aspect = image.shape[1] / image.shape[0]
+        if rng is not None and self.augmentation == "samed":
+            image, label = augment(image, label, rng=rng)
+        if self.aligned:
+            pixels, labels = aligned_slice(image, label, self.image_size)
+        else:
+            pixels = _channels_first(slice_to_pixels(image, image_size=self.image_size))
+            labels = torch.from_numpy(np.ascontiguousarray(resize_label(label, full)))
+        if rng is not None and self.augmentation == "strong":
+            pixels, labels = augment_strongly(pixels, labels, rng=rng, mirror=self.mirror, aspect=aspect)
+        if not self.aligned:  # through the full size, as SAMed does
+            labels = torch.from_numpy(resize_label(labels.numpy(), low))
+        return pixels, labels
+
+
+def aligned_slice(image: np.ndarray, label: np.ndarray, size: int) -> tuple[Tensor, Tensor]:
+    """Resize a slice (H, W) or (H, W, 3) and its labels (H, W) to squares, in one geometry: by areas of pixels."""
+    pixels = resize_aligned(_channels_first(image)[None], size)[0]
+    labels = torch.from_numpy(np.ascontiguousarray(label))[None, None]
+    return pixels, F.interpolate(labels.float(), size=(size, size), mode="nearest-exact")[0, 0].to(labels.dtype)
+
+
+def _channels_first(array: np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.movedim(-1, 0) if tensor.ndim == 3 else tensor[None]
+
+
 class TrainingSlices(Dataset):
     """Training examples by (epoch, index), so that any number of workers yields the same examples.
 
-    Rows have `image` (H, W) or, in colour, (H, W, 3) in [0, 1], and `label` (H, W). Without a seed, none is augmented.
+    Args:
+        rows: with `image` (H, W) or, in colour, (H, W, 3) in [0, 1], and `label` (H, W).
+        preparation: sizes and augmentation.
+        neighbours: (N, 2) rows whose images become the first and third channel, from `neighbour_rows`; None for none.
     """
 
     def __init__(
-        self, rows: Sequence[Mapping[str, Any]], *, image_size: int, label_size: int, seed: int | None
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        preparation: SlicePreparation,
+        *,
+        neighbours: np.ndarray | None = None,
     ) -> None:
         self.rows = rows
-        self.image_size = image_size
-        self.label_size = label_size
-        self.seed = seed
+        self._preparation = preparation
+        self._neighbours = neighbours
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: Key) -> dict[str, torch.Tensor]:
-        """`pixel_values` (1, S, S) or, in colour, (3, S, S) float32 and `labels` (h, h) int64."""
+    def __getitem__(self, key: Key) -> dict[str, Tensor]:
+        """`pixel_values` (1, S, S), or (3, S, S) in colour or with neighbours, and `labels` (h, h) int64."""
         epoch, index = key
         row = self.rows[max(index, 0)]
-        image, label = row["image"], row["label"]
-        if self.seed is not None and index != FILLER:
-            image, label = augment(image, label, rng=np.random.default_rng((self.seed, epoch, index)))
-        pixels = slice_to_pixels(image, image_size=self.image_size)
-        full, low = (self.image_size, self.image_size), (self.label_size, self.label_size)
-        label = resize_label(label, low, via=full).astype(np.int64)  # through the full size, as SAMed does
+        image = row["image"]
+        if self._neighbours is not None:
+            before, after = (self.rows[int(place)]["image"] for place in self._neighbours[max(index, 0)])
+            image = np.stack([before, image, after], axis=-1)
+        pixels, labels = self._preparation.example(
+            image, row["label"], draw=None if index == FILLER else (epoch, index)
+        )
+        labels = labels.long()
         if index == FILLER:
-            label = np.full_like(label, IGNORED_LABEL)
-        tensor = torch.from_numpy(np.ascontiguousarray(pixels))
-        return {
-            "pixel_values": tensor.movedim(-1, 0) if tensor.ndim == 3 else tensor[None],
-            "labels": torch.from_numpy(label),
-        }
+            labels = torch.full_like(labels, IGNORED_LABEL)
+        return {"pixel_values": pixels, "labels": labels}
+
+
+def training_slices(rows: Any, config: SamedConfig, training: TrainingConfig, *, label_size: int) -> TrainingSlices:
+    """Training examples as two configs say; `label_size` is that of the model's logits.
+
+    Raises:
+        InputError: neighbouring slices are wanted of scans without a spacing, or of colour pictures.
+    """
+    preparation = SlicePreparation(
+        config.image_size,
+        label_size,
+        aligned=config.resampling == "aligned",
+        augmentation=training.augmentation if training.augment else None,
+        mirror=training.mirror,
+        seed=training.seed,
+    )
+    neighbours = None if config.neighbour_mm is None else neighbour_rows(rows, config.neighbour_mm)
+    return TrainingSlices(rows, preparation, neighbours=neighbours)
 
 
 def epoch_batches(
-    num_rows: int, *, batch_size: int, seed: int, epoch: int, process: int = 0, num_processes: int = 1
+    num_rows: int,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    process: int = 0,
+    num_processes: int = 1,
+    balance: ClassBalance | None = None,
 ) -> list[list[Key]]:
     """The micro-batches of one process in one epoch.
 
-    All processes share one permutation; together their k-th batches are the k-th batch of a single process with
-    `batch_size * num_processes`. The last batch may be smaller. A process without a slice of it gets one `FILLER`,
-    which no loss counts, so that collective operations stay in step.
+    All processes share one order: a permutation, or with `balance` one that shows rare classes more often. Together
+    their k-th batches are the k-th batch of a single process with `batch_size * num_processes`. The last batch may be
+    smaller. A process without a slice of it gets one `FILLER`, which no loss counts, so that collective operations stay
+    in step.
     """
-    order = np.random.default_rng((seed, epoch)).permutation(num_rows)
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(num_rows) if balance is None else balance.order(num_rows, rng)
     whole = batch_size * num_processes
     batches = []
     for start in range(0, num_rows, whole):

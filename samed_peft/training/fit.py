@@ -1,5 +1,6 @@
 """Train an adapter from a config and slices; resumable at any step."""
 
+import contextlib
 import dataclasses
 import time
 import warnings
@@ -14,13 +15,15 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from samed_peft.adapters.save_load import add_lora, save_adapter
+from samed_peft.config import TrainingConfig
 from samed_peft.datasets.rows import warn_of_absent_classes
-from samed_peft.errors import RunInterruptedError, StopSignal
+from samed_peft.errors import InputError, RunInterruptedError, StopSignal
 from samed_peft.models.bases import load_sam, recorded_base
 from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import cast_frozen_weights, product_dtype
 from samed_peft.training.adalora import prune_ranks
-from samed_peft.training.batches import TrainingSlices
+from samed_peft.training.average import WeightAverage
+from samed_peft.training.batches import training_slices
 from samed_peft.training.log import EventLog
 from samed_peft.training.loop import Step, build_optimizer, steps_per_epoch, training_steps, warn_of_warmup
 from samed_peft.training.resources import write_resources
@@ -65,9 +68,10 @@ def _train(
     total = steps_per_epoch(len(run.rows), training, accelerator) * training.stop_epoch
     prune_ranks(model, optimizer, steps=total)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    seed = training.seed if training.augment else None
-    slices = TrainingSlices(run.rows, image_size=run.config.image_size, label_size=model.logits_size, seed=seed)
-    progress = load_checkpoint(out / "checkpoints", model, optimizer, accelerator=accelerator)
+    slices = training_slices(run.rows, run.config, training, label_size=model.logits_size)
+    average = _average(model, training)
+    state = {"accelerator": accelerator, "average": average}
+    progress = load_checkpoint(out / "checkpoints", model, optimizer, **state)
     if accelerator.is_main_process:
         warn_of_warmup(total, training)
         warn_of_absent_classes(run.rows, run.config.class_names)
@@ -81,19 +85,31 @@ def _train(
         for step in _with_bar(steps, done=progress.step, total=total, shown=accelerator.is_main_process):
             ends_s.append(time.perf_counter())
             log.write(step.scalars(), step=step.number)
+            if average is not None:
+                average.update(step.number)
             progress = dataclasses.replace(progress, step=step.number)
             if step.ends_epoch:
-                progress = _validate_and_save(run, model, step, progress, log=log, accelerator=accelerator)
+                with contextlib.nullcontext() if average is None else average.in_place():
+                    progress = _validate_and_save(run, model, step, progress, log=log, accelerator=accelerator)
             stopping = stop_on_any_process(stop_signal, accelerator)
             if step.number == total and accelerator.is_main_process:
                 # Before the last checkpoint, since a run that goes on from there has no step to measure.
                 write_resources(out, model, ends_s, accelerator=accelerator)
             if stopping or step.ends_epoch or step.number % training.checkpoint_steps == 0:
-                save_checkpoint(out / "checkpoints", model, optimizer, progress=progress, accelerator=accelerator)
+                save_checkpoint(out / "checkpoints", model, optimizer, progress=progress, **state)
             if stopping:
                 accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
                 raise RunInterruptedError(f"stopped by a signal after step {step.number}; --resume goes on from there")
     return out / ("adapter" if progress.best_epoch is None else "adapter_best")
+
+
+def _average(model: PeftModel, training: TrainingConfig) -> WeightAverage | None:
+    """The moving average of the weights, if one is wanted."""
+    if not training.weight_average:
+        return None
+    if config_of(model).method == "adalora":
+        raise InputError("weight_average would bring back ranks that adalora has pruned; use 0, or another method")
+    return WeightAverage(model, decay=training.weight_average)
 
 
 def _fresh_model(run: Run, accelerator: Accelerator) -> PeftModel:

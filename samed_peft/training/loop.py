@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from samed_peft.config import TrainingConfig
 from samed_peft.errors import InputError, NonFiniteLossError
 from samed_peft.models.losses import loss_parts
 from samed_peft.training.adalora import orthogonality
 from samed_peft.training.batches import TrainingSlices, batch_loader, epoch_batches
+from samed_peft.training.sampling import ClassBalance
 
 Batch = dict[str, Tensor]
 
@@ -110,6 +112,8 @@ def training_steps(
         NonFiniteLossError: before any weight is changed by that loss.
     """
     split = {"process": accelerator.process_index, "num_processes": accelerator.num_processes}
+    share = training.foreground_share
+    balance = ClassBalance.of_rows(slices.rows, share=share) if share else None
     size, accumulation = training.batch_size, training.accumulation_steps
     micro_batches = math.ceil(len(slices) / (size * accelerator.num_processes))
     per_epoch = steps_per_epoch(len(slices), training, accelerator)
@@ -119,9 +123,10 @@ def training_steps(
         warmup_steps=training.warmup_steps,
         max_steps=training.epochs * per_epoch,
         power=training.decay_power,
+        schedule=training.schedule,
     )
     epochs = (
-        epoch_batches(len(slices), batch_size=size, seed=training.seed, epoch=epoch, **split)
+        epoch_batches(len(slices), batch_size=size, seed=training.seed, epoch=epoch, balance=balance, **split)
         for epoch in range(start // per_epoch, training.stop_epoch)
     )
     # One loader for all epochs: workers keep running and prefetch the next epoch's first slices.
@@ -198,7 +203,7 @@ def _accumulate(
         exchange = index == len(group) - 1
         with contextlib.nullcontext() if exchange else accelerator.no_sync(model):
             parts = loss_parts(
-                model(pixel_values=batch["pixel_values"]).logits,
+                _at_size_of(model(pixel_values=batch["pixel_values"]).logits, batch["labels"]),
                 batch["labels"],
                 dice_weight=dice_weight,
                 sum_over_processes=_global_sum(accelerator),
@@ -208,6 +213,13 @@ def _accumulate(
                 accelerator.backward((parts.total if penalty is None else parts.total + penalty) / len(group))
         totals += torch.stack(parts).detach() / len(group)
     return tuple(totals.tolist())
+
+
+def _at_size_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits (B, K + 1, h, w) at the size of larger labels, as prediction resizes them."""
+    if labels.shape[-1] <= logits.shape[-1]:
+        return logits
+    return F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def _global_sum(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
@@ -235,7 +247,9 @@ def warn_of_warmup(total: int, training: TrainingConfig) -> None:
         )
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, max_steps: int, power: float = 0.9) -> float:
+def learning_rate(
+    step: int, *, peak: float, warmup_steps: int, max_steps: int, power: float = 0.9, schedule: str = "polynomial"
+) -> float:
     """Schedule of the learning rate: the rate used in optimizer step `step` (0, 1, ...).
 
     The original sets the rate after each step, from the number of the step just done, so the rate lags by one:
@@ -247,10 +261,13 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, max_steps: int, 
         peak: highest rate.
         warmup_steps: steps of linear warm-up; 0 for none.
         max_steps: horizon of the polynomial decay (1 - s / max_steps) ** power.
-        power: exponent of the decay.
+        power: exponent of the polynomial decay.
+        schedule: "polynomial", or "cosine": peak * (1 + cos(pi * s / (max_steps - warmup_steps))) / 2.
     """
     previous = step - 1
     if warmup_steps and previous < warmup_steps:
         return peak * (max(previous, 0) + 1) / warmup_steps
     decayed = max(previous - warmup_steps, 0)
+    if schedule == "cosine":
+        return peak * (1 + math.cos(math.pi * min(decayed / max(max_steps - warmup_steps, 1), 1.0))) / 2
     return peak * max(1 - decayed / max_steps, 0.0) ** power

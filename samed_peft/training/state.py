@@ -23,9 +23,11 @@ from samed_peft.io import (
     write_json,
 )
 from samed_peft.training.adalora import allocation_tensors, restore_allocation
+from samed_peft.training.average import WeightAverage
 
 _WEIGHTS_FILE, _MOMENTS_FILE = "model.safetensors", "optimizer.safetensors"
 _ALLOCATION_FILE = "ranks.safetensors"
+_AVERAGE_FILE = "average.safetensors"
 _STATE_FILE = "state.json"
 _SCALER_FACTORS, _SCALER_COUNTS = ("scale", "growth_factor", "backoff_factor"), ("growth_interval", "_growth_tracker")
 """Fields of a loss scaler's state: those that are multiplied, in float32, and those that are counted, in int32."""
@@ -68,8 +70,9 @@ def save_checkpoint(
     *,
     progress: Progress,
     accelerator: Accelerator,
+    average: WeightAverage | None = None,
 ) -> None:
-    """Write `directory/step-NNNNNNNN` (adapter, optimizer, position; never the base) and remove older ones.
+    """Write `directory/step-NNNNNNNN` (adapter, optimizer, average, position; never the base) and remove older ones.
 
     A checkpoint appears whole or not at all; the older one is removed only after the new one is in place.
     """
@@ -90,6 +93,8 @@ def save_checkpoint(
         save_tensors(moments, folder / _MOMENTS_FILE)
         if allocation := allocation_tensors(model):
             save_tensors(allocation, folder / _ALLOCATION_FILE)
+        if average is not None:
+            save_tensors(average.tensors(), folder / _AVERAGE_FILE)
         sums = {path.name: file_sha256(path) for path in folder.iterdir()}
         values = {"progress": vars(progress), "scaler": scaler}
         write_json(folder / _STATE_FILE, with_checksums(values, _STATE_FILE, sums))
@@ -103,9 +108,14 @@ def _remove_all_but(newest: Path, checkpoints: list[Path]) -> None:
 
 
 def load_checkpoint(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, accelerator: Accelerator
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    accelerator: Accelerator,
+    average: WeightAverage | None = None,
 ) -> Progress:
-    """Load the newest checkpoint under `directory` into model and optimizer, if there is one, and remove older ones.
+    """Load the newest checkpoint under `directory`, if there is one, into what was saved, and remove older ones.
 
     Returns:
         The run's position; the beginning without a checkpoint.
@@ -120,9 +130,10 @@ def load_checkpoint(
     progress, scaler = _read_state(path)
     tensors, moments = load_tensors(path / _WEIGHTS_FILE), load_tensors(path / _MOMENTS_FILE)
     trainable = _trainable(accelerator.unwrap_model(model))
-    shapes = {name: value.shape for name, value in tensors.items()}
-    if shapes != {name: parameter.shape for name, parameter in trainable.items()}:
-        raise InputError(f"{path} belongs to another model; remove it or choose another output folder")
+    averaged = None if average is None else load_tensors(path / _AVERAGE_FILE)
+    for weights in (tensors, *([] if averaged is None else [averaged])):
+        if {name: value.shape for name, value in weights.items()} != {n: p.shape for n, p in trainable.items()}:
+            raise InputError(f"{path} belongs to another model; remove it or choose another output folder")
     for key, value in moments.items():
         if (name := key.rpartition("|")[0]) not in trainable or value.shape not in (trainable[name].shape, ()):
             raise InputError(
@@ -132,6 +143,8 @@ def load_checkpoint(
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(tensors[name])
+    if average is not None and averaged is not None:
+        average.load(averaged)
     for key, value in moments.items():
         name, _, kind = key.rpartition("|")
         parameter = trainable[name]
@@ -155,8 +168,8 @@ def _read_state(path: Path) -> tuple[Progress, dict[str, float] | None]:
     if not isinstance(values, dict):
         raise InputError(f"expected an object in {file}, found {type(values).__name__}; {_REMEDY}")
     state = without_checksums(values, file)
-    names = [_WEIGHTS_FILE, _MOMENTS_FILE, *([_ALLOCATION_FILE] if (path / _ALLOCATION_FILE).is_file() else [])]
-    check_files(values, file, tuple(names))
+    optional = [name for name in (_ALLOCATION_FILE, _AVERAGE_FILE) if (path / name).is_file()]
+    check_files(values, file, (_WEIGHTS_FILE, _MOMENTS_FILE, *optional))
     found, scaler = state.get("progress"), state.get("scaler")
     fields = {field.name for field in dataclasses.fields(Progress)}
     if not isinstance(found, dict) or found.keys() != fields or not _is_position(**found):

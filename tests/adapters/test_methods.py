@@ -28,7 +28,7 @@ from samed_peft.training import (
     training_steps,
 )
 from samed_peft.training.adalora import allocation_tensors, prune_ranks
-from samed_peft.training.batches import TrainingSlices
+from samed_peft.training.batches import SlicePreparation, TrainingSlices
 
 CONFIG = SamedConfig("tiny-sam", ("body", "head"), image_size=64, window=None)
 WITHOUT_EXTRAS = [name for name, method in METHODS.items() if method.extra is None]  # QLoRA has a file of its own
@@ -276,7 +276,7 @@ def steps(model, optimizer, training, *, start=0, accelerator=None):
     rows = [
         {"image": rng.random((64, 64), np.float32), "label": rng.integers(0, 3, (64, 64), np.uint8)} for _ in range(8)
     ]
-    slices = TrainingSlices(rows, image_size=64, label_size=32, seed=None)
+    slices = TrainingSlices(rows, SlicePreparation(64, 32))
     accelerator = accelerator or Accelerator(cpu=True)
     return training_steps(model, optimizer, slices, training=training, accelerator=accelerator, start=start)
 

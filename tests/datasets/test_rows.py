@@ -11,7 +11,7 @@ from datasets import Dataset, Features, concatenate_datasets, load_from_disk
 
 from samed_peft.datasets import ArrayFeature
 from samed_peft.datasets.rows import SLICE_FEATURES, VOLUME_FEATURES
-from samed_peft.training.batches import TrainingSlices, batch_loader
+from samed_peft.training.batches import SlicePreparation, TrainingSlices, batch_loader
 
 
 def slices(*shapes):
@@ -120,7 +120,7 @@ def test_saved_rows_are_read_in_another_process(equal, tmp_path):
 def test_rows_are_pickled_to_workers(equal):
     rows, images = equal
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(rows))[1]["image"], images[1])
-    examples = TrainingSlices(rows, image_size=8, label_size=2, seed=0)
+    examples = TrainingSlices(rows, SlicePreparation(8, 2, augmentation="samed", seed=0))
     batch = [[(0, 0), (0, 3)]]
     (alone,) = batch_loader(examples, batch, num_workers=0)
     (by_workers,) = batch_loader(examples, batch, num_workers=1)

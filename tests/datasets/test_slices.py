@@ -13,7 +13,7 @@ from samed_peft.datasets.choices import choose_orientation, choose_window, class
 from samed_peft.datasets.layouts import open_folder
 from samed_peft.datasets.rows import warn_of_absent_classes
 from samed_peft.errors import InputError
-from samed_peft.training.batches import TrainingSlices
+from samed_peft.training.batches import SlicePreparation, TrainingSlices
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +127,7 @@ def test_pictures_become_slices(tmp_path, colour):
     assert class_names_for(folder, None) == ("class 1",)
     rows = slices(folder)
     np.testing.assert_allclose(rows[1]["image"] * 255, picture, atol=1e-4)
-    examples = TrainingSlices(rows, image_size=32, label_size=8, seed=3)
+    examples = TrainingSlices(rows, SlicePreparation(32, 8, augmentation="samed", seed=3))
     for epoch in range(6):  # turned, rotated and as they are
         example = examples[epoch, 0]
         assert example["pixel_values"].shape == (3 if colour else 1, 32, 32)

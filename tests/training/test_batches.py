@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from samed_peft.models.losses import IGNORED_LABEL
-from samed_peft.training.batches import FILLER, TrainingSlices, batch_loader, epoch_batches
+from samed_peft.training.batches import FILLER, SlicePreparation, TrainingSlices, batch_loader, epoch_batches
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def rows():
 
 
 def load(rows, *, workers, epoch=0, seed=3):
-    slices = TrainingSlices(rows, image_size=32, label_size=8, seed=seed)
+    slices = TrainingSlices(rows, SlicePreparation(32, 8, augmentation="samed", seed=seed))
     batches = epoch_batches(len(rows), batch_size=2, seed=5, epoch=epoch)
     return list(batch_loader(slices, batches, num_workers=workers))
 
@@ -92,5 +92,5 @@ def test_processes_share_out_the_batches_of_one(processes):
 
 
 def test_a_filler_counts_nowhere(rows):
-    slices = TrainingSlices(rows, image_size=32, label_size=8, seed=3)
+    slices = TrainingSlices(rows, SlicePreparation(32, 8, augmentation="samed", seed=3))
     assert (slices[0, FILLER]["labels"] == IGNORED_LABEL).all()

@@ -42,7 +42,7 @@ from samed_peft.training import (
     training_steps,
     verifies_rows,
 )
-from samed_peft.training.batches import TrainingSlices
+from samed_peft.training.batches import SlicePreparation, TrainingSlices
 from samed_peft.training.loop import learning_rate, warn_of_warmup
 from samed_peft.training.runs import only_run_in
 
@@ -231,7 +231,7 @@ def test_each_epoch_sees_every_slice_once_and_its_last_group_may_be_smaller(fres
         {"image": rng.random((size, size), np.float32), "label": rng.integers(0, 3, (size, size), np.uint8)}
         for _ in range(5)
     )
-    slices = TrainingSlices(rows, image_size=size, label_size=fresh_model.logits_size, seed=None)
+    slices = TrainingSlices(rows, SlicePreparation(size, fresh_model.logits_size))
     training = TrainingConfig(epochs=2, stop_epoch=2, batch_size=1, accumulation_steps=2, num_workers=0)
     model, optimizer = accelerator.prepare(fresh_model, build_optimizer(fresh_model, weight_decay=0.0))
     steps = training_steps(model, optimizer, slices, training=training, accelerator=accelerator, start=start)

@@ -13,7 +13,7 @@ from samed_peft.adapters.save_load import add_lora
 from samed_peft.config import SYNAPSE_CLASSES, SamedConfig, TrainingConfig
 from samed_peft.models.bases import load_sam
 from samed_peft.training import build_optimizer, training_steps
-from samed_peft.training.batches import TrainingSlices
+from samed_peft.training.batches import SlicePreparation, TrainingSlices
 
 
 def main():
@@ -29,7 +29,7 @@ def main():
     images = data["images"].astype("float32").reshape(-1, 128, 128)[:25]
     labels = data["low_res_labels"].reshape(-1, 32, 32)[:25].repeat(4, 1).repeat(4, 2)
     rows = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
-    slices = TrainingSlices(rows, image_size=128, label_size=32, seed=1)
+    slices = TrainingSlices(rows, SlicePreparation(128, 32, augmentation="samed", seed=1))
     training = TrainingConfig(
         batch_size=4 // accelerator.num_processes,
         learning_rate=0.002,
