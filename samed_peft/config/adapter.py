@@ -70,6 +70,7 @@ _WINDOW: Rule = (
 )
 _ORIENTATION: Rule = ("be three letters, one each of L or R, A or P, S or I, such as LAS", _is_orientation)
 _METHOD: Rule = (f"be one of {', '.join(METHODS)}", METHODS.__contains__)
+_RESAMPLING: Rule = ("be samed or aligned", ("samed", "aligned").__contains__)
 _LAYERS: Rule = ("be numbers from 0 on", lambda layers: bool(layers) and min(layers) >= 0)
 
 
@@ -89,6 +90,12 @@ class SamedConfig(JsonFields):
     image_size: int = described("pixels per side that the encoder sees; a multiple of its patch size", 512, POSITIVE)
     input_size: int | None = described(
         "pixels per side of SAMed's low-resolution bottleneck at prediction (224), or None", None, POSITIVE
+    )
+    resampling: str = described(
+        "how slices, logits and masks are resized: samed, from corner to corner, with labels chosen at the encoder's "
+        "size; or aligned, by areas of pixels, with labels chosen on the scan's own grid",
+        "samed",
+        _RESAMPLING,
     )
     window: tuple[float, float] | None = described(
         "(low, high) clipped to and scaled to [0, 1]; None for each scan's 0.5-99.5 percentiles", CT_WINDOW_HU, _WINDOW
@@ -144,6 +151,11 @@ class SamedConfig(JsonFields):
         for name in ("image_size", "input_size"):
             pixels = vars(self)[name] or 0
             require(pixels <= _MOST_PIXELS, f"{name} must be {_MOST_PIXELS} pixels at most; found {pixels}")
+        require(
+            self.resampling == "samed" or self.input_size is None,
+            f"input_size is a part of SAMed's resampling and must be None with {self.resampling}; found "
+            f"{self.input_size}: leave input_size out, or choose resampling samed",
+        )
         if self.input_size is not None and self.input_size > self.image_size:
             warnings.warn(
                 f"input_size ({self.input_size}) is larger than image_size ({self.image_size}), so slices are resized "

@@ -28,6 +28,7 @@ from samed_peft.errors import InputError
 from samed_peft.io import Volume, write_mask
 from samed_peft.models.modeling import SamForSemanticSegmentation, config_of
 from samed_peft.models.precision import cast_frozen_weights, product_dtype
+from samed_peft.models.resizing import resize_aligned
 from samed_peft.prediction.compiled import CompiledSegmenter
 from samed_peft.prediction.pipeline import process_in_order
 
@@ -94,8 +95,9 @@ def predict_volume(
     """Segment a scan slice by slice, as SAMed's test does, but in batches and without labels.
 
     Each slice is normalised, resized by cubic spline (through the low-resolution bottleneck if the adapter has one) and
-    segmented; the arg max at the model's size is resized back by nearest neighbour. A scan in another orientation than
-    the adapter's is flipped and transposed first, and the mask back.
+    segmented; the arg max at the model's size is resized back by nearest neighbour. For an adapter whose resampling is
+    "aligned", slices are resized by `resize_aligned`, and logits straight to the slice's own size before the arg max.
+    A scan in another orientation than the adapter's is flipped and transposed first, and the mask back.
 
     Args:
         model: from `load_segmenter`, `load_adapter`, `add_lora` or `load_sam`; its `samed_config` says how
@@ -124,7 +126,7 @@ def predict_volume(
         mask = np.empty(array.shape[:3], np.uint8)
         for start in range(0, len(array), batch_size):
             batch = slice(start, start + batch_size)
-            mask[batch] = _predict_slices(model, array[batch], flips=flips)
+            mask[batch] = _predict_slices(model, slice_channels(array, batch), flips=flips)
     finally:
         model.train(was_training)
     if keep_largest:  # before turning back, so that ties are broken alike in every orientation
@@ -132,19 +134,40 @@ def predict_volume(
     return np.ascontiguousarray(reoriented(mask, back))
 
 
+def slice_channels(array: np.ndarray, batch: slice) -> np.ndarray:
+    """The channels (B, 1 or 3, H, W) float32 that show the encoder some slices of a scan; one fills all three.
+
+    Args:
+        array: the normalised scan (D, H, W), or a colour picture (1, H, W, 3), in the adapter's orientation.
+        batch: which slices.
+    """
+    slices = array[batch]
+    return slices[:, None] if slices.ndim == 3 else np.moveaxis(slices, -1, 1)
+
+
 @torch.inference_mode()
-def _predict_slices(model: Segmenter, slices: np.ndarray, *, flips: bool) -> np.ndarray:
-    """Labels (B, H, W) uint8 of normalised slices (B, H, W) or (B, H, W, 3)."""
+def _predict_slices(model: Segmenter, channels: np.ndarray, *, flips: bool) -> np.ndarray:
+    """Labels (B, H, W) uint8 of channels (B, 1 or 3, H, W) from `slice_channels`."""
     config = config_of(model)
-    device = next(model.parameters()).device
-    channels = slices[:, None] if slices.ndim == 3 else np.moveaxis(slices, -1, 1)
-    sizes = (config.image_size,) if config.input_size is None else (config.input_size, config.image_size)
+    inputs = _encoder_inputs(model, channels)
+    logits = _mean_over_flips(model, inputs) if flips else model(pixel_values=inputs).logits
+    size_hw = (channels.shape[2], channels.shape[3])
+    if config.resampling == "aligned":
+        return upsampled_argmax(logits, size_hw).cpu().numpy()
+    return resize_label(upsampled_argmax(logits, config.image_size).cpu().numpy(), size_hw)
+
+
+def _encoder_inputs(model: Segmenter, channels: np.ndarray) -> Tensor:
+    """Pixels (B, 3, S, S) on the model's device, resized as its config says."""
+    config, device = config_of(model), next(model.parameters()).device
     # MPS has no float64.
     tensor = torch.from_numpy(np.ascontiguousarray(channels)).to("cpu" if device.type == "mps" else device)
-    inputs = resize_on_device(tensor, sizes).to(device).expand(-1, 3, -1, -1)
-    logits = _mean_over_flips(model, inputs) if flips else model(pixel_values=inputs).logits
-    labels = upsampled_argmax(logits, config.image_size)
-    return resize_label(labels.cpu().numpy(), slices.shape[1:3])
+    if config.resampling == "aligned":
+        resized = resize_aligned(tensor, config.image_size)
+    else:
+        sizes = (config.image_size,) if config.input_size is None else (config.input_size, config.image_size)
+        resized = resize_on_device(tensor, sizes)
+    return resized.to(device).expand(-1, 3, -1, -1)
 
 
 def resize_on_device(slices: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -181,12 +204,18 @@ def _mean_over_flips(model: Segmenter, inputs: Tensor) -> Tensor:
     return reduce(torch.add, turned) / len(all_axes)
 
 
-def upsampled_argmax(logits: Tensor, size: int) -> Tensor:
-    """Labels (B, size, size) uint8 of logits (B, K + 1, h, w), resized bilinearly as SAM resizes its masks."""
+def upsampled_argmax(logits: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Labels uint8 of logits (B, K + 1, h, w), resized bilinearly as SAM resizes its masks.
+
+    Args:
+        logits: of any float type.
+        size: pixels per side of a square, or (height, width).
+    """
+    size_hw = (size, size) if isinstance(size, int) else size
     # Slice by slice: K + 1 maps of one slice fit into a processor's cache. `max` finds the same index as `argmax`, but
     # faster on CPUs.
     resized = (
-        F.interpolate(one.float(), size=(size, size), mode="bilinear", align_corners=False) for one in logits.split(1)
+        F.interpolate(one.float(), size=size_hw, mode="bilinear", align_corners=False) for one in logits.split(1)
     )
     return torch.cat([one.max(dim=1).indices.to(torch.uint8) for one in resized])
 

@@ -52,6 +52,8 @@ def test_what_an_adapter_is(adapter):
     text = info_text(info)
     assert "adapts    rank 2, q_proj, v_proj of layers 0, 5; mask decoder in full" in text
     assert "input     64 pixels through 32, window -125 to 275, slices as in LAS" in text
+    info["config"] |= {"input_size": None, "resampling": "aligned"}
+    assert "input     64 pixels aligned, window -125 to 275" in info_text(info)
     assert "    1 left|lobe\n    2 right lobe" in text
     assert text.endswith("not evaluated")
 

@@ -1,5 +1,6 @@
 """Volume prediction against the original's, on the scan's own grid, in any orientation."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import nibabel as nib
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import npz
 from peft import LilyConfig, get_peft_model
+from torch.nn import functional as F
 
 from samed_peft.adapters.save_load import save_adapter
 from samed_peft.config import SYNAPSE_CLASSES
@@ -42,6 +44,22 @@ def test_volume_inference_reproduces_samed(golden_model, golden_volume):
     for k, expected in enumerate(golden_volume["per_class_dice_hd95"], start=1):
         scores = score_masks(prediction == k, golden_volume["label"] == k, convention="samed")
         assert list(scores.values()) == pytest.approx(expected, abs=1e-3)
+
+
+def test_aligned_masks_come_straight_from_the_logits(golden_model, golden_config):
+    """Slices, logits and masks share one geometry: logits are resized once, to the slice's own size."""
+    with torch.no_grad():
+        golden_model.base_model.model.samed_config = dataclasses.replace(
+            golden_config, input_size=None, resampling="aligned"
+        )
+        array = npz("volume.npz")["image"][:3, :50, :70]
+        inputs = F.interpolate(torch.from_numpy(array)[:, None], (128, 128), mode="bilinear", antialias=True)
+        logits = golden_model(pixel_values=inputs.expand(-1, 3, -1, -1)).logits
+    expected = F.interpolate(logits, (50, 70), mode="bilinear").argmax(1).numpy()
+    assert len(np.unique(expected)) > 2
+    np.testing.assert_array_equal(predict_volume(golden_model, Volume(array, normalized=True)), expected)
+    golden_model.base_model.model.samed_config = golden_config
+    assert (predict_volume(golden_model, Volume(array, normalized=True)) != expected).any()
 
 
 def test_batch_size_does_not_matter(golden_model, golden_volume):
