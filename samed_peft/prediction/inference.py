@@ -16,11 +16,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from samed_peft.adapters.save_load import load_adapter
+from samed_peft.config import SamedConfig
 from samed_peft.datasets.preprocessing import (
+    neighbour_step,
     normalized_array,
     reorientation,
     reoriented,
     resize_label,
+    slice_spacing_mm,
     spline_matrix,
     warn_of_window,
 )
@@ -111,8 +114,8 @@ def predict_volume(
         (D, H, W) uint8 on the grid of `volume`, 0 is background.
 
     Raises:
-        InputError: `batch_size` is below 1, the model has no `samed_config`, or the scan is constant and the model has
-            no fixed window.
+        InputError: `batch_size` is below 1, the model has no `samed_config`, the scan is constant and the model has no
+            fixed window, or the adapter sees neighbouring slices and the scan has no spacing.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; found {batch_size}")
@@ -120,13 +123,14 @@ def predict_volume(
     warn_of_window(volume, config.window)
     there, back = reorientation(volume, config.orientation)
     array = reoriented(normalized_array(volume, config.window), there)
+    step = _neighbour_step(volume, slice_spacing_mm(volume, there), config)
     was_training = model.training
     model.eval()
     try:
         mask = np.empty(array.shape[:3], np.uint8)
         for start in range(0, len(array), batch_size):
             batch = slice(start, start + batch_size)
-            mask[batch] = _predict_slices(model, slice_channels(array, batch), flips=flips)
+            mask[batch] = _predict_slices(model, slice_channels(array, batch, step), flips=flips)
     finally:
         model.train(was_training)
     if keep_largest:  # before turning back, so that ties are broken alike in every orientation
@@ -134,14 +138,31 @@ def predict_volume(
     return np.ascontiguousarray(reoriented(mask, back))
 
 
-def slice_channels(array: np.ndarray, batch: slice) -> np.ndarray:
+def _neighbour_step(volume: Volume, spacing_mm: float | None, config: SamedConfig) -> int | None:
+    """Slices to the neighbours that fill the outer channels; None if the slice itself does."""
+    if config.neighbour_mm is None:
+        return None
+    name = volume.path or "the scan"
+    if volume.array.ndim == 4:
+        raise InputError(f"{name} is a colour picture, but the adapter sees neighbouring slices of grey scans")
+    return neighbour_step(spacing_mm, config.neighbour_mm, name=name)
+
+
+def slice_channels(array: np.ndarray, batch: slice, step: int | None = None) -> np.ndarray:
     """The channels (B, 1 or 3, H, W) float32 that show the encoder some slices of a scan; one fills all three.
 
     Args:
         array: the normalised scan (D, H, W), or a colour picture (1, H, W, 3), in the adapter's orientation.
         batch: which slices.
+        step: of the slices before and after that become the first and third channel, which at the ends of a scan is the
+            slice itself; None to show the slice alone.
     """
     slices = array[batch]
+    if step is not None:
+        numbers = np.arange(len(array))[batch]
+        sides = [numbers - step, numbers + step]
+        inside = [np.where((side >= 0) & (side < len(array)), side, numbers) for side in sides]
+        return np.stack([array[inside[0]], slices, array[inside[1]]], axis=1)
     return slices[:, None] if slices.ndim == 3 else np.moveaxis(slices, -1, 1)
 
 

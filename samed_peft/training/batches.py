@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.datasets.preprocessing import resize_label, slice_to_pixels
+from samed_peft.errors import InputError
 from samed_peft.models.losses import IGNORED_LABEL
 from samed_peft.models.resizing import resize_aligned
 from samed_peft.training.augmentation import augment
@@ -114,6 +115,10 @@ class TrainingSlices(Dataset):
         row = self.rows[max(index, 0)]
         image = row["image"]
         if self._neighbours is not None:
+            if image.ndim == 3:
+                raise InputError(
+                    f"{row['case']} is in colour, so its channels have no room for neighbours; leave neighbour_mm out"
+                )
             before, after = (self.rows[int(place)]["image"] for place in self._neighbours[max(index, 0)])
             image = np.stack([before, image, after], axis=-1)
         pixels, labels = self._preparation.example(

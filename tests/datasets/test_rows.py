@@ -19,6 +19,7 @@ def slices(*shapes):
     images = [rng.random(shape, np.float32) for shape in shapes]
     labels = [rng.integers(0, 9, shape[:2], np.uint8) for shape in shapes]
     names = {"case": ["case0005"] * len(shapes), "slice": range(len(shapes)), "orientation": ["LAS"] * len(shapes)}
+    names["slice_spacing_mm"] = [2.0] * len(shapes)
     columns = {"image": images, "label": labels, **names}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return Dataset.from_list(rows, features=SLICE_FEATURES), images

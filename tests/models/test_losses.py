@@ -116,5 +116,7 @@ def test_rates_by_hand():
 
 
 def test_no_warm_up_and_the_end():
+    cosine = [learning_rate(s, peak=1.0, warmup_steps=2, max_steps=6, schedule="cosine") for s in range(8)]
+    assert cosine == pytest.approx([0.5, 0.5, 1.0, 1.0, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2, 0.0])
     rates = [learning_rate(s, peak=1.0, warmup_steps=0, max_steps=4, power=1.0) for s in (0, 1, 2, 5, 9)]
     assert rates == pytest.approx([1.0, 1.0, 0.75, 0.0, 0.0])

@@ -26,6 +26,7 @@ from samed_peft.prediction.inference import (
     predict_volume,
     resize_on_device,
     segment_cases,
+    slice_channels,
     upsampled_argmax,
 )
 
@@ -60,6 +61,42 @@ def test_aligned_masks_come_straight_from_the_logits(golden_model, golden_config
     np.testing.assert_array_equal(predict_volume(golden_model, Volume(array, normalized=True)), expected)
     golden_model.base_model.model.samed_config = golden_config
     assert (predict_volume(golden_model, Volume(array, normalized=True)) != expected).any()
+
+
+def test_neighbouring_slices_fill_the_outer_channels():
+    array = np.arange(5, dtype=np.float32)[:, None, None] + np.zeros((5, 2, 3), np.float32)
+    channels = slice_channels(array, slice(0, 4), 2)
+    assert channels.shape == (4, 3, 2, 3)
+    assert channels[:, :, 0, 0].tolist() == [[0, 0, 2], [1, 1, 3], [0, 2, 4], [1, 3, 3]]
+
+
+def test_neighbours_are_found_by_their_distance(golden_model, golden_config, golden_volume):
+    """At 5 mm between slices and 9 mm, the neighbours are two slices away, whatever axis the scan is stored along."""
+    config = dataclasses.replace(golden_config, orientation="LPS", neighbour_mm=9.0)
+    affine = np.diag([-1.0, -1.0, 5.0, 1.0])
+    volume = Volume(golden_volume["image"], affine=affine, normalized=True)
+    golden_model.samed_config, before = config, golden_model.samed_config
+    try:
+        mask = predict_volume(golden_model, volume)
+        turned = Volume(volume.array.transpose(1, 0, 2), affine=affine[:, [0, 2, 1, 3]], normalized=True)
+        turned_mask = predict_volume(golden_model, turned)
+        golden_model.samed_config = dataclasses.replace(config, neighbour_mm=None)
+        alone = predict_volume(golden_model, volume)
+    finally:
+        golden_model.samed_config = before
+    np.testing.assert_array_equal(turned_mask.transpose(1, 0, 2), mask)
+    assert not np.array_equal(mask, alone)
+
+
+def test_neighbours_need_a_spacing_and_grey_slices(golden_model, golden_config):
+    golden_model.samed_config, before = dataclasses.replace(golden_config, neighbour_mm=2.0), golden_model.samed_config
+    try:
+        with pytest.raises(InputError, match="neighbouring slices at 2 mm; the scan has none"):
+            predict_volume(golden_model, Volume(np.zeros((2, 8, 8), np.float32)))
+        with pytest.raises(InputError, match="the scan is a colour picture, but the adapter sees neighbouring slices"):
+            predict_volume(golden_model, Volume(np.zeros((1, 8, 8, 3), np.float32)))
+    finally:
+        golden_model.samed_config = before
 
 
 def test_batch_size_does_not_matter(golden_model, golden_volume):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from samed_peft.errors import InputError
 from samed_peft.models.losses import IGNORED_LABEL
 from samed_peft.training.batches import FILLER, SlicePreparation, TrainingSlices, batch_loader, epoch_batches
 
@@ -33,6 +34,46 @@ def test_shapes(rows):
     assert batches[0]["pixel_values"].dtype == torch.float32
     assert batches[0]["labels"].shape == (2, 8, 8)
     assert batches[0]["labels"].dtype == torch.int64
+
+
+def test_one_geometry_for_image_and_labels():
+    """Corner to corner, SAMed's low labels would lie up to half of a low pixel beside the image."""
+    rows, columns = np.indices((30, 50))
+    label = ((rows >= 10) & (rows < 20) & (columns >= 30) & (columns < 45)).astype(np.uint8)
+    preparation = SlicePreparation(120, 30, aligned=True)
+    pixels, labels = preparation.example(label.astype(np.float32), label, draw=(0, 0))
+    assert labels.shape == (120, 120)
+    expected = np.zeros((120, 120))
+    expected[40:80, 72:108] = 1  # the same shares of the height and the width
+    np.testing.assert_array_equal(labels, expected)
+    for line in ((0, 60), (0, slice(None), 90)):  # away from the corners, which are rounded
+        np.testing.assert_array_equal(pixels[line] > 0.5, expected[line[1:]])
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_strong_augmentation_in_both_geometries(rows, aligned):
+    size = 32 if aligned else 8
+    options = SlicePreparation(32, 8, aligned=aligned, augmentation="strong", mirror=("columns",), seed=2)
+    slices = TrainingSlices(rows, options)
+    one, two, other_epoch = slices[0, 3], slices[0, 3], slices[1, 3]
+    assert one["labels"].shape == (size, size)
+    assert one["pixel_values"].equal(two["pixel_values"])
+    assert not one["pixel_values"].equal(other_epoch["pixel_values"])
+
+
+def test_neighbours_fill_the_outer_channels(rows):
+    neighbours = np.array([[0, 1], *([n - 1, n + 1] for n in range(1, 6)), [5, 6]])
+    pixels = TrainingSlices(rows, SlicePreparation(32, 8), neighbours=neighbours)[0, 3]["pixel_values"]
+    alone = TrainingSlices(rows, SlicePreparation(32, 8))
+    for channel, row in enumerate((2, 3, 4)):
+        assert pixels[channel].equal(alone[0, row]["pixel_values"][0])
+
+
+def test_colours_leave_no_room_for_neighbours(rows):
+    coloured = [{**row, "image": np.stack([row["image"]] * 3, axis=-1), "case": "a"} for row in rows]
+    slices = TrainingSlices(coloured, SlicePreparation(32, 8), neighbours=np.zeros((7, 2), int))
+    with pytest.raises(InputError, match="a is in colour, so its channels have no room for neighbours"):
+        slices[0, 0]
 
 
 def test_any_number_of_workers_gives_the_same_batches(rows):

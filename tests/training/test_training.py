@@ -42,6 +42,7 @@ from samed_peft.training import (
     training_steps,
     verifies_rows,
 )
+from samed_peft.training.average import WeightAverage
 from samed_peft.training.batches import SlicePreparation, TrainingSlices
 from samed_peft.training.loop import learning_rate, warn_of_warmup
 from samed_peft.training.runs import only_run_in
@@ -131,6 +132,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     resumed = weights(second)
     assert all(resumed[name].equal(uninterrupted[name]) for name in uninterrupted)
     assert not all(uninterrupted[name].equal(start[name]) for name in start)
+
+
+def test_a_checkpoint_keeps_the_average(fresh_model, accelerator, tmp_path):
+    optimizer = build_optimizer(fresh_model, weight_decay=0.1)
+    average = WeightAverage(fresh_model, decay=0.9)
+    for weight in weights_of(fresh_model):
+        weight.data.add_(1.0)
+    average.update(1)
+    expected = {name: tensor.clone() for name, tensor in average.tensors().items()}
+    state = {"accelerator": accelerator, "average": average}
+    save_checkpoint(tmp_path, fresh_model, optimizer, progress=Progress(step=1), **state)
+    average.update(100)
+    load_checkpoint(tmp_path, fresh_model, optimizer, **state)
+    assert all(average.tensors()[name].equal(tensor) for name, tensor in expected.items())
+    assert len(expected) == len(weights_of(fresh_model))
+
+
+def weights_of(model):
+    return [weight for weight in model.parameters() if weight.requires_grad]
 
 
 def test_a_checkpoint_holds_no_base_and_replaces_the_older_one(fresh_model, golden_batches, accelerator, tmp_path):
