@@ -62,6 +62,13 @@ class Planned:
     result: Path
     output: Path
 
+    @classmethod
+    def of(cls, variant: Variant, seed: int, args: argparse.Namespace) -> "Planned":
+        """Name the files of a variant's run."""
+        data = args.data_dir.resolve().name
+        name = "-".join((data, variant.kind, re.sub(r"[^\w.@+-]+", "_", variant.name), f"seed{seed}"))
+        return cls(variant, seed, args.results_dir / f"{name}.json", args.output_dir / name)
+
 
 def placement_options(text: str) -> tuple[str, ...]:
     """Options of a recipe for a placement such as "q,v+decoder@3-5"; other texts are refused."""
@@ -95,12 +102,7 @@ def variants(args: argparse.Namespace) -> list[Variant]:
 
 def plan(args: argparse.Namespace) -> list[Planned]:
     """List all runs, seed by seed, so that an early stop leaves whole tables of fewer seeds."""
-    data = args.data_dir.resolve().name
-    runs = []
-    for seed, variant in itertools.product(args.seeds, variants(args)):
-        name = "-".join((data, variant.kind, re.sub(r"[^\w.@+-]+", "_", variant.name), f"seed{seed}"))
-        runs.append(Planned(variant, seed, args.results_dir / f"{name}.json", args.output_dir / name))
-    return runs
+    return [Planned.of(variant, seed, args) for seed, variant in itertools.product(args.seeds, variants(args))]
 
 
 def write_untrained(base: str, folder: Path) -> None:
@@ -227,7 +229,15 @@ def parse_args() -> argparse.Namespace:
 @exit_on_error
 def main() -> None:
     args = parse_args()
-    runs = plan(args)
+    carry_out_all(plan(args), args)
+
+
+def carry_out_all(runs: Sequence[Planned], args: argparse.Namespace) -> None:
+    """Carry out the runs that are left, or with --dry_run list them.
+
+    Raises:
+        SomeCasesFailedError: some runs failed; the others are done.
+    """
     finished = [run for run in runs if is_finished(run, args)]
     left = [run for run in runs if run not in finished]
     print(f"{len(runs)} runs, {len(finished)} finished; {expected_time([run.result for run in finished], len(left))}")

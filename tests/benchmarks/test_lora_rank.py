@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -18,9 +19,11 @@ from scipy.stats import wilcoxon
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import ablation  # noqa: E402
 import lora_rank  # noqa: E402
 import rank_table  # noqa: E402
 
+from samed_peft.config.options import parse_run_options  # noqa: E402
 from samed_peft.errors import InputError  # noqa: E402
 from samed_peft.evaluation import Report  # noqa: E402
 from samed_peft.metrics import METRICS  # noqa: E402
@@ -219,3 +222,35 @@ def test_results_on_different_cases_are_not_compared(tmp_path, capsys, monkeypat
     with pytest.raises(SystemExit, match="2"):
         rank_table.main()
     assert "scored on other cases" in capsys.readouterr().err
+
+
+def test_each_ingredient_is_added_once_and_left_out_once():
+    found = {variant.name: variant for variant in ablation.variants()}
+    whole = found[ablation.WHOLE].options
+    for name, options in ablation.INGREDIENTS.items():
+        assert found[f"with {name}"].options == options
+        without = found[f"without {name}"].options
+        assert len(without) + len(options) == len(whole)
+        assert options[0] not in without
+    assert found[ablation.BARE].options == ()
+
+
+def test_all_ingredients_are_options_of_the_recipe():
+    path = BENCHMARKS.parent / "recipes" / "finetune.py"
+    parser = runpy.run_path(str(path))["build_parser"]()
+    (whole,) = (variant.options for variant in ablation.variants() if variant.name == ablation.WHOLE)
+    required = ["--data_dir", "d", "--output_dir", "o", "--base", "tiny-sam"]
+    _, adapter, training = parse_run_options(parser, [*required, *whole])
+    assert (adapter["resampling"], adapter["neighbour_mm"], adapter["rank"]) == ("aligned", 1.0, 8)
+    assert (training.augmentation, training.schedule, training.weight_average) == ("strong", "cosine", 0.99)
+
+
+def test_differences_of_ingredients_are_paired_with_the_recipe_that_they_change():
+    found = results(0.5, 0.9, 0.6, 0.8)
+    names = [("whole", ablation.BARE), ("whole", ablation.WHOLE), ("added", "with a"), ("removed", "without a")]
+    for result in found:
+        result["kind"], result["variant"] = names[result["config"]["rank"] - 1]
+    lines = ablation.table(rank_table.rows_of(found), rng=np.random.default_rng(0)).splitlines()
+    assert [line.split("|")[4].strip() for line in lines[2:]] == ["", "", "+0.1000", "-0.1000"]
+    p = min(2 * wilcoxon(np.full(6, 0.1)).pvalue, 1.0)  # Holm's smallest of two equal ones
+    assert lines[4].split("|")[5].strip() == f"{p:.2g}"
