@@ -74,6 +74,7 @@ def open_sam(base: str, revision: str | None = None) -> SamModel:
     source = str(path) if path.is_dir() else base
     if path.is_dir():
         check_base_folder(path)
+        check_no_adapter(source, revision)  # one of the Hub, after its config was found
     try:
         values, _ = SamConfig.get_config_dict(source, revision=revision)
         check_base_config(values, f"config.json of base {base}")

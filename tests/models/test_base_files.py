@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
+from samed_peft.adapters.save_load import save_adapter
 from samed_peft.errors import InputError
 from samed_peft.models.bases import TINY_SAM_DIR, open_sam
 
@@ -173,3 +174,9 @@ def test_settings_that_are_no_object_are_named(base, content):
     (base / "config.json").write_text(content)
     with pytest.raises(InputError, match=r"expected a SAM's settings in .*config\.json, found"):
         open_sam(str(base))
+
+
+def test_an_adapter_of_this_package_is_named_as_what_it_is(golden_model, tmp_path):
+    save_adapter(golden_model, tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"is an adapter .*, not a SAM; give the SAM it adapts"):
+        open_sam(str(tmp_path / "adapter"))
