@@ -116,6 +116,9 @@ class SamedConfig(JsonFields):
         "whether each channel of training scans was a file, named CASE_0000 and so on as nnU-Net's; None if unknown",
         None,
     )
+    keep_largest: tuple[str, ...] = described(
+        "classes of which only the largest connected part is kept, as found on validation", ()
+    )
     preset: str = described("name of the published recipe that this config follows", "samed")
     method: str = described(f"how to adapt the encoder: {', '.join(METHODS)}", "lora", _METHOD)
     rank: int = described("rank of the low-rank updates", 4)
@@ -147,6 +150,12 @@ class SamedConfig(JsonFields):
             1 <= len(names) <= 255 and len(set(names)) == len(names) and all(names),
             f"class_names must be 1 to 255 different names, background left out; "
             f"found {len(names)}: {short(list(names))}",
+        )
+        unknown = [name for name in self.keep_largest if name not in names]
+        require(
+            not unknown and len(set(self.keep_largest)) == len(self.keep_largest),
+            f"keep_largest must name some of class_names, {short(list(names))}, once each; "
+            f"found {short(list(self.keep_largest))}",
         )
         for name in ("image_size", "input_size"):
             pixels = vars(self)[name] or 0

@@ -16,7 +16,8 @@ from samed_peft.evaluation.report import Report
 from samed_peft.io import Volume
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM
 from samed_peft.models.modeling import config_of
-from samed_peft.prediction.inference import Segmenter, load_segmenter, segment_cases
+from samed_peft.prediction.inference import load_segmenter, segment_cases
+from samed_peft.prediction.slices import Segmenter
 
 
 def score_held_out(
