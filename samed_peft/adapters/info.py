@@ -108,7 +108,8 @@ def _input(config: SamedConfig) -> str:
     window = "0.5-99.5 percentiles" if config.window is None else f"window {config.window[0]:g} to {config.window[1]:g}"
     orientation = "" if config.orientation is None else f", slices as in {config.orientation}"
     resampling = "" if config.resampling == "samed" else f" {config.resampling}"
-    return f"{config.image_size} pixels{bottleneck}{resampling}, {window}{orientation}"
+    tiles = "tiles of " if config.tile else ""
+    return f"{tiles}{config.image_size} pixels{bottleneck}{resampling}, {window}{orientation}"
 
 
 def _classes(info: Mapping[str, Any]) -> list[str]:

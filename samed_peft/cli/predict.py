@@ -58,6 +58,8 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     add("--postprocess", action=argparse.BooleanOptionalAction, default=True, help=recorded)
     flag("--save_probabilities", help="also write probabilities/CASE.nii.gz, 4-D: one volume a class, background first")
     add("--probability_bits", type=int, choices=(8, 16), help="of each stored probability, 8 by default")
+    tiles = "cut slices into overlapping tiles of the encoder's size and do not resize; adapters of tiles do so anyway"
+    flag("--tile", help=tiles)
     flag("--overlay", help="also write overlays/CASE.png, the mask over the scan")
     flag("--dicom_seg", help="masks of DICOM series as DICOM SEG, CASE.dcm, instead of NIfTI")
     flag("--overwrite", help="segment finished scans again, and replace or remove their probabilities")
@@ -91,6 +93,8 @@ def run(args: argparse.Namespace) -> None:
         require_same_adapters(first.mask.parent, adapters)
     place = {name: vars(args)[name] for name in ("base", "dtype", "device")}
     models = [prediction.load_segmenter(one.folder, accelerator=accelerator, **place) for one in adapters]
+    if args.tile:
+        models = [prediction.with_tiles(model) for model in models]
     accelerator.wait_for_everyone()  # each has read the record before it changes
     if accelerator.is_main_process:
         _tell_averaged(adapters)

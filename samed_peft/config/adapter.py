@@ -97,6 +97,9 @@ class SamedConfig(JsonFields):
         "samed",
         _RESAMPLING,
     )
+    tile: bool = described(
+        "whether slices are cut into overlapping tiles of image_size pixels, as in training, and not resized", False
+    )
     window: tuple[float, float] | None = described(
         "(low, high) clipped to and scaled to [0, 1]; None for each scan's 0.5-99.5 percentiles", CT_WINDOW_HU, _WINDOW
     )
@@ -160,6 +163,10 @@ class SamedConfig(JsonFields):
         for name in ("image_size", "input_size"):
             pixels = vars(self)[name] or 0
             require(pixels <= _MOST_PIXELS, f"{name} must be {_MOST_PIXELS} pixels at most; found {pixels}")
+        require(
+            self.resampling == "aligned" or not self.tile,
+            f"tile needs resampling aligned, since tiles are not resized; found {self.resampling}",
+        )
         require(
             self.resampling == "samed" or self.input_size is None,
             f"input_size is a part of SAMed's resampling and must be None with {self.resampling}; found "

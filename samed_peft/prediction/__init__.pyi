@@ -11,3 +11,4 @@ from .records import find_adapters as find_adapters
 from .scans import Scan as Scan
 from .scans import list_scans as list_scans
 from .scans import plan_masks as plan_masks
+from .slices import with_tiles as with_tiles

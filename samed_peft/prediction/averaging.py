@@ -74,7 +74,9 @@ def segmented(
         with _evaluating(model):
             for start in range(0, len(array), batch_size):
                 batch = slice(start, start + batch_size)
-                labels[batch], shares = segment_slices(model, slice_channels(array, batch, step), flips=flips, one=one)
+                labels[batch], shares = segment_slices(
+                    model, slice_channels(array, batch, step), batch_size=batch_size, flips=flips, one=one
+                )
                 for number, total in enumerate(totals):
                     total[batch] += shares[:, number].astype(total.dtype)
     if sums is not None and len(models) > 1:

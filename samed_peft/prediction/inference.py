@@ -91,6 +91,7 @@ def predict_volume(
     Each slice is normalised, resized by cubic spline (through the low-resolution bottleneck if the adapter has one) and
     segmented; the arg max at the model's size is resized back by nearest neighbour. For an adapter whose resampling is
     "aligned", slices are resized by `resize_aligned`, and logits straight to the slice's own size before the arg max.
+    For an adapter of tiles (`SamedConfig.tile`), slices are not resized but cut into tiles, whose logits are blended.
     A scan in another orientation than the adapter's is flipped and transposed first, and the mask back.
 
     Args:
@@ -98,7 +99,7 @@ def predict_volume(
             to prepare scans. It runs in evaluation mode and returns to its mode afterwards. Of several, which may
             differ in all but the classes, the probabilities are averaged (`predict_probabilities`).
         volume: the scan, (D, H, W), or a colour picture (1, H, W, 3).
-        batch_size: slices per forward pass.
+        batch_size: slices, or tiles, per forward pass.
         flips: average the logits over each slice and its flips along rows, columns and both, in four times the time.
         keep_largest: keep only the largest connected part of each class (`largest_parts`): True for all classes, False
             for none, None for those that the adapter records (`SamedConfig.keep_largest`), or all of several adapters.

@@ -1,7 +1,10 @@
 """From slices of a scan to labels and probabilities on the slices' own grid."""
 
+import copy
+import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from typing import TypeAlias
 
 import numpy as np
@@ -14,6 +17,7 @@ from samed_peft.datasets.preprocessing import resize_label, spline_matrix
 from samed_peft.models.modeling import SamForSemanticSegmentation, config_of
 from samed_peft.models.resizing import resize_aligned
 from samed_peft.prediction.compiled import CompiledSegmenter
+from samed_peft.prediction.tiles import tiled_logits
 
 Segmenter: TypeAlias = PeftModel | SamForSemanticSegmentation | CompiledSegmenter
 """An adapter on its base, a merged model, or either of them compiled; all have a `samed_config`."""
@@ -37,25 +41,50 @@ def slice_channels(array: np.ndarray, batch: slice, step: int | None = None) -> 
     return slices[:, None] if slices.ndim == 3 else np.moveaxis(slices, -1, 1)
 
 
+def with_tiles(model: Segmenter) -> Segmenter:
+    """The same model, with shared weights, that segments in tiles what it was trained to see whole.
+
+    It warns, because structures then have another size than in training; a model that was trained on tiles is returned
+    as it is.
+    """
+    config = config_of(model)
+    if config.tile:
+        return model
+    warnings.warn(
+        f"the adapter was trained on whole slices resized to {config.image_size} pixels, not on tiles of that size, so "
+        "it sees structures at another scale than in training; its masks may be worse than without tiles",
+        stacklevel=2,
+    )
+    tiled = copy.copy(model)
+    tiled.samed_config = dataclasses.replace(config, tile=True, resampling="aligned", input_size=None)
+    return tiled
+
+
 @torch.inference_mode()
 def segment_slices(
-    model: Segmenter, channels: np.ndarray, *, flips: bool = False, one: int | None = None
+    model: Segmenter, channels: np.ndarray, *, batch_size: int, flips: bool = False, one: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Segment slices of one scan in one forward pass.
+    """Segment slices of one scan in one forward pass, or in tiles.
 
     Args:
         model: in evaluation mode.
         channels: (B, 1 or 3, H, W) from `slice_channels`.
-        flips: average the logits over each slice and its flips.
+        batch_size: tiles per forward pass, for a model that segments in tiles.
+        flips: average the logits over each slice, or tile, and its flips.
         one: the whole number that stands for a probability of 1; None for no probabilities.
 
     Returns:
         Labels (B, H, W) uint8, and rounded probabilities (B, K + 1, H, W) int32, or (B, 0, H, W) without `one`.
     """
     config = config_of(model)
-    inputs = _encoder_inputs(model, channels)
-    logits = _mean_over_flips(model, inputs) if flips else model(pixel_values=inputs).logits
     size_hw = (channels.shape[2], channels.shape[3])
+    inputs = _encoder_inputs(model, channels)
+    forward = partial(_mean_over_flips, model) if flips else partial(_logits, model)
+    if config.tile:
+        parts = tiled_logits(forward, inputs, size=config.image_size, batch_size=batch_size)
+        chosen = [_chosen(logits, size_hw, one) for logits in parts]
+        return np.concatenate([labels for labels, _ in chosen]), np.concatenate([shares for _, shares in chosen])
+    logits = forward(inputs)
     if config.resampling == "aligned":
         return _chosen(logits, size_hw, one)
     labels, shares = _chosen(logits, (config.image_size, config.image_size), one)
@@ -83,11 +112,13 @@ def _nearest_shares(shares: np.ndarray, size_hw: tuple[int, int], one: int | Non
 
 
 def _encoder_inputs(model: Segmenter, channels: np.ndarray) -> Tensor:
-    """Pixels (B, 3, S, S) on the model's device, resized as its config says."""
+    """Pixels (B, 3, S, S) on the model's device, resized as its config says; for tiles (B, 3, H, W)."""
     config, device = config_of(model), next(model.parameters()).device
     # MPS has no float64.
     tensor = torch.from_numpy(np.ascontiguousarray(channels)).to("cpu" if device.type == "mps" else device)
-    if config.resampling == "aligned":
+    if config.tile:
+        resized = tensor
+    elif config.resampling == "aligned":
         resized = resize_aligned(tensor, config.image_size)
     else:
         sizes = (config.image_size,) if config.input_size is None else (config.input_size, config.image_size)
@@ -118,6 +149,10 @@ def _spline_matrix(old: int, new: int, device: torch.device) -> Tensor:
     return torch.from_numpy(spline_matrix(old, new)).to(device)
 
 
+def _logits(model: Segmenter, inputs: Tensor) -> Tensor:
+    return model(pixel_values=inputs).logits
+
+
 def _mean_over_flips(model: Segmenter, inputs: Tensor) -> Tensor:
     """Mean logits (B, K + 1, h, w) over four flips of (B, 3, S, S), each turned back.
 
@@ -125,7 +160,7 @@ def _mean_over_flips(model: Segmenter, inputs: Tensor) -> Tensor:
     to flips gives the same mask as without them.
     """
     all_axes: tuple[tuple[int, ...], ...] = ((), (-2,), (-1,), (-2, -1))
-    turned = (torch.flip(model(pixel_values=torch.flip(inputs, axes)).logits.float(), axes) for axes in all_axes)
+    turned = (torch.flip(_logits(model, torch.flip(inputs, axes)).float(), axes) for axes in all_axes)
     return reduce(torch.add, turned) / len(all_axes)
 
 
@@ -144,4 +179,7 @@ def upsampled_argmax(logits: Tensor, size: int | tuple[int, int]) -> Tensor:
 def _upsampled(logits: Tensor, size_hw: tuple[int, int]) -> Iterator[Tensor]:
     """Logits (1, K + 1, height, width) float32, slice by slice: those of one slice fit into a processor's cache."""
     for one in logits.split(1):
-        yield F.interpolate(one.float(), size=size_hw, mode="bilinear", align_corners=False)
+        is_sized = one.shape[-2:] == size_hw  # blended tiles
+        yield (
+            one.float() if is_sized else F.interpolate(one.float(), size=size_hw, mode="bilinear", align_corners=False)
+        )

@@ -54,6 +54,8 @@ def test_what_an_adapter_is(adapter):
     assert "input     64 pixels through 32, window -125 to 275, slices as in LAS" in text
     info["config"] |= {"input_size": None, "resampling": "aligned"}
     assert "input     64 pixels aligned, window -125 to 275" in info_text(info)
+    info["config"]["tile"] = True
+    assert "input     tiles of 64 pixels aligned, window" in info_text(info)
     assert "    1 left|lobe\n    2 right lobe" in text
     assert text.endswith("not evaluated")
 

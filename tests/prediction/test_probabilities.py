@@ -20,7 +20,7 @@ from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError
 from samed_peft.io import Volume
 from samed_peft.models.bases import load_sam
-from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, predict_files
+from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, predict_files, with_tiles
 from samed_peft.prediction.inference import predict_probabilities, predict_volume
 from samed_peft.prediction.postprocessing import largest_parts
 
@@ -288,3 +288,12 @@ def test_postprocessing_is_a_choice(predict, models, tmp_path):
     for output, keep in {"default": None, "without": False, "all": True}.items():
         np.testing.assert_array_equal(found[output], predict_volume(models[1], scan, keep_largest=keep))
     assert (found["without"] != found["all"]).any()
+
+
+def test_tiles_on_the_command_line(predict, models, tmp_path):
+    scan = write_scan(tmp_path / "scans" / "a.nii.gz")
+    with pytest.warns(UserWarning, match="trained on whole slices resized to 32 pixels"):
+        assert predict(["second"], "--tile") == 0
+    with pytest.warns(UserWarning, match="trained on whole slices"):
+        expected = predict_volume(with_tiles(models[1]), io.read_volume(scan))
+    np.testing.assert_array_equal(io.read_labels(tmp_path / "masks" / "a.nii.gz").array, expected)
