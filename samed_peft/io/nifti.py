@@ -159,8 +159,8 @@ def write_mask(mask: np.ndarray, like: Volume, path: Path, names: Mapping[int, s
 def write_probabilities(probabilities: np.ndarray, like: Volume, path: str | Path) -> None:
     """Write probabilities as 4-D NIfTI on a scan's own grid, scaled to [0, 1] by its header, atomically.
 
-    Volume k holds class k, 0 the background. Programs that honour `scl_slope`, such as nibabel and SimpleITK, show
-    probabilities.
+    Volume k holds the k-th class, 0 the background. Programs that honour `scl_slope` show probabilities, among them
+    nibabel and SimpleITK.
 
     Args:
         probabilities: (K + 1, D, H, W) uint8 or uint16, of which 255 or 65535 stands for 1.

@@ -78,7 +78,7 @@ def segmented(
                     model, slice_channels(array, batch, step), batch_size=batch_size, flips=flips, one=one
                 )
                 for number, total in enumerate(totals):
-                    total[batch] += shares[:, number].astype(total.dtype)
+                    total[batch] += shares[:, number].astype(total.dtype, copy=False)
     if sums is not None and len(models) > 1:
         for number in range(len(mask)):  # a slice at a time, as the index of the largest has 64 bits a voxel
             mask[number] = sums[:, number].argmax(axis=0)

@@ -218,7 +218,7 @@ def _predict_all(
                 _write_overlay(scan, image, mask, config_of(models[0]))
             if options.overwrite and not options.save_probabilities:
                 scan.probabilities.unlink(missing_ok=True)  # of the mask that is replaced now
-            _write_results(scan, image, mask, probabilities, names=config_of(models[0]).class_names)
+            _write_results(scan, image, mask, probabilities, config=config_of(models[0]))
             written.append(scan.case)
 
     hidden = None if accelerator.is_main_process else True  # None: shown in terminals only
@@ -254,22 +254,22 @@ def _write_overlay(scan: Scan, image: Volume, mask: np.ndarray, config: SamedCon
 
 
 def _write_results(
-    scan: Scan, image: Volume, mask: np.ndarray, probabilities: np.ndarray | None, *, names: Sequence[str]
+    scan: Scan, image: Volume, mask: np.ndarray, probabilities: np.ndarray | None, *, config: SamedConfig
 ) -> None:
     """Write mask and probabilities so that no mask ever lies beside those of another one.
 
     Old probabilities go before the mask appears. What is killed in between leaves a mask without them, and that scan is
     segmented again.
     """
-    labels = dict(enumerate(names, start=1))
+    names = dict(enumerate(config.class_names, start=1))
     with contextlib.ExitStack() as both:
         if probabilities is not None:
             both.enter_context(writing_probabilities(probabilities, image, scan.probabilities))
             scan.probabilities.unlink(missing_ok=True)
         if scan.mask.suffix.lower() == DICOM_SEG_SUFFIX:
-            write_dicom_seg(mask, image, scan.mask, label_names=labels, series=scan.series)
+            write_dicom_seg(mask, image, scan.mask, label_names=names, series=scan.series)
         else:
-            write_mask(mask, image, scan.mask, label_names=labels)
+            write_mask(mask, image, scan.mask, label_names=names)
 
 
 def _precision(

@@ -71,10 +71,10 @@ def segment_slices(
         channels: (B, 1 or 3, H, W) from `slice_channels`.
         batch_size: tiles per forward pass, for a model that segments in tiles.
         flips: average the logits over each slice, or tile, and its flips.
-        one: the whole number that stands for a probability of 1; None for no probabilities.
+        one: the whole number, 65535 at most, that stands for a probability of 1; None for no probabilities.
 
     Returns:
-        Labels (B, H, W) uint8, and rounded probabilities (B, K + 1, H, W) int32, or (B, 0, H, W) without `one`.
+        Labels (B, H, W) uint8, and rounded probabilities (B, K + 1, H, W) uint16, or (B, 0, H, W) without `one`.
     """
     config = config_of(model)
     size_hw = (channels.shape[2], channels.shape[3])
@@ -94,12 +94,13 @@ def segment_slices(
 def _chosen(logits: Tensor, size_hw: tuple[int, int], one: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Labels and rounded probabilities (`segment_slices`) of logits resized to one size."""
     if one is None:
-        return upsampled_argmax(logits, size_hw).cpu().numpy(), np.empty((len(logits), 0, *size_hw), np.int32)
+        return upsampled_argmax(logits, size_hw).cpu().numpy(), np.empty((len(logits), 0, *size_hw), np.uint16)
     labels, shares = [], []
     for resized in _upsampled(logits, size_hw):
         labels.append(resized.max(dim=1).indices.to(torch.uint8))
-        shares.append((resized.softmax(dim=1) * one).round().to(torch.int32).cpu())
-    return torch.cat(labels).cpu().numpy(), torch.cat(shares).numpy()
+        # PyTorch has next to no functions of uint16.
+        shares.append((resized.softmax(dim=1) * one).round().to(torch.int32).cpu().numpy().astype(np.uint16))
+    return torch.cat(labels).cpu().numpy(), np.concatenate(shares)
 
 
 def _nearest_shares(shares: np.ndarray, size_hw: tuple[int, int], one: int | None) -> np.ndarray:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import nibabel
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
 from accelerate import Accelerator
-from conftest import npz
+from conftest import edit_adapter, npz
 from scan_files import AFFINE, write_dicom
 
 from samed_peft import io
@@ -35,22 +36,19 @@ def scan_array(seed=0):
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """Adapters that differ in size, window, orientation and resampling, and one of other classes."""
+    """Adapters that differ in size, window, orientation and resampling; one of other classes, one of a channel."""
     folder = tmp_path_factory.mktemp("adapters")
     first = SamedConfig("tiny-sam", NAMES, image_size=64, window=(0.0, 100.0), orientation="LAS")
     second = dataclasses.replace(
         first, image_size=32, window=(-10.0, 120.0), orientation="PIR", resampling="aligned", keep_largest=("spleen",)
     )
-    configs = {
-        "first": dataclasses.replace(first, keep_largest=("liver", "spleen")),
-        "second": second,
-        "others": dataclasses.replace(first, class_names=("spleen", "liver")),
-        "channel": dataclasses.replace(first, channel=1),
-    }
+    configs = {"first": dataclasses.replace(first, keep_largest=("liver", "spleen")), "second": second}
     for seed, (name, config) in enumerate(configs.items()):
         torch.manual_seed(5 + seed)
         model = add_lora(load_sam("tiny-sam", class_names=config.class_names, image_size=config.image_size), config)
         save_adapter(model, folder / name, config=config)
+    for name, changes in {"others": {"class_names": NAMES[::-1]}, "channel": {"channel": 1}}.items():
+        edit_adapter(shutil.copytree(folder / "second", folder / name), **changes)
     return folder
 
 
@@ -217,6 +215,29 @@ def test_where_one_cannot_be_written_both_are_missing(models, tmp_path, blocked)
     assert files_of(tmp_path / "masks") == ["b.nii.gz", "probabilities/b.nii.gz"]
 
 
+def test_old_probabilities_never_lie_beside_another_mask(models, tmp_path, monkeypatch):
+    """A replaced result that is ended halfway counts as unfinished, and is segmented again."""
+    write_scan(tmp_path / "scans" / "a.nii.gz")
+    scans = plan_masks(list_scans(tmp_path / "scans"), tmp_path / "masks")
+    accelerator = Accelerator(cpu=True)
+    options = PredictionOptions(save_probabilities=True)
+    predict_files(models[0], scans, options=options, accelerator=accelerator)
+    probabilities = scans[0].probabilities.read_bytes()
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("samed_peft.prediction.files.write_mask", fail)
+        overwrite = dataclasses.replace(options, overwrite=True)
+        with pytest.raises(KeyboardInterrupt):
+            predict_files(models[1], scans, options=overwrite, accelerator=accelerator)
+    assert files_of(tmp_path / "masks") == ["a.nii.gz"]
+    outcome = predict_files(models[0], scans, options=options, accelerator=accelerator)
+    assert outcome.written == ("a",)
+    assert scans[0].probabilities.read_bytes() == probabilities
+
+
 def test_too_little_memory_for_probabilities_is_told(models, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise MemoryError
@@ -278,7 +299,7 @@ def test_adapters_that_cannot_be_averaged_are_refused_with_names(predict, adapte
 
 
 def test_postprocessing_is_a_choice(predict, models, tmp_path):
-    array = np.random.default_rng(0).uniform(0, 100, (2, 40, 40)).astype(np.float32)
+    array = np.random.default_rng(0).uniform(0, 100, (1, 40, 40)).astype(np.float32)
     (tmp_path / "scans").mkdir()
     nibabel.save(nibabel.Nifti1Image(array.T, AFFINE), tmp_path / "scans" / "a.nii.gz")
     scan, found = io.read_volume(tmp_path / "scans" / "a.nii.gz"), {}
