@@ -28,7 +28,7 @@ from torch.utils.data import default_collate
 from samed_peft.datasets import load_synapse
 from samed_peft.evaluation.tables import markdown_table
 from samed_peft.io import write_json
-from samed_peft.prediction.inference import resize_on_device, upsampled_argmax
+from samed_peft.prediction.slices import resize_on_device, upsampled_argmax
 from samed_peft.training.batches import SlicePreparation, TrainingSlices, batch_loader
 
 IMAGE_SIZE, LABEL_SIZE, BOTTLENECK, CLASSES = 512, 128, 224, 9

@@ -30,7 +30,7 @@ from samed_peft.io import FolderKind, atomic_dir, require_replaceable, write_jso
 from samed_peft.models.bases import randomize_weights
 from samed_peft.models.losses import dice_ce_loss
 from samed_peft.models.modeling import SamForSemanticSegmentation
-from samed_peft.prediction.inference import upsampled_argmax
+from samed_peft.prediction.slices import upsampled_argmax
 
 CONFIG = SamConfig(
     vision_config={

@@ -21,6 +21,7 @@ from .models.bases import load_sam as load_sam
 from .models.losses import dice_ce_loss as dice_ce_loss
 from .prediction.held_out import score_held_out as score_held_out
 from .prediction.inference import load_segmenter as load_segmenter
+from .prediction.inference import predict_probabilities as predict_probabilities
 from .prediction.inference import predict_volume as predict_volume
 
 __version__: str

@@ -108,7 +108,10 @@ def _input(config: SamedConfig) -> str:
     window = "0.5-99.5 percentiles" if config.window is None else f"window {config.window[0]:g} to {config.window[1]:g}"
     orientation = "" if config.orientation is None else f", slices as in {config.orientation}"
     resampling = "" if config.resampling == "samed" else f" {config.resampling}"
-    return f"{config.image_size} pixels{bottleneck}{resampling}, {window}{orientation}"
+    number = len(config.keep_largest)
+    largest = f", largest part alone of {number} class{'es' * (number > 1)}" if number else ""
+    tiles = "tiles of " if config.tile else ""
+    return f"{tiles}{config.image_size} pixels{bottleneck}{resampling}, {window}{orientation}{largest}"
 
 
 def _classes(info: Mapping[str, Any]) -> list[str]:

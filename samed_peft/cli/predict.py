@@ -10,7 +10,12 @@ from samed_peft.cli.options import Commands, new_command
 from samed_peft.errors import InputError, SomeCasesFailedError, printable
 
 if TYPE_CHECKING:
-    from samed_peft.prediction import Outcome
+    from collections.abc import Sequence
+
+    from accelerate import Accelerator
+
+    from samed_peft.prediction import Outcome, PredictionOptions, Scan
+    from samed_peft.prediction.records import AdapterSource
 
 _DESCRIPTION = """\
 Segment a scan, or every scan in a folder: .nii.gz .nii .nrrd .mha .npy.h5 .npz .png .tif .tiff .jpg .jpeg, and folders
@@ -22,6 +27,7 @@ suffix. Finished scans are skipped."""
 _EPILOG = """\
 samed predict --adapter runs/synapse/adapter --input scan.nii.gz --output mask.nii.gz
 samed predict --adapter runs/synapse/adapter --input scans --output masks --overlay
+samed predict --adapter runs/fold0/adapter runs/fold1/adapter --input scans --output masks --save_probabilities
 accelerate launch --num_processes 4 -m samed_peft predict --adapter NAME/REPOSITORY --input scans --output masks
 
 exit codes: 0 done, 1 some scans failed or may have been skipped and the others are done, 2 wrong input"""
@@ -33,7 +39,8 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
         commands, "predict", help="segment scans with an adapter", description=_DESCRIPTION, epilog=_EPILOG
     )
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
-    add("--adapter", required=True, help="adapter folder or Hub id")
+    several = "adapter folder or Hub id; of several, of the same classes, the probabilities are averaged"
+    add("--adapter", required=True, nargs="+", metavar="ADAPTER", help=several)
     add("--input", type=Path, required=True, metavar="PATH", help="scan, DICOM folder or folder of scans")
     masks = "folder for CASE.nii.gz (.nrrd, .mha and pictures keep their kind), or the name of a single scan's mask"
     add("--output", type=Path, required=True, metavar="PATH", help=masks)
@@ -47,52 +54,95 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     add("--channel", type=int, metavar="N", help="of 4-D scans or nnU-Net's names, from 0; the adapter's by default")
     flag("--flips", help="average over flips of each slice, in four times the time")
     flag("--keep_largest", help="keep the largest connected part of each class")
+    recorded = "keep the largest part alone of the classes that the adapter records, as found on validation"
+    add("--postprocess", action=argparse.BooleanOptionalAction, default=True, help=recorded)
+    flag("--save_probabilities", help="also write probabilities/CASE.nii.gz, 4-D: one volume a class, background first")
+    add("--probability_bits", type=int, choices=(8, 16), help="of each stored probability, 8 by default")
+    tiles = "cut slices into overlapping tiles of the encoder's size and do not resize; adapters of tiles do so anyway"
+    flag("--tile", help=tiles)
     flag("--overlay", help="also write overlays/CASE.png, the mask over the scan")
     flag("--dicom_seg", help="masks of DICOM series as DICOM SEG, CASE.dcm, instead of NIfTI")
-    flag("--overwrite", help="segment finished scans again")
+    flag("--overwrite", help="segment finished scans again, and replace or remove their probabilities")
     flag("--compile", help="compile the model first, in a minute or more; no gain for SAM's ViT-B on CPUs")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Segment the scans and say what was written."""
-    from accelerate import Accelerator
-
     from samed_peft import prediction
-    from samed_peft.io import FolderKind, require_highdicom, require_replaceable
-    from samed_peft.models.launch import require_precision, warn_of_one_process
-    from samed_peft.models.modeling import config_of
+    from samed_peft.io import require_highdicom
+    from samed_peft.prediction.records import common_channel, record_adapters, require_same_adapters
     from samed_peft.prediction.scans import warn_of_storage_order
 
-    names = ("batch_size", "dtype", "flips", "keep_largest", "overlay", "overwrite", "compile")
-    options = prediction.PredictionOptions(**{name: vars(args)[name] for name in names})
+    options = _options(args)
     sources = prediction.list_scans(args.input, series=args.series)
     if args.dicom_seg:
         require_highdicom()
     # Check inputs and outputs before a large base is loaded.
     kind = {"dicom_seg": args.dicom_seg, "series": args.series}
     first = prediction.plan_masks(sources, args.output, channel=args.channel, **kind)[0]
-    for folder in (first.mask.parent, *([first.overlay.parent] if args.overlay else [])):
-        require_replaceable(folder, FolderKind(in_place=True))
-    accelerator = Accelerator(cpu=args.device == "cpu")
-    warn_of_one_process(accelerator)
-    if args.dtype is None:  # before a large base is loaded
-        require_precision(accelerator)
-    place = {name: vars(args)[name] for name in ("base", "dtype", "device", "revision")}
-    model = prediction.load_segmenter(args.adapter, accelerator=accelerator, **place)
-    config = config_of(model)
-    channel = config.channel if args.channel is None else args.channel
+    _require_outputs(first, options)
+    accelerator = _new_accelerator(args)
+    adapters = prediction.find_adapters(args.adapter, revision=args.revision)
+    channel, channel_files = common_channel(adapters, args.channel)
     if accelerator.is_main_process:
-        warn_of_storage_order(sources, config.orientation)
-    scans = prediction.plan_masks(sources, args.output, channel=channel, channel_files=config.channel_files, **kind)
-    outcome = prediction.predict_files(model, scans, options=options, accelerator=accelerator)
+        for orientation in {adapter.config.orientation for adapter in adapters}:
+            warn_of_storage_order(sources, orientation)
+    scans = prediction.plan_masks(sources, args.output, channel=channel, channel_files=channel_files, **kind)
+    if not args.overwrite and any(scan.mask.is_file() for scan in scans):
+        require_same_adapters(first.mask.parent, adapters)
+    place = {name: vars(args)[name] for name in ("base", "dtype", "device")}
+    models = [prediction.load_segmenter(one.folder, accelerator=accelerator, **place) for one in adapters]
+    if args.tile:
+        models = [prediction.with_tiles(model) for model in models]
+    accelerator.wait_for_everyone()  # each has read the record before it changes
+    if accelerator.is_main_process:
+        _tell_averaged(adapters)
+        record_adapters(first.mask.parent, adapters)
+    outcome = prediction.predict_files(models, scans, options=options, accelerator=accelerator)
     accelerator.end_training()
     # Other processes exit with 0: if one failed, a launcher would stop the main process before it has reported.
     if accelerator.is_main_process:
         left_out = _tell_other_channels(len(sources) - len(scans), len(sources))
-        skipped = "" if args.series else _tell_skipped(args.input, sources, [args.output, first.overlay.parent])
+        outputs = [args.output, first.overlay.parent, first.probabilities.parent]
+        skipped = "" if args.series else _tell_skipped(args.input, sources, outputs)
         _report(outcome, args.output)
-        _require_all_done(left_out if channel is None else "", skipped, bool(config.channel_files))
+        _require_all_done(left_out if channel is None else "", skipped, bool(channel_files))
+
+
+def _new_accelerator(args: argparse.Namespace) -> "Accelerator":
+    from accelerate import Accelerator
+
+    from samed_peft.models.launch import require_precision, warn_of_one_process
+
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    warn_of_one_process(accelerator)
+    if args.dtype is None:  # before a large base is loaded
+        require_precision(accelerator)
+    return accelerator
+
+
+def _options(args: argparse.Namespace) -> "PredictionOptions":
+    from samed_peft import prediction
+
+    names = ("batch_size", "dtype", "flips", "keep_largest", "postprocess", "save_probabilities", "probability_bits")
+    return prediction.PredictionOptions(
+        **{name: vars(args)[name] for name in (*names, "overlay", "overwrite", "compile")}
+    )
+
+
+def _require_outputs(first: "Scan", options: "PredictionOptions") -> None:
+    """Refuse folders that cannot be written."""
+    from samed_peft.io import FolderKind, require_replaceable
+
+    wanted = [(True, first.mask), (options.overlay, first.overlay), (options.save_probabilities, first.probabilities)]
+    for folder in [file.parent for is_wanted, file in wanted if is_wanted]:
+        require_replaceable(folder, FolderKind(in_place=True))
+
+
+def _tell_averaged(adapters: "Sequence[AdapterSource]") -> None:
+    if len(adapters) > 1:
+        print(printable(f"averaging {len(adapters)} adapters: {', '.join(one.source for one in adapters)}"))
 
 
 def _tell_other_channels(count: int, total: int) -> str:

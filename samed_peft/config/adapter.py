@@ -97,6 +97,9 @@ class SamedConfig(JsonFields):
         "samed",
         _RESAMPLING,
     )
+    tile: bool = described(
+        "whether slices are cut into overlapping tiles of image_size pixels, as in training, and not resized", False
+    )
     window: tuple[float, float] | None = described(
         "(low, high) clipped to and scaled to [0, 1]; None for each scan's 0.5-99.5 percentiles", CT_WINDOW_HU, _WINDOW
     )
@@ -115,6 +118,9 @@ class SamedConfig(JsonFields):
     channel_files: bool | None = described(
         "whether each channel of training scans was a file, named CASE_0000 and so on as nnU-Net's; None if unknown",
         None,
+    )
+    keep_largest: tuple[str, ...] = described(
+        "classes of which only the largest connected part is kept, as found on validation", ()
     )
     preset: str = described("name of the published recipe that this config follows", "samed")
     method: str = described(f"how to adapt the encoder: {', '.join(METHODS)}", "lora", _METHOD)
@@ -148,9 +154,19 @@ class SamedConfig(JsonFields):
             f"class_names must be 1 to 255 different names, background left out; "
             f"found {len(names)}: {short(list(names))}",
         )
+        unknown = [name for name in self.keep_largest if name not in names]
+        require(
+            not unknown and len(set(self.keep_largest)) == len(self.keep_largest),
+            f"keep_largest must name some of class_names, {short(list(names))}, once each; "
+            f"found {short(list(self.keep_largest))}",
+        )
         for name in ("image_size", "input_size"):
             pixels = vars(self)[name] or 0
             require(pixels <= _MOST_PIXELS, f"{name} must be {_MOST_PIXELS} pixels at most; found {pixels}")
+        require(
+            self.resampling == "aligned" or not self.tile,
+            f"tile needs resampling aligned, since tiles are not resized; found {self.resampling}",
+        )
         require(
             self.resampling == "samed" or self.input_size is None,
             f"input_size is a part of SAMed's resampling and must be None with {self.resampling}; found "

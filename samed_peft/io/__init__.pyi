@@ -36,7 +36,9 @@ from .formats import suffix_of as suffix_of
 from .instances import INSTANCE_ADVICE as INSTANCE_ADVICE
 from .instances import has_whole_objects as has_whole_objects
 from .label_names import label_colour as label_colour
+from .nifti import write_probabilities as write_probabilities
 from .nifti import write_volume as write_volume
+from .nifti import writing_probabilities as writing_probabilities
 from .scans import PICTURE_ADVICE as PICTURE_ADVICE
 from .scans import numbered_names as numbered_names
 from .scans import read_affine as read_affine

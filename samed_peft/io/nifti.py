@@ -4,7 +4,7 @@ import contextlib
 import gzip
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from samed_peft.errors import InputError
-from samed_peft.io.atomic import write_bytes
+from samed_peft.io.atomic import atomic_file, write_bytes
 from samed_peft.io.files import damaged
 from samed_peft.io.label_names import label_colour
 from samed_peft.io.streams import GZIP_MAGIC, Source
@@ -154,6 +154,66 @@ def write_mask(mask: np.ndarray, like: Volume, path: Path, names: Mapping[int, s
     _write(image, path)
     if scan_header is None:
         warn_of_shear(like, path)
+
+
+def write_probabilities(probabilities: np.ndarray, like: Volume, path: str | Path) -> None:
+    """Write probabilities as 4-D NIfTI on a scan's own grid, scaled to [0, 1] by its header, atomically.
+
+    Volume k holds the k-th class, 0 the background. Programs that honour `scl_slope` show probabilities, among them
+    nibabel and SimpleITK.
+
+    Args:
+        probabilities: (K + 1, D, H, W) uint8 or uint16, of which 255 or 65535 stands for 1.
+        like: the scan, (D, H, W).
+        path: `.nii.gz` or `.nii`; missing parent folders are made.
+
+    Raises:
+        InputError: the array is not on the scan's grid or of another type, or the suffix is another one.
+    """
+    with writing_probabilities(probabilities, like, path):
+        pass
+
+
+@contextlib.contextmanager
+def writing_probabilities(probabilities: np.ndarray, like: Volume, path: str | Path) -> Iterator[None]:
+    """`write_probabilities`, whose file appears at the end of the `with` block, unless the block raises an error."""
+    path = Path(path)
+    if not path.name.lower().endswith(SUFFIXES):
+        raise InputError(f"expected a name ending in {' or '.join(SUFFIXES)}, found {path}; choose one of these")
+    if probabilities.shape[1:] != like.array.shape[:3] or probabilities.dtype not in (np.uint8, np.uint16):
+        raise InputError(
+            f"expected uint8 or uint16 probabilities of {like.array.shape[:3]} voxels a class, as {like.path} has, "
+            f"found {probabilities.dtype} {probabilities.shape} for {path}; take those of predict_probabilities"
+        )
+    scan_header = _scan_header(like)
+    with atomic_file(path) as temporary:
+        with temporary.open("wb") as stream:
+            if path.name.lower().endswith(".gz"):
+                # Higher levels save a tenth of the bytes in twice the time. A fixed time stamp, as in `_write`.
+                with gzip.GzipFile("", "wb", compresslevel=1, fileobj=stream, mtime=0) as packed:
+                    _write_scaled(probabilities, like, scan_header, packed.write)
+            else:
+                _write_scaled(probabilities, like, scan_header, stream.write)
+        yield
+    if scan_header is None:
+        warn_of_shear(like, path)
+
+
+def _write_scaled(
+    probabilities: np.ndarray, like: Volume, scan_header: Any, write: Callable[[bytes | memoryview], object]
+) -> None:
+    """Write header and voxels, slice by slice, so that no second copy of them is in memory."""
+    blank = np.zeros(like.array.shape[:3], np.uint8)
+    header = (_new_image(blank, like.affine) if scan_header is None else _mask_image(blank, scan_header)).header
+    header.set_data_dtype(probabilities.dtype)
+    header.set_data_shape(probabilities.shape[::-1])
+    header["pixdim"][4] = 1
+    header["scl_slope"], header["scl_inter"] = 1 / np.iinfo(probabilities.dtype).max, 0
+    header["vox_offset"], header["magic"] = header.single_vox_offset, header.single_magic
+    write(header.binaryblock + bytes(header.single_vox_offset - len(header.binaryblock)))
+    for part in probabilities:
+        for slice_yx in part:
+            write(np.ascontiguousarray(slice_yx).data)
 
 
 def _mask_image(mask: np.ndarray, scan_header: Any) -> Any:

@@ -21,3 +21,21 @@ def resize_aligned(slices: Tensor, size: int | tuple[int, int]) -> Tensor:
     if slices.shape[-2:] == size_hw:
         return slices
     return F.interpolate(slices, size=size_hw, mode="bilinear", align_corners=False, antialias=True)
+
+
+def pad_to(slices: Tensor, size: int) -> Tensor:
+    """Pad slices that are smaller than a tile with zeros, alike on both sides but for one odd row or column at the end.
+
+    Training on crops and prediction in tiles (`SamedConfig.tile`) both call it.
+
+    Args:
+        slices: (B, C, H, W).
+        size: least height and width.
+
+    Returns:
+        (B, C, max(H, size), max(W, size)); `slices` itself if nothing is missing.
+    """
+    height, width = (max(size - length, 0) for length in slices.shape[-2:])
+    if not height and not width:
+        return slices
+    return F.pad(slices, (width // 2, width - width // 2, height // 2, height - height // 2))

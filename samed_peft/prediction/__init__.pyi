@@ -3,8 +3,12 @@ from .files import PredictionOptions as PredictionOptions
 from .files import predict_files as predict_files
 from .held_out import score_held_out as score_held_out
 from .inference import load_segmenter as load_segmenter
+from .inference import predict_probabilities as predict_probabilities
 from .inference import predict_volume as predict_volume
 from .inference import segment_cases as segment_cases
+from .postprocessing import choose_postprocessing as choose_postprocessing
+from .records import find_adapters as find_adapters
 from .scans import Scan as Scan
 from .scans import list_scans as list_scans
 from .scans import plan_masks as plan_masks
+from .slices import with_tiles as with_tiles

@@ -24,13 +24,16 @@ from samed_peft.io import (
     write_bytes,
     write_dicom_seg,
     write_mask,
+    writing_probabilities,
 )
 from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import DTYPES
+from samed_peft.prediction.averaging import PROBABILITY_BITS, Segmenters, as_models
 from samed_peft.prediction.compiled import CompiledSegmenter
-from samed_peft.prediction.inference import Segmenter, predict_volume
+from samed_peft.prediction.inference import predict_probabilities, predict_volume
 from samed_peft.prediction.pipeline import process_in_order
 from samed_peft.prediction.scans import Scan
+from samed_peft.prediction.slices import Segmenter
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,11 @@ class PredictionOptions:
         dtype: "float32", "bfloat16" or "float16" for autocast; None for Accelerate's precision.
         flips: average over flips of each slice (`predict_volume`).
         keep_largest: keep the largest connected part of each class (`predict_volume`).
+        postprocess: otherwise keep the largest part of the classes that the adapter records; False: of none.
+        save_probabilities: also write the probabilities of all classes (`io.write_probabilities`).
+        probability_bits: 8 or 16 for each of them; None for 8.
         overlay: also write a picture of each mask over its scan.
-        overwrite: segment finished scans again.
+        overwrite: segment finished scans again; earlier probabilities are replaced or removed with their mask.
         compile: compile the model first, which takes a minute or more.
 
     Raises:
@@ -54,6 +60,9 @@ class PredictionOptions:
     dtype: str | None = None
     flips: bool = False
     keep_largest: bool = False
+    postprocess: bool = True
+    save_probabilities: bool = False
+    probability_bits: int | None = None
     overlay: bool = False
     overwrite: bool = False
     compile: bool = False
@@ -63,6 +72,25 @@ class PredictionOptions:
             raise InputError(f"batch_size must be at least 1; found {self.batch_size}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}; found {self.dtype!r}")
+        if self.probability_bits is not None and self.probability_bits not in PROBABILITY_BITS:
+            raise InputError(f"probability_bits must be 8 or 16; found {self.probability_bits}")
+        if self.probability_bits is not None and not self.save_probabilities:
+            raise InputError("probability_bits means nothing without save_probabilities; give both, or leave it out")
+
+    def segment(self, model: Segmenters, image: Volume) -> tuple[np.ndarray, np.ndarray | None]:
+        """The mask of a scan, and its probabilities if they are wanted."""
+        parts = True if self.keep_largest else (None if self.postprocess else False)
+        if not self.save_probabilities:
+            mask = predict_volume(model, image, batch_size=self.batch_size, flips=self.flips, keep_largest=parts)
+            return mask, None
+        return predict_probabilities(
+            model,
+            image,
+            bits=self.probability_bits or 8,
+            batch_size=self.batch_size,
+            flips=self.flips,
+            keep_largest=parts,
+        )
 
 
 @dataclass(frozen=True)
@@ -81,9 +109,9 @@ class Outcome:
 
 
 def predict_files(
-    model: Segmenter, scans: Sequence[Scan], *, options: PredictionOptions, accelerator: Accelerator
+    model: Segmenters, scans: Sequence[Scan], *, options: PredictionOptions, accelerator: Accelerator
 ) -> Outcome:
-    """Segment scans, divided among processes; every mask appears whole or not at all.
+    """Segment scans, divided among processes; every mask appears whole or not at all, after its probabilities.
 
     A scan that cannot be read or segmented fails alone. Finished scans are skipped, so that an interrupted run resumes
     at the scan where it stopped.
@@ -107,13 +135,14 @@ def predict_files(
     flag = SharedFlag.new_in(pending[0].mask.parent) if pending and accelerator.num_processes > 1 else None
     pending, flag = broadcast_object_list([pending, flag])
     mine = pending[accelerator.process_index :: accelerator.num_processes]
+    models = as_models(model)
     if options.compile and mine:
-        model = CompiledSegmenter(model, options.batch_size)
+        models = tuple(CompiledSegmenter(one, options.batch_size) for one in models)
     with StopSignal() as stop, contextlib.ExitStack() as cleanup:
         if flag is not None and accelerator.is_main_process:
             cleanup.callback(flag.remove)
         stopped = partial(_is_stopped, stop, flag)
-        written, failed = _predict_all(model, mine, options=options, accelerator=accelerator, stopped=stopped)
+        written, failed = _predict_all(models, mine, options=options, accelerator=accelerator, stopped=stopped)
         # Within the block: a signal must not end a process before the others' turn.
         written, failed, received = _gathered(written, failed, stop.received or 0, accelerator=accelerator)
     pending_cases = [scan.case for scan in pending]
@@ -154,11 +183,12 @@ def _what_is_left(written: Sequence[str], failed: dict[str, str], left: int, fol
 
 
 def _is_finished(scan: Scan, options: PredictionOptions) -> bool:
-    return scan.mask.is_file() and (not options.overlay or scan.overlay.is_file())
+    wanted = [(options.overlay, scan.overlay), (options.save_probabilities, scan.probabilities)]
+    return scan.mask.is_file() and all(file.is_file() for is_wanted, file in wanted if is_wanted)
 
 
 def _predict_all(
-    model: Segmenter,
+    models: Sequence[Segmenter],
     scans: Sequence[Scan],
     *,
     options: PredictionOptions,
@@ -177,16 +207,18 @@ def _predict_all(
     def compute(scan: Scan, reading: Callable[[], Volume]) -> Callable[[], None] | None:
         with _failures_noted(failed, scan, options):
             image = reading()
-            with _precision(model, options.dtype, accelerator):
-                mask = predict_volume(
-                    model, image, batch_size=options.batch_size, flips=options.flips, keep_largest=options.keep_largest
-                )
-            return partial(write, scan, image, mask)
+            with _precision(models[0], options.dtype, accelerator):
+                mask, probabilities = options.segment(models, image)
+            return partial(write, scan, image, mask, probabilities)
         return None
 
-    def write(scan: Scan, image: Volume, mask: np.ndarray) -> None:
+    def write(scan: Scan, image: Volume, mask: np.ndarray, probabilities: np.ndarray | None) -> None:
         with _failures_noted(failed, scan, options):
-            _write_files(scan, image, mask, config=config_of(model), overlay=options.overlay)
+            if options.overlay:
+                _write_overlay(scan, image, mask, config_of(models[0]))
+            if options.overwrite and not options.save_probabilities:
+                scan.probabilities.unlink(missing_ok=True)  # of the mask that is replaced now
+            _write_results(scan, image, mask, probabilities, config=config_of(models[0]))
             written.append(scan.case)
 
     hidden = None if accelerator.is_main_process else True  # None: shown in terminals only
@@ -204,6 +236,7 @@ def _failures_noted(failed: dict[str, str], scan: Scan, options: PredictionOptio
     except (torch.OutOfMemoryError, MemoryError):
         failed[scan.case] = (
             f"{scan.source} does not fit into memory; choose a smaller batch_size than {options.batch_size}"
+            + (", 8 probability_bits, or no save_probabilities" if options.save_probabilities else "")
         )
     except Exception as error:
         failed[scan.case] = _one_line(scan, error)
@@ -214,17 +247,29 @@ def _one_line(scan: Scan, error: Exception) -> str:
     return reason_of(error) if isinstance(error, (InputError, OSError)) else f"{scan.source}: {reason_of(error)}"
 
 
-def _write_files(scan: Scan, image: Volume, mask: np.ndarray, *, config: SamedConfig, overlay: bool) -> None:
-    """Write the mask last: a scan with a mask is finished."""
-    if overlay:
-        window = scan_window(image, config.window)
-        picture = case_picture(image, None, mask, class_names=config.class_names, window=window)
-        write_bytes(scan.overlay, picture)
+def _write_overlay(scan: Scan, image: Volume, mask: np.ndarray, config: SamedConfig) -> None:
+    window = scan_window(image, config.window)
+    picture = case_picture(image, None, mask, class_names=config.class_names, window=window)
+    write_bytes(scan.overlay, picture)
+
+
+def _write_results(
+    scan: Scan, image: Volume, mask: np.ndarray, probabilities: np.ndarray | None, *, config: SamedConfig
+) -> None:
+    """Write mask and probabilities so that no mask ever lies beside those of another one.
+
+    Old probabilities go before the mask appears. What is killed in between leaves a mask without them, and that scan is
+    segmented again.
+    """
     names = dict(enumerate(config.class_names, start=1))
-    if scan.mask.suffix.lower() == DICOM_SEG_SUFFIX:
-        write_dicom_seg(mask, image, scan.mask, label_names=names, series=scan.series)
-    else:
-        write_mask(mask, image, scan.mask, label_names=names)
+    with contextlib.ExitStack() as both:
+        if probabilities is not None:
+            both.enter_context(writing_probabilities(probabilities, image, scan.probabilities))
+            scan.probabilities.unlink(missing_ok=True)
+        if scan.mask.suffix.lower() == DICOM_SEG_SUFFIX:
+            write_dicom_seg(mask, image, scan.mask, label_names=names, series=scan.series)
+        else:
+            write_mask(mask, image, scan.mask, label_names=names)
 
 
 def _precision(

@@ -16,11 +16,12 @@ from samed_peft.evaluation.report import Report
 from samed_peft.io import Volume
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM
 from samed_peft.models.modeling import config_of
-from samed_peft.prediction.inference import Segmenter, load_segmenter, segment_cases
+from samed_peft.prediction.averaging import Segmenters, as_models
+from samed_peft.prediction.inference import load_segmenter, segment_cases
 
 
 def score_held_out(
-    model: Segmenter | Path,
+    model: Segmenters | Path,
     images: Mapping[str, Volume],
     references: Mapping[str, Volume],
     directory: Path,
@@ -34,7 +35,8 @@ def score_held_out(
     reason, in the report's settings under `failed_cases`.
 
     Args:
-        model: from `load_segmenter`, or the folder of an adapter, which is then tested as it was saved.
+        model: from `load_segmenter`, one or several to average; or the folder of an adapter, which is then tested as it
+            was saved.
         images: case -> scan, read when its turn comes.
         references: case -> label map.
         directory: gets `predictions` and the report's files.
@@ -61,7 +63,7 @@ def score_held_out(
         warn_of_failure(case, error)
 
     masks = segment_cases(model, images, directory / "predictions", accelerator=accelerator, on_failure=fail)
-    config = config_of(model)
+    config = config_of(as_models(model)[0])
     names = config.class_names
     if left := [case for case in own if case not in failed]:
         part = evaluate_cases(

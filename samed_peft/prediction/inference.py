@@ -1,42 +1,33 @@
-"""Predict a label mask on a scan's own grid."""
+"""Predict a label mask, and probabilities, on a scan's own grid."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial, reduce
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
-from scipy import ndimage
-from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from samed_peft.adapters.save_load import load_adapter
-from samed_peft.config import SamedConfig
-from samed_peft.datasets.preprocessing import (
-    neighbour_step,
-    normalized_array,
-    reorientation,
-    reoriented,
-    resize_label,
-    slice_spacing_mm,
-    spline_matrix,
-    warn_of_window,
-)
+from samed_peft.datasets.preprocessing import reorientation, reoriented, warn_of_window
 from samed_peft.errors import InputError
 from samed_peft.io import Volume, write_mask
-from samed_peft.models.modeling import SamForSemanticSegmentation, config_of
+from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import cast_frozen_weights, product_dtype
-from samed_peft.models.resizing import resize_aligned
-from samed_peft.prediction.compiled import CompiledSegmenter
+from samed_peft.prediction.averaging import (
+    PROBABILITY_BITS,
+    Segmenters,
+    as_models,
+    new_sums,
+    one_of,
+    rescaled,
+    segmented,
+)
 from samed_peft.prediction.pipeline import process_in_order
-
-Segmenter: TypeAlias = PeftModel | SamForSemanticSegmentation | CompiledSegmenter
-"""An adapter on its base, a merged model, or either of them compiled; all have a `samed_config`."""
+from samed_peft.prediction.postprocessing import largest_parts
+from samed_peft.prediction.slices import Segmenter
 
 
 def load_segmenter(
@@ -93,156 +84,102 @@ def _available_device(name: str, accelerator: Accelerator) -> torch.device:
 
 
 def predict_volume(
-    model: Segmenter, volume: Volume, *, batch_size: int = 8, flips: bool = False, keep_largest: bool = False
+    model: Segmenters, volume: Volume, *, batch_size: int = 8, flips: bool = False, keep_largest: bool | None = None
 ) -> np.ndarray:
     """Segment a scan slice by slice, as SAMed's test does, but in batches and without labels.
 
     Each slice is normalised, resized by cubic spline (through the low-resolution bottleneck if the adapter has one) and
     segmented; the arg max at the model's size is resized back by nearest neighbour. For an adapter whose resampling is
     "aligned", slices are resized by `resize_aligned`, and logits straight to the slice's own size before the arg max.
+    For an adapter of tiles (`SamedConfig.tile`), slices are not resized but cut into tiles, whose logits are blended.
     A scan in another orientation than the adapter's is flipped and transposed first, and the mask back.
 
     Args:
         model: from `load_segmenter`, `load_adapter`, `add_lora` or `load_sam`; its `samed_config` says how
-            to prepare scans. It runs in evaluation mode and returns to its mode afterwards.
+            to prepare scans. It runs in evaluation mode and returns to its mode afterwards. Of several, which may
+            differ in all but the classes, the probabilities are averaged (`predict_probabilities`).
         volume: the scan, (D, H, W), or a colour picture (1, H, W, 3).
-        batch_size: slices per forward pass.
+        batch_size: slices, or tiles, per forward pass.
         flips: average the logits over each slice and its flips along rows, columns and both, in four times the time.
-        keep_largest: keep only the largest connected part of each class (`largest_parts`).
+        keep_largest: keep only the largest connected part of each class (`largest_parts`): True for all classes, False
+            for none, None for those that the adapter records (`SamedConfig.keep_largest`), or all of several adapters.
 
     Returns:
         (D, H, W) uint8 on the grid of `volume`, 0 is background.
 
     Raises:
         InputError: `batch_size` is below 1, the model has no `samed_config`, the scan is constant and the model has no
-            fixed window, or the adapter sees neighbouring slices and the scan has no spacing.
+            fixed window, or the adapter sees neighbouring slices and the scan has no spacing; several models have
+            different classes.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1; found {batch_size}")
-    config = config_of(model)
-    warn_of_window(volume, config.window)
-    there, back = reorientation(volume, config.orientation)
-    array = reoriented(normalized_array(volume, config.window), there)
-    step = _neighbour_step(volume, slice_spacing_mm(volume, there), config)
-    was_training = model.training
-    model.eval()
-    try:
-        mask = np.empty(array.shape[:3], np.uint8)
-        for start in range(0, len(array), batch_size):
-            batch = slice(start, start + batch_size)
-            mask[batch] = _predict_slices(model, slice_channels(array, batch, step), flips=flips)
-    finally:
-        model.train(was_training)
-    if keep_largest:  # before turning back, so that ties are broken alike in every orientation
-        mask = largest_parts(mask)
-    return np.ascontiguousarray(reoriented(mask, back))
+    models = as_models(model)
+    for window in {config_of(one).window for one in models}:
+        warn_of_window(volume, window)
+    sums = None if len(models) == 1 else new_sums(models, volume, 16)
+    mask = segmented(models, volume, sums, batch_size=batch_size, flips=flips)
+    return _cleaned(mask, volume, models, keep_largest)
 
 
-def _neighbour_step(volume: Volume, spacing_mm: float | None, config: SamedConfig) -> int | None:
-    """Slices to the neighbours that fill the outer channels; None if the slice itself does."""
-    if config.neighbour_mm is None:
-        return None
-    name = volume.path or "the scan"
-    if volume.array.ndim == 4:
-        raise InputError(f"{name} is a colour picture, but the adapter sees neighbouring slices of grey scans")
-    return neighbour_step(spacing_mm, config.neighbour_mm, name=name)
+def predict_probabilities(
+    model: Segmenters,
+    volume: Volume,
+    *,
+    bits: int = 16,
+    batch_size: int = 8,
+    flips: bool = False,
+    keep_largest: bool | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Segment a scan as `predict_volume` does, to the same mask, and return the probabilities behind it too.
 
-
-def slice_channels(array: np.ndarray, batch: slice, step: int | None = None) -> np.ndarray:
-    """The channels (B, 1 or 3, H, W) float32 that show the encoder some slices of a scan; one fills all three.
+    They are the softmax of the logits on the scan's own grid; with SAMed's resampling, of the logits at the encoder's
+    size, resized by nearest neighbour as the mask is. The mask is their arg max, but for ties that rounding makes and
+    for the parts that `keep_largest` removes. (K + 1) D H W numbers of 8 or 16 bits are in memory; of several models,
+    whose sums have 16 bits, and of 8 bits asked for, both.
 
     Args:
-        array: the normalised scan (D, H, W), or a colour picture (1, H, W, 3), in the adapter's orientation.
-        batch: which slices.
-        step: of the slices before and after that become the first and third channel, which at the ends of a scan is the
-            slice itself; None to show the slice alone.
+        model: as for `predict_volume`.
+        volume: as for `predict_volume`.
+        bits: 8 or 16 for each probability.
+        batch_size: as for `predict_volume`.
+        flips: as for `predict_volume`.
+        keep_largest: as for `predict_volume`; probabilities stay as they are.
+
+    Returns:
+        The mask (D, H, W) uint8, and probabilities (K + 1, D, H, W) uint8 or uint16, background first, in which 255 or
+        65535 stands for 1. Rounded one by one, they add up to 1 within (K + 1) / 2 of these steps.
+
+    Raises:
+        InputError: as `predict_volume`; `bits` is neither 8 nor 16.
     """
-    slices = array[batch]
-    if step is not None:
-        numbers = np.arange(len(array))[batch]
-        sides = [numbers - step, numbers + step]
-        inside = [np.where((side >= 0) & (side < len(array)), side, numbers) for side in sides]
-        return np.stack([array[inside[0]], slices, array[inside[1]]], axis=1)
-    return slices[:, None] if slices.ndim == 3 else np.moveaxis(slices, -1, 1)
+    if bits not in PROBABILITY_BITS:
+        raise InputError(f"bits must be 8 or 16; found {bits}")
+    models = as_models(model)
+    for window in {config_of(one).window for one in models}:
+        warn_of_window(volume, window)
+    sums = new_sums(models, volume, bits if len(models) == 1 else 16)
+    mask = segmented(models, volume, sums, batch_size=batch_size, flips=flips)
+    one = one_of(sums, models) * len(models)
+    return _cleaned(mask, volume, models, keep_largest), rescaled(sums, one, bits)
 
 
-@torch.inference_mode()
-def _predict_slices(model: Segmenter, channels: np.ndarray, *, flips: bool) -> np.ndarray:
-    """Labels (B, H, W) uint8 of channels (B, 1 or 3, H, W) from `slice_channels`."""
-    config = config_of(model)
-    inputs = _encoder_inputs(model, channels)
-    logits = _mean_over_flips(model, inputs) if flips else model(pixel_values=inputs).logits
-    size_hw = (channels.shape[2], channels.shape[3])
-    if config.resampling == "aligned":
-        return upsampled_argmax(logits, size_hw).cpu().numpy()
-    return resize_label(upsampled_argmax(logits, config.image_size).cpu().numpy(), size_hw)
-
-
-def _encoder_inputs(model: Segmenter, channels: np.ndarray) -> Tensor:
-    """Pixels (B, 3, S, S) on the model's device, resized as its config says."""
-    config, device = config_of(model), next(model.parameters()).device
-    # MPS has no float64.
-    tensor = torch.from_numpy(np.ascontiguousarray(channels)).to("cpu" if device.type == "mps" else device)
-    if config.resampling == "aligned":
-        resized = resize_aligned(tensor, config.image_size)
-    else:
-        sizes = (config.image_size,) if config.input_size is None else (config.input_size, config.image_size)
-        resized = resize_on_device(tensor, sizes)
-    return resized.to(device).expand(-1, 3, -1, -1)
-
-
-def resize_on_device(slices: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Prediction's resizer: the cubic spline of `preprocessing.resize_image`, as matrices, for a batch on its device.
-
-    Training keeps the other resizer, which adds in SciPy's order, so that its pixels equal SAMed's to the bit; that
-    takes one slice at a time on the CPU. This one differs by rounding in float64, and leaves no slice to the CPU.
-    Neither autocast nor TF32 touches float64; between two sizes slices are float32, as in SAMed.
-
-    Args:
-        slices: (B, C, H, W) float32.
-        sizes: sides of the squares to resize to, one after the other.
-    """
-    for size in sizes:
-        if slices.shape[-2:] != (size, size):
-            rows, columns = (_spline_matrix(old, size, slices.device) for old in slices.shape[-2:])
-            slices = (rows @ slices.double() @ columns.T).float()
-    return slices
-
-
-@lru_cache(maxsize=8)
-def _spline_matrix(old: int, new: int, device: torch.device) -> Tensor:
-    return torch.from_numpy(spline_matrix(old, new)).to(device)
-
-
-def _mean_over_flips(model: Segmenter, inputs: Tensor) -> Tensor:
-    """Mean logits (B, K + 1, h, w) over four flips of (B, 3, S, S), each turned back.
-
-    Logits and not probabilities, as in nnU-Net: averaging and resizing of logits commute, so a model that is invariant
-    to flips gives the same mask as without them.
-    """
-    all_axes: tuple[tuple[int, ...], ...] = ((), (-2,), (-1,), (-2, -1))
-    turned = (torch.flip(model(pixel_values=torch.flip(inputs, axes)).logits.float(), axes) for axes in all_axes)
-    return reduce(torch.add, turned) / len(all_axes)
-
-
-def upsampled_argmax(logits: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Labels uint8 of logits (B, K + 1, h, w), resized bilinearly as SAM resizes its masks.
-
-    Args:
-        logits: of any float type.
-        size: pixels per side of a square, or (height, width).
-    """
-    size_hw = (size, size) if isinstance(size, int) else size
-    # Slice by slice: K + 1 maps of one slice fit into a processor's cache. `max` finds the same index as `argmax`, but
-    # faster on CPUs.
-    resized = (
-        F.interpolate(one.float(), size=size_hw, mode="bilinear", align_corners=False) for one in logits.split(1)
-    )
-    return torch.cat([one.max(dim=1).indices.to(torch.uint8) for one in resized])
+def _cleaned(mask: np.ndarray, volume: Volume, models: Sequence[Segmenter], keep_largest: bool | None) -> np.ndarray:
+    """The mask with the largest parts alone of some classes."""
+    configs = [config_of(model) for model in models]
+    names = [
+        name
+        for name in configs[0].class_names
+        if (all(name in config.keep_largest for config in configs) if keep_largest is None else keep_largest)
+    ]
+    if not names:
+        return mask
+    labels = [configs[0].class_names.index(name) + 1 for name in names]
+    # In the model's orientation, so that ties are broken alike in every orientation of the scan.
+    there, back = reorientation(volume, configs[0].orientation)
+    return np.ascontiguousarray(reoriented(largest_parts(reoriented(mask, there), labels), back))
 
 
 def segment_cases(
-    model: Segmenter,
+    model: Segmenters,
     images: Mapping[str, Volume],
     directory: Path,
     *,
@@ -264,7 +201,7 @@ def segment_cases(
         case -> file, the same on every process, once all that this process does not call a failure are written.
     """
     files = {case: directory / f"{case}.nii.gz" for case in images}
-    names = dict(enumerate(config_of(model).class_names, start=1))
+    names = dict(enumerate(config_of(as_models(model)[0]).class_names, start=1))
     mine = list(images)[accelerator.process_index :: accelerator.num_processes]
 
     def compute(case: str, read: Callable[[], Volume]) -> Callable[[], None] | None:
@@ -293,28 +230,3 @@ def _failing_alone(case: str, on_failure: Callable[[str, Exception], None] | Non
         if on_failure is None or isinstance(error, Warning):
             raise
         on_failure(case, error)
-
-
-def largest_parts(mask: np.ndarray) -> np.ndarray:
-    """Keep the largest connected part of each class; smaller ones become background.
-
-    Voxels that touch at a face, an edge or a corner are connected (26 neighbours). Of equally large parts the
-    first in the array stays.
-
-    Args:
-        mask: (D, H, W) uint8, 0 is background.
-
-    Returns:
-        A new array of the same shape and type.
-    """
-    kept = mask.copy()
-    for label, box in enumerate(ndimage.find_objects(mask), start=1):
-        if box is None:
-            continue
-        inside = kept[box]
-        is_label = mask[box] == label
-        parts, count = ndimage.label(is_label, structure=np.ones((3, 3, 3)))
-        if count > 1:
-            largest = 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
-            inside[is_label & (parts != largest)] = 0
-    return kept

@@ -57,6 +57,11 @@ class Scan:
         """File to write a picture of the mask over the scan to."""
         return self.mask.parent / "overlays" / f"{self.case}.png"
 
+    @property
+    def probabilities(self) -> Path:
+        """File to write the probabilities of all classes to."""
+        return self.mask.parent / "probabilities" / f"{self.case}.nii.gz"
+
 
 def list_scans(source: Path, *, series: str | None = None) -> list[Path]:
     """List the scans at a place: a file, a DICOM folder, or all scan files and DICOM folders directly in a folder.
@@ -244,7 +249,8 @@ def _single_mask(named: Sequence[tuple[str, Path]], output: Path, dicom_seg: boo
 
 def _require_elsewhere(scan: Scan, is_one_of_many: bool, dicom_seg: bool) -> None:
     """Refuse masks that would replace scans, or be taken for scans the next time."""
-    for kind, file in (("mask", scan.mask), ("overlay", scan.overlay)):
+    files = {"mask": scan.mask, "overlay": scan.overlay, "probability file": scan.probabilities}
+    for kind, file in files.items():
         if file.resolve() == scan.source.resolve():
             raise InputError(f"the {kind} of {scan.source} would replace the scan; choose another output")
     folder, scans = scan.mask.parent.resolve(), scan.source.parent.resolve()

@@ -54,6 +54,10 @@ def test_what_an_adapter_is(adapter):
     assert "input     64 pixels through 32, window -125 to 275, slices as in LAS" in text
     info["config"] |= {"input_size": None, "resampling": "aligned"}
     assert "input     64 pixels aligned, window -125 to 275" in info_text(info)
+    info["config"] |= {"tile": True, "keep_largest": list(CLASSES)}
+    text_of_tiles = info_text(info)
+    assert "input     tiles of 64 pixels aligned, window" in text_of_tiles
+    assert ", slices as in LAS, largest part alone of 2 classes\n" in text_of_tiles
     assert "    1 left|lobe\n    2 right lobe" in text
     assert text.endswith("not evaluated")
 

@@ -166,6 +166,38 @@ def test_nifti_mask_keeps_codes_and_units(tmp_path):
     assert (tmp_path / "mask.nii.gz").read_bytes() == first
 
 
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_probabilities_keep_codes_and_scale(tmp_path, suffix):
+    image = nibabel.Nifti2Image(scan_array().T, AFFINE)
+    image.set_sform(AFFINE, code=4)
+    image.set_qform(AFFINE, code=3)
+    nibabel.save(image, tmp_path / "scan.nii.gz")
+    scan = io.read_volume(tmp_path / "scan.nii.gz")
+    stored = np.arange(2 * 60, dtype=np.uint8).reshape(2, 5, 4, 3)[:, ::-1]  # a view, as of a turned scan
+    for _ in range(2):
+        io.write_probabilities(stored, scan, tmp_path / "out" / f"p{suffix}")
+        bytes_written = (tmp_path / "out" / f"p{suffix}").read_bytes()
+    found = nibabel.load(tmp_path / "out" / f"p{suffix}")
+    np.testing.assert_array_equal(np.asarray(found.dataobj.get_unscaled()).T, stored)
+    np.testing.assert_allclose(found.get_fdata().T, stored / 255, atol=1e-7)
+    assert (int(found.header["sform_code"]), int(found.header["qform_code"])) == (4, 3)
+    np.testing.assert_array_equal(found.header.get_sform(), image.header.get_sform())
+    io.write_probabilities(stored, scan, tmp_path / "out" / f"p{suffix}")
+    assert (tmp_path / "out" / f"p{suffix}").read_bytes() == bytes_written
+
+
+def test_wrong_probabilities_are_refused(tmp_path):
+    like = io.Volume(scan_array(), AFFINE)
+    for array, name, message in (
+        (np.zeros((2, 3, 4, 5), np.uint8), "p.nii.gz", r"\(5, 4, 3\) voxels a class.*found uint8 \(2, 3, 4, 5\)"),
+        (np.zeros((2, 5, 4, 3), np.float32), "p.nii.gz", "uint8 or uint16.*found float32"),
+        (np.zeros((2, 5, 4, 3), np.uint8), "p.nrrd", r"ending in \.nii\.gz or \.nii"),
+    ):
+        with pytest.raises(InputError, match=message):
+            io.write_probabilities(array, like, tmp_path / name)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_mask_of_nifti_2_keeps_the_affine_to_the_bit(tmp_path):
     affine = AFFINE + 1e-9
     affine[3] = (0, 0, 0, 1)

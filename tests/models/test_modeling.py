@@ -18,7 +18,7 @@ from samed_peft.models.attention import SamSplitAttention
 from samed_peft.models.bases import load_sam
 from samed_peft.models.checkpoints import fuse_qkv, load_meta_checkpoint, split_qkv
 from samed_peft.models.modeling import SamForSemanticSegmentation
-from samed_peft.prediction.inference import upsampled_argmax
+from samed_peft.prediction.slices import upsampled_argmax
 
 BASE = GOLDEN / "sam_base.pth"
 

@@ -24,11 +24,9 @@ from samed_peft.models.bases import load_sam
 from samed_peft.prediction.inference import (
     load_segmenter,
     predict_volume,
-    resize_on_device,
     segment_cases,
-    slice_channels,
-    upsampled_argmax,
 )
+from samed_peft.prediction.slices import resize_on_device, slice_channels, upsampled_argmax
 
 
 @pytest.fixture

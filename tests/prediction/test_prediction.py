@@ -30,7 +30,8 @@ from samed_peft.errors import InputError
 from samed_peft.models.bases import load_sam
 from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, predict_files
 from samed_peft.prediction.compiled import CompiledSegmenter
-from samed_peft.prediction.inference import largest_parts, load_segmenter, predict_volume
+from samed_peft.prediction.inference import load_segmenter, predict_volume
+from samed_peft.prediction.postprocessing import largest_parts
 
 ROOT = Path(__file__).parents[2]
 NAMES = {1: "liver", 2: 'left <kidney> & "co"'}
