@@ -1,7 +1,7 @@
 """A folder of labelled scans in any layout: the files of each case, and the meaning of the labels."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from samed_peft.errors import InputError
@@ -28,6 +28,14 @@ class Case:
     label_table: tuple[int, ...] | None = None
     numbers: tuple[int, ...] = ()
 
+    @property
+    def parts(self) -> tuple["Case", ...]:
+        """The case itself or, if it is stored slice by slice, a case for each slice."""
+        if not self.numbers:
+            return (self,)
+        files = zip(self.scans, self.labels, self.numbers, strict=True)
+        return tuple(replace(self, scans=(scan,), labels=(label,), numbers=(number,)) for scan, label, number in files)
+
 
 @dataclass(frozen=True)
 class LabelledFolder:
@@ -40,13 +48,16 @@ class LabelledFolder:
         images: case -> scan.
         labels: case -> label map; the same file if it holds both.
         channel: number of the chosen channel if scans have several.
-        channel_files: whether each channel is a file of its own, named CASE_0000 and so on.
         name: of the data in `dataset.json`, preceded by "Medical Segmentation Decathlon" if the folder is named like
             one of its tasks; None if unknown.
         slices: case -> slice number -> file with that slice and its labels, of cases stored slice by slice.
-        label_table: label used for each stored label 0, 1 and so on; None if stored labels are used as they are.
+        label_table: label used for each stored label 0, 1 and so on, with `io.IGNORED` for those that count nowhere and
+            `label_scheme.UNNAMED` for those that stand for nothing; None if stored labels are used as they are.
         splits: suggested cases for "train" and "test"; empty if the layout suggests none.
         layout: name of the layout, see `layouts.LAYOUTS`.
+        channel_files: whether each channel is a file of its own, named CASE_0000 and so on.
+        label_values: stored value of each label 1..K; None if they are 1..K.
+        regions: name -> the labels 1..K that it is made of; None without regions.
     """
 
     root: Path
@@ -61,6 +72,8 @@ class LabelledFolder:
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     layout: str = ""
     channel_files: bool = False
+    label_values: tuple[int, ...] | None = None
+    regions: Mapping[str, tuple[int, ...]] | None = None
 
     @property
     def cases(self) -> tuple[str, ...]:

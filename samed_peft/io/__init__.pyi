@@ -35,7 +35,10 @@ from .formats import is_picture as is_picture
 from .formats import suffix_of as suffix_of
 from .instances import INSTANCE_ADVICE as INSTANCE_ADVICE
 from .instances import has_whole_objects as has_whole_objects
+from .label_names import IGNORED as IGNORED
 from .label_names import label_colour as label_colour
+from .label_names import stored_mask as stored_mask
+from .label_names import stored_names as stored_names
 from .nifti import write_volume as write_volume
 from .scans import PICTURE_ADVICE as PICTURE_ADVICE
 from .scans import numbered_names as numbered_names

@@ -25,15 +25,15 @@ PICTURE_ADVICE = (
 """What to do about pictures whose greys are not label numbers."""
 
 
-def _load(path: str | Path, *, labels: bool, channel: int | None = None) -> Volume:
-    """Read any supported file as stored, axes in (D, H, W) order."""
+def _load(path: str | Path, *, labels: bool, channel: int | None = None, numbers: bool = False) -> Volume:
+    """Read any supported file as stored, axes in (D, H, W) order; of a label map the `numbers` may all count."""
     path = Path(path)
     with naming_unreadable(path):
         is_folder = path.is_dir()
     file_format = DICOM_SERIES if is_folder else format_of(require_file(path))
     if file_format is None:
         raise InputError(f"expected {', '.join(SUFFIXES)} or a DICOM folder, found {path}; convert it to one of these")
-    read = (labels and file_format.read_labels) or file_format.read
+    read = (numbers and file_format.read_numbers) or (labels and file_format.read_labels) or file_format.read
     with naming_any_error(path):
         array, affine = read(path)
     is_colour = file_format.is_picture and array.ndim == 4
@@ -122,10 +122,14 @@ def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
     return Volume(array, volume.affine, volume.path, volume.normalized)
 
 
-def read_labels(path: str | Path) -> Volume:
+def read_labels(path: str | Path, *, as_stored: bool = False) -> Volume:
     """Read a label map from any file that `read_volume` reads, but JPEG; `.npy.h5` and `.npz` hold it as `label`.
 
     In a picture whose only values are 0 and 255, 255 is label 1; in one with a palette, its indices are the labels.
+
+    Args:
+        path: file or folder.
+        as_stored: 255 stays 255 in any picture, for label maps whose numbers are listed elsewhere.
 
     Returns:
         Volume with an array (D, H, W) of uint8, or of int16 if a label is negative or above 255.
@@ -133,7 +137,7 @@ def read_labels(path: str | Path) -> Volume:
     Raises:
         InputError: as `read_volume`, or a label is not a whole number, but for rounding, or does not fit int16.
     """
-    volume = _load(path, labels=True)
+    volume = _load(path, labels=True, numbers=as_stored)
     array = volume.array
     if array.dtype.kind == "f":
         whole = np.rint(array)

@@ -21,6 +21,8 @@ from samed_peft.io import (
     Volume,
     read_series,
     read_volume,
+    stored_mask,
+    stored_names,
     write_bytes,
     write_dicom_seg,
     write_mask,
@@ -220,7 +222,7 @@ def _write_files(scan: Scan, image: Volume, mask: np.ndarray, *, config: SamedCo
         window = scan_window(image, config.window)
         picture = case_picture(image, None, mask, class_names=config.class_names, window=window)
         write_bytes(scan.overlay, picture)
-    names = dict(enumerate(config.class_names, start=1))
+    mask, names = stored_mask(mask, config.label_values), stored_names(config.class_names, config.label_values)
     if scan.mask.suffix.lower() == DICOM_SEG_SUFFIX:
         write_dicom_seg(mask, image, scan.mask, label_names=names, series=scan.series)
     else:
