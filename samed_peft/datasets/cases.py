@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from samed_peft.datasets.folder import Case, LabelledFolder
+from samed_peft.datasets.label_files import read_class_files, read_coloured
 from samed_peft.datasets.label_scheme import label_table, labels_of_table, require_counted
 from samed_peft.datasets.preprocessing import normalized_array
 from samed_peft.errors import InputError, reason_of
@@ -56,7 +57,11 @@ def read_scan(case: Case) -> Volume:
 
 
 def read_reference(case: Case) -> Volume:
-    """The label map of a case, stored labels replaced by those of its table."""
+    """The label map of a case: stored labels, colours or a file for each class replaced by labels."""
+    if case.file_labels:
+        return read_class_files(case.labels, case.file_labels)
+    if case.colours:
+        return read_coloured(case.labels[0], case.colours)
     table = case.label_table
     labels = _stacked([read_labels(path, as_stored=table is not None) for path in case.labels], case)
     return labels if table is None else labels_of_table(labels, table)

@@ -1,9 +1,11 @@
 """A folder of labelled scans in any layout: the files of each case, and the meaning of the labels."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from samed_peft.datasets.label_files import Colour
 from samed_peft.errors import InputError
 from samed_peft.io import content_fingerprint, list_folder, naming_unreadable, suffix_of
 
@@ -15,10 +17,12 @@ class Case:
     Attributes:
         name: of the case.
         scans: its scan; of a case stored slice by slice, a file for each slice, in order.
-        labels: its label map, or one for each slice; the same files if these hold both.
+        labels: its label map, one for each slice, or one for each class; the same files if these hold both.
         channel: see `LabelledFolder`.
         label_table: see `LabelledFolder`.
         numbers: number of each slice; empty for a whole scan.
+        file_labels: label of each file of `labels` if each has one class, see `label_files.read_class_files`.
+        colours: see `LabelledFolder`.
     """
 
     name: str
@@ -27,6 +31,8 @@ class Case:
     channel: int | None = None
     label_table: tuple[int, ...] | None = None
     numbers: tuple[int, ...] = ()
+    file_labels: tuple[int, ...] = ()
+    colours: tuple[Colour, ...] = ()
 
     @property
     def parts(self) -> tuple["Case", ...]:
@@ -46,7 +52,7 @@ class LabelledFolder:
         class_names: names of labels 1..K; empty if nothing names them.
         modality: of the chosen channel, "CT" or "MRI" for example, lower or upper case as in the file; None if unknown.
         images: case -> scan.
-        labels: case -> label map; the same file if it holds both.
+        labels: case -> label map; the same file if it holds both, and one of several if each class has its own.
         channel: number of the chosen channel if scans have several.
         name: of the data in `dataset.json`, preceded by "Medical Segmentation Decathlon" if the folder is named like
             one of its tasks; None if unknown.
@@ -58,6 +64,8 @@ class LabelledFolder:
         channel_files: whether each channel is a file of its own, named CASE_0000 and so on.
         label_values: stored value of each label 1..K; None if they are 1..K.
         regions: name -> the labels 1..K that it is made of; None without regions.
+        class_files: case -> label -> file, of cases with a file for each class.
+        colours: of label maps in colours, each with its label.
     """
 
     root: Path
@@ -74,6 +82,8 @@ class LabelledFolder:
     channel_files: bool = False
     label_values: tuple[int, ...] | None = None
     regions: Mapping[str, tuple[int, ...]] | None = None
+    class_files: Mapping[str, Mapping[int, Path]] = field(default_factory=dict)
+    colours: tuple[Colour, ...] = ()
 
     @property
     def cases(self) -> tuple[str, ...]:
@@ -101,7 +111,12 @@ class LabelledFolder:
                         raise InputError(
                             f"{path} has no partner: expected {partner}; add it, or leave the case out with cases=[...]"
                         )
-            return Case(name, (image,), (labels,), self.channel, self.label_table)
+            of_classes = self.class_files.get(name, {})
+            return Case(
+                *(name, (image,), tuple(of_classes.values()) or (labels,), self.channel, self.label_table),
+                file_labels=tuple(of_classes),
+                colours=self.colours,
+            )
         numbers = tuple(sorted(slices))
         files = tuple(slices[number] for number in numbers)
         if not as_slices and len(numbers) != numbers[-1] - numbers[0] + 1:
@@ -113,10 +128,14 @@ class LabelledFolder:
         return Case(name, files, files, self.channel, self.label_table, numbers)
 
     def data_name(self, prefix: str, cases: Iterable[str], *, as_slices: bool = False) -> str:
-        """A name for the data of some cases, for runs to record: `prefix` and a fingerprint of the files' content."""
+        """A name for the data of some cases, for runs to record: `prefix` and a fingerprint of the files' content.
+
+        The colours of label maps count too, since they may be swapped without a change in these files.
+        """
         chosen = [self.case(case, as_slices=as_slices) for case in cases]
         files = dict.fromkeys(path for case in chosen for path in case.scans + case.labels)
-        return f"{prefix}-{content_fingerprint(files)[:16]}"
+        colours = f"-{hashlib.sha256(repr(self.colours).encode()).hexdigest()[:8]}" if self.colours else ""
+        return f"{prefix}-{content_fingerprint(files)[:16]}{colours}"
 
     def held_out_names(self, test: Iterable[str], validation: Iterable[str]) -> tuple[str, ...]:
         """`data_name` of the cases to test on and of those to validate on, which choose the adapter that is tested."""

@@ -43,6 +43,7 @@ from .nifti import write_volume as write_volume
 from .scans import PICTURE_ADVICE as PICTURE_ADVICE
 from .scans import numbered_names as numbered_names
 from .scans import read_affine as read_affine
+from .scans import read_colours as read_colours
 from .scans import read_label_names as read_label_names
 from .scans import read_labels as read_labels
 from .scans import read_volume as read_volume

@@ -155,6 +155,28 @@ def read_labels(path: str | Path, *, as_stored: bool = False) -> Volume:
     return Volume(np.ascontiguousarray(array, dtype=dtype), volume.affine, volume.path, volume.normalized)
 
 
+def read_colours(path: str | Path) -> Volume:
+    """Read a label map whose labels are colours: a picture, but no JPEG; of a palette the colours count.
+
+    Returns:
+        Volume with an array (1, H, W, 3) of uint8; grey counts as three equal colours.
+
+    Raises:
+        InputError: as `read_labels`, or the file is no picture or has more than 8 bits a colour.
+    """
+    path = Path(path)
+    file_format = format_of(path)
+    if file_format is None or not file_format.is_picture:
+        raise InputError(f"expected a picture with a colour for each label, found {path}; convert it to PNG")
+    if file_format.read_numbers is None:  # JPEG
+        read_labels(path)
+    volume = _load(path, labels=False)
+    if volume.array.dtype.kind == "f" or volume.array.min() < 0 or volume.array.max() > 255:
+        raise InputError(f"expected colours of 8 bits, found {volume.array.dtype} in {path}; save it as RGB of 8 bits")
+    array = volume.array if volume.array.ndim == 4 else np.stack([volume.array] * 3, axis=-1)
+    return Volume(array.astype(np.uint8), None, path)
+
+
 def read_affine(path: str | Path) -> np.ndarray | None:
     """Read the affine of a file from its header alone; None for formats without one.
 

@@ -196,6 +196,19 @@ def test_what_is_not_annotated_counts_in_no_loss(sparse):
     assert {int(label) for epoch in range(20) for label in turned[epoch, 0]["labels"].unique()} == {IGNORED_LABEL, 0, 1}
 
 
+def test_rows_are_prepared_anew_if_numbers_change_their_meaning(tmp_path):
+    labels = np.arange(12, dtype=np.uint8).reshape(1, 3, 4) % 4
+    found = []
+    for number, names in enumerate((("a", "b", "ignore"), ("a", "ignore", "b"))):
+        content = {"labels": {"background": 0} | {name: value for value, name in enumerate(names, start=1)}}
+        if number == 0:
+            write_folder(tmp_path / "d", {"a": labels}, content)
+        (tmp_path / "d" / "dataset.json").write_text(json.dumps({"channel_names": {"0": "MRI"}} | content))
+        rows = load_slices(open_folder(tmp_path / "d"), ["a"], num_classes=2, orientation=None, window=None)
+        found.append(np.unique(rows[0]["label"][labels[0] == 3]).tolist())
+    assert found == [[IGNORED], [2]]
+
+
 def test_255_is_a_class_among_255():
     rows = [{"image": np.zeros((2, 2), np.float32), "label": np.full((2, 2), 255, np.uint8)}]
     for ignored, expected in ((IGNORED, IGNORED_LABEL), (None, 255)):

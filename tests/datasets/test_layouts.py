@@ -104,7 +104,9 @@ def test_a_dataset_json_decides_and_other_layouts_exclude_each_other(tmp_path):
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(root / name / "a.png")
     assert open_folder(root).layout == "dataset_json"
     (root / "dataset.json").unlink()
-    with pytest.raises(InputError, match=r"found both pictures and preprocessed files in .*; give each its own folder"):
+    with pytest.raises(
+        InputError, match=r"found both images and masks and preprocessed files in .*; give each its own folder"
+    ):
         open_folder(root)
     with pytest.raises(InputError, match=r"expected raw BTCV .* or SAMed's preprocessed folders .*found "):
         open_folder(root / "images", layouts=("raw", "processed"))
