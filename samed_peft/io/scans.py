@@ -20,7 +20,7 @@ _LABEL_ROUNDING = 0.05
 
 PICTURE_ADVICE = (
     "greys in between come from smooth edges, and 255 may mark a border to ignore: save masks without either, "
-    "of label numbers or of 0 and 255 alone, or name all of them, with class_names or in a labels.txt, whose first line "
+    "of label numbers or of 0 and 255 alone, or name all of them, with class_names or in a labels.txt, whose line "
     "__ignore__ stands for 255"
 )
 """What to do about pictures whose greys are not label numbers."""

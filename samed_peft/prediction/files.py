@@ -222,11 +222,13 @@ def _write_files(scan: Scan, image: Volume, mask: np.ndarray, *, config: SamedCo
         window = scan_window(image, config.window)
         picture = case_picture(image, None, mask, class_names=config.class_names, window=window)
         write_bytes(scan.overlay, picture)
-    mask, names = stored_mask(mask, config.label_values), stored_names(config.class_names, config.label_values)
     if scan.mask.suffix.lower() == DICOM_SEG_SUFFIX:
+        # Its segments are numbered from 1 on without gaps.
+        names = stored_names(config.class_names, None)
         write_dicom_seg(mask, image, scan.mask, label_names=names, series=scan.series)
     else:
-        write_mask(mask, image, scan.mask, label_names=names)
+        names = stored_names(config.class_names, config.label_values)
+        write_mask(stored_mask(mask, config.label_values), image, scan.mask, label_names=names)
 
 
 def _precision(

@@ -17,13 +17,23 @@ from samed_peft.config import SamedConfig
 from samed_peft.datasets import CaseVolumes, check_cases, class_names_for, describe_folder, load_slices, open_folder
 from samed_peft.datasets.cases import read_pair, read_reference
 from samed_peft.datasets.dataset_json import scheme_of_dataset
-from samed_peft.datasets.label_scheme import LabelScheme, scheme_of
+from samed_peft.datasets.label_scheme import LabelScheme, label_table, labels_of_table, scheme_of
 from samed_peft.datasets.rows import warn_of_absent_classes
 from samed_peft.errors import InputError
 from samed_peft.evaluation import Report, case_picture, evaluate_cases, format_table, write_report
 from samed_peft.evaluation.artefacts import csv_text
 from samed_peft.evaluation.folders import evaluate_folders
-from samed_peft.io import IGNORED, Volume, read_json, read_label_names, read_labels, write_mask
+from samed_peft.hub.content import _published_report
+from samed_peft.io import (
+    IGNORED,
+    Volume,
+    read_json,
+    read_label_names,
+    read_labels,
+    stored_mask,
+    stored_names,
+    write_mask,
+)
 from samed_peft.metrics import score_case
 from samed_peft.models.losses import IGNORED_LABEL, dice_ce_loss
 from samed_peft.models.modeling import config_of
@@ -136,6 +146,17 @@ def test_there_is_room_for_254_classes_and_one_to_ignore():
     scheme = scheme_of({"labels": few | {"ignore": 255}}, "dataset.json")
     assert (len(scheme.class_names), scheme.table) == (254, tuple(range(256)))
     assert scheme_of({"labels": MANY}, "dataset.json").table is None
+
+
+def test_stored_values_return_from_labels():
+    rng = np.random.default_rng(0)
+    for number in (1, 2, 17, 254, 255):
+        values = np.sort(rng.choice(np.arange(1, 256), number, replace=False)).tolist()
+        labels = rng.integers(0, number + 1, (2, 3, 50)).astype(np.uint8)
+        stored = stored_mask(labels, values)
+        assert stored.dtype == np.uint8
+        assert labels_of_table(Volume(stored), label_table(values)).array.tolist() == labels.tolist()
+        assert stored_names(("x",), None) == {1: "x"}
 
 
 def test_gaps_are_closed_for_training_and_values_without_a_name_are_refused(tmp_path):
@@ -389,3 +410,7 @@ def test_regions_are_scored_beside_the_classes(tmp_path):
         assert "whole tumour only" in page
     assert "region core" in (tmp_path / "report.html").read_text()
     assert "region" not in csv_text(plain)
+    published = _published_report(report, SamedConfig("tiny-sam", names, regions=regions), cases=False)
+    assert not published.regions.cases
+    assert published.regions.summary == report.regions.summary
+    assert Report.from_dict(published.to_dict()).regions.n_cases == 1
