@@ -7,7 +7,7 @@ from pathlib import Path
 
 from samed_peft.datasets.label_files import Colour
 from samed_peft.errors import InputError
-from samed_peft.io import content_fingerprint, list_folder, naming_unreadable, suffix_of
+from samed_peft.io import content_fingerprint, holds_dicom, list_folder, naming_unreadable, suffix_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LabelledFolder:
         root: the folder.
         class_names: names of labels 1..K; empty if nothing names them.
         modality: of the chosen channel, "CT" or "MRI" for example, lower or upper case as in the file; None if unknown.
-        images: case -> scan.
+        images: case -> scan, a file or the folder of a DICOM series.
         labels: case -> label map; the same file if it holds both, and one of several if each class has its own.
         channel: number of the chosen channel if scans have several.
         name: of the data in `dataset.json`, preceded by "Medical Segmentation Decathlon" if the folder is named like
@@ -107,7 +107,7 @@ class LabelledFolder:
             image, labels = self.images[name], self.labels[name]
             for path, partner in ((image, labels), (labels, image)):
                 with naming_unreadable(partner):
-                    if not partner.is_file():
+                    if not (partner.is_file() or partner.is_dir()):
                         raise InputError(
                             f"{path} has no partner: expected {partner}; add it, or leave the case out with cases=[...]"
                         )
@@ -133,7 +133,8 @@ class LabelledFolder:
         The colours of label maps count too, since they may be swapped without a change in these files.
         """
         chosen = [self.case(case, as_slices=as_slices) for case in cases]
-        files = dict.fromkeys(path for case in chosen for path in case.scans + case.labels)
+        paths = dict.fromkeys(path for case in chosen for path in case.scans + case.labels)
+        files = [file for path in paths for file in ([path] if path.is_file() else _files_in(path))]
         colours = f"-{hashlib.sha256(repr(self.colours).encode()).hexdigest()[:8]}" if self.colours else ""
         return f"{prefix}-{content_fingerprint(files)[:16]}{colours}"
 
@@ -145,17 +146,29 @@ class LabelledFolder:
 
 
 def case_name(path: Path) -> str:
-    """The file's name without suffix; it must be UTF-8, as in reports and prepared slices."""
+    """The file's name without suffix, or a folder's; it must be UTF-8, as in reports and prepared slices."""
     if (readable := path.name.encode("utf-8", errors="replace").decode()) != path.name:
         raise InputError(f"expected file names in UTF-8, found {readable} in {path.parent}; rename it")
-    return path.name[: -len(suffix_of(path) or "")]
+    return path.name[: len(path.name) - len("" if path.is_dir() else suffix_of(path) or "")]
 
 
-def files_by_case(folder: Path) -> dict[str, Path]:
-    """Case -> its one scan, label map or picture in a folder; other files are left out."""
+def _files_in(series: Path) -> list[Path]:
+    return [path for path in list_folder(series) if path.is_file()]
+
+
+def files_by_case(folder: Path, *, series: bool = False) -> dict[str, Path]:
+    """Case -> its one scan, label map or picture in a folder; other files are left out.
+
+    With `series`, folders with DICOM images count too.
+    """
     found: dict[str, Path] = {}
     for path in list_folder(folder):
-        if suffix_of(path) is not None and not path.name.startswith("."):
+        if path.name.startswith("."):
+            continue
+        if series and path.is_dir():
+            if holds_dicom(path):
+                add_file(found, case_name(path), path)
+        elif suffix_of(path) is not None:
             add_file(found, case_name(path), path)
     if not found:
         raise InputError(f"expected scans or pictures in {folder}, found none; check the folder")

@@ -10,7 +10,7 @@ from samed_peft.datasets.folder import LabelledFolder, files_by_case, require_pa
 from samed_peft.datasets.label_files import colour_table
 from samed_peft.datasets.label_scheme import scheme_of
 from samed_peft.errors import InputError
-from samed_peft.io import list_folder, read_json, read_text, suffix_of
+from samed_peft.io import list_folder, modality_of, read_json, read_text, suffix_of
 
 _COLOUR_FILES, _NAME_FILES = ("colours.json", "colors.json"), ("labels.txt",)
 _BACKGROUND = ("background", "_background_", "__background__")
@@ -21,7 +21,7 @@ _SEGMENTATIONS, _SUFFIX = "segmentations", ".nii.gz"
 
 
 def open_images_and_masks(root: Path, class_names: Sequence[str] | None) -> LabelledFolder | None:
-    """`images` with scans or pictures and `masks`: label maps, maps in colours, or a file for each class.
+    """`images` with scans, DICOM series or pictures and `masks`: label maps, maps in colours, or a file for each class.
 
     `colours.json` or `labels.txt`, in the folder or in `masks`, names colours or label numbers. With a file for each
     class, `class_names` choose some of them.
@@ -29,7 +29,8 @@ def open_images_and_masks(root: Path, class_names: Sequence[str] | None) -> Labe
     folders = (root / "images", root / "masks")
     if not all(map(os.path.isdir, folders)):
         return None
-    images, masks = files_by_case(folders[0]), folders[1]
+    images, masks = files_by_case(folders[0], series=True), folders[1]
+    modality = _modality(images)
     colours, names = (_one_of(root, masks, kinds) for kinds in (_COLOUR_FILES, _NAME_FILES))
     if colours and names:
         raise InputError(
@@ -42,17 +43,23 @@ def open_images_and_masks(root: Path, class_names: Sequence[str] | None) -> Labe
             raise InputError(
                 f"expected no {table.name} beside a file for each class, whose name says it, found {table}; remove it"
             )
-        return _of_class_files(root, images, _by_case_and_class(images, folders_of_masks), class_names)
+        return _of_class_files(root, images, _by_case_and_class(images, folders_of_masks), class_names, modality)
     labels = require_pairs(images, files_by_case(masks), root)
     if colours:
         coloured, of_names = colour_table(read_json(colours), colours)
-        return LabelledFolder(root, coloured, None, images, labels, colours=of_names)
+        return LabelledFolder(root, coloured, modality, images, labels, colours=of_names)
     if names:
         scheme = scheme_of({"labels": _numbered(read_text(names), names)}, names)
         return LabelledFolder(
-            *(root, scheme.class_names, None, images, labels), label_table=scheme.table, label_values=scheme.values
+            *(root, scheme.class_names, modality, images, labels), label_table=scheme.table, label_values=scheme.values
         )
-    return LabelledFolder(root, (), None, images, labels)
+    return LabelledFolder(root, (), modality, images, labels)
+
+
+def _modality(images: Mapping[str, Path]) -> str | None:
+    """The modality that DICOM headers say, if all scans are series of one."""
+    found = {modality_of(path) if path.is_dir() else "" for path in images.values()}
+    return (found.pop() or None) if len(found) == 1 else None
 
 
 def _one_of(root: Path, masks: Path, names: Sequence[str]) -> Path | None:
@@ -68,6 +75,8 @@ def _numbered(text: str, path: Path) -> dict[str, int]:
     Labelme's `__ignore__` stands for 255, as which it writes pixels without a label.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if not lines:
+        raise InputError(f"expected one class name a line in {path}, found none; write them, or remove the file")
     if odd := [line for line in lines if re.match(r"\d+\s+\d+|.*:\s*\d+\s*,\s*\d+", line)]:
         raise InputError(
             f"expected one class name a line in {path}, found {odd[0]!r:.80}; name colours in {_COLOUR_FILES[0]}, "

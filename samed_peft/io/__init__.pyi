@@ -16,6 +16,7 @@ from .dicom import folders_below as folders_below
 from .dicom import holds_dicom as holds_dicom
 from .dicom import read_series as read_series
 from .dicom_headers import looks_like_dicom as looks_like_dicom
+from .dicom_headers import modality_of as modality_of
 from .dicom_seg import DICOM_SEG_SUFFIX as DICOM_SEG_SUFFIX
 from .dicom_seg import require_highdicom as require_highdicom
 from .dicom_seg import write_dicom_seg as write_dicom_seg

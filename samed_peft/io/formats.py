@@ -87,7 +87,7 @@ FORMATS = (
     FileFormat("JPEG", (".jpg", ".jpeg"), ".png", pictures.read, read_labels=pictures.refuse_labels, is_picture=True),
 )
 
-DICOM_SERIES = FileFormat("DICOM series", (), _NIFTI.mask_suffix, dicom.read)
+DICOM_SERIES = FileFormat("DICOM series", (), _NIFTI.mask_suffix, dicom.read, dicom.read_affine)
 """A folder with the slices of one scan, recognised by its content and not by its name."""
 
 DICOM_FILE = FileFormat("DICOM file", dicom.SUFFIXES, _NIFTI.mask_suffix, dicom.read_file)

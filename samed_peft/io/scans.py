@@ -179,12 +179,15 @@ def read_colours(path: str | Path) -> Volume:
 
 
 def read_affine(path: str | Path) -> np.ndarray | None:
-    """Read the affine of a file from its header alone; None for formats without one.
+    """Read the affine of a file, or of a DICOM folder, from its header alone; None for formats without one.
 
     Raises:
         InputError: the file is missing, its header is damaged, or the affine has no inverse.
     """
-    file_format = format_of(path := require_file(path))
+    path = Path(path)
+    with naming_unreadable(path):
+        is_folder = path.is_dir()
+    file_format = DICOM_SERIES if is_folder else format_of(require_file(path))
     with naming_any_error(path):
         affine = file_format.read_affine(path) if file_format and file_format.read_affine else None
     return None if affine is None else checked_affine(affine, path)

@@ -5,12 +5,13 @@ import json
 import nibabel
 import numpy as np
 import pytest
+from dicom_files import edit, write_series
 from PIL import Image
 
-from samed_peft.datasets import check_cases, describe_folder, load_slices, open_folder
+from samed_peft.datasets import CaseVolumes, check_cases, describe_folder, load_slices, open_folder
 from samed_peft.datasets.cases import read_pair, read_reference
 from samed_peft.errors import InputError
-from samed_peft.io import Volume, write_mask
+from samed_peft.io import Volume, read_volume, write_mask
 
 LABELS = np.array([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]], np.uint8)
 COLOURS = {"liver": [255, 0, 0], "spleen": [0, 255, 0], "tumour": [0, 0, 255]}
@@ -49,6 +50,28 @@ def test_volumes_of_any_format(tmp_path, suffix):
     assert (described["orientation"], described["window"]) == ("LPS", None)
     _, labels = read_pair(folder.case("b"), num_classes=2)
     np.testing.assert_array_equal(labels.array, scan.array % 3)
+
+
+def test_dicom_series_with_masks(tmp_path):
+    stored = np.arange(60).reshape(3, 4, 5).astype(np.int16)
+    for case in ("p.1", "p.2"):
+        scan = read_volume(write_series(tmp_path / "images" / case, stored, uid=f"1.2.{case[-1]}"))
+        write_mask((stored % 3).astype(np.uint8), scan, tmp_path / "masks" / f"{case}.nii.gz")
+    (tmp_path / "images" / "notes").mkdir()
+    folder = open_folder(tmp_path)
+    assert (folder.cases, folder.modality) == (("p.1", "p.2"), "CT")
+    described = describe_folder(folder)
+    assert (described["window"], described["orientation"]) == ((-125.0, 275.0), "LPS")
+    options = {name: described[name] for name in ("window", "orientation")} | {"num_classes": 2}
+    rows = load_slices(folder, ["p.1"], **options)
+    np.testing.assert_array_equal(np.stack(rows.with_format("numpy")["label"]), stored % 3)
+    scans, references = CaseVolumes.of_folder(folder, ["p.2"])
+    np.testing.assert_array_equal(scans["p.2"].affine, references["p.2"].affine)
+    # An edited slice is another content.
+    write_series(tmp_path / "images" / "p.1", stored + 1, uid="1.2.1")
+    assert load_slices(open_folder(tmp_path), ["p.1"], **options).config_name != rows.config_name
+    edit(tmp_path / "images" / "p.2" / "IM0000", lambda header: setattr(header, "Modality", "MR"))
+    assert open_folder(tmp_path).modality is None
 
 
 @pytest.mark.parametrize("name", ["colours.json", "masks/colors.json"])
@@ -159,6 +182,7 @@ def test_labelme_marks_what_nobody_labelled(tmp_path):
     ("files", "message"),
     [
         ({"labels.txt": "1 255 0 0 1 1 1 liver"}, "expected one class name a line in .*found '1 255"),
+        ({"labels.txt": "# none"}, "expected one class name a line in .*found none"),
         ({"labels.txt": "liver:255,0,0::"}, "found 'liver:255,0,0::'"),
         ({"labels.txt": "a\na"}, "expected different names in .*found 'a' twice"),
         ({"labels.txt": "background"}, "expected labels beside background"),
