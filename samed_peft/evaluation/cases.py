@@ -76,9 +76,10 @@ def evaluate_cases(
     for case in references:
         try:
             prediction, reference = _volume(predictions[case]), _volume(references[case])
-            scores[case] = score_pair(prediction, reference, num_classes=len(names), tolerance_mm=tolerance_mm)
+            found = score_pair(prediction, reference, num_classes=len(names), tolerance_mm=tolerance_mm)
             if regions:
                 of_regions[case] = score_regions(prediction, reference, regions, tolerance_mm=tolerance_mm)
+            scores[case] = found
         except Exception as error:  # libraries raise errors of many kinds for bad files
             on_failure(case, error)
             failed[case] = reason_of(error)
@@ -92,8 +93,8 @@ def evaluate_cases(
     if on_failure is _raise_or_warn:
         require_scored(scores, failed)
     lists = {"cases_without_spacing": without_spacing, "failed_cases": failed}
-    found = {name: value for name, value in lists.items() if value}
-    found_settings = {**(settings or {}), "surface_dice_tolerance_mm": tolerance_mm, **found}
+    filled = {name: value for name, value in lists.items() if value}
+    found_settings = {**(settings or {}), "surface_dice_tolerance_mm": tolerance_mm, **filled}
     return Report(
         names, scores, settings=found_settings, pictures=pictures, regions=regions_report(regions, of_regions)
     )
