@@ -295,7 +295,6 @@ def gapped(golden_model, golden_config):
     values = tuple(range(3, 27, 3))
     regions = {"kidneys": (2, 3), "all": tuple(range(1, 9))}
     config = dataclasses.replace(golden_config, window=None, label_values=values, regions=regions)
-    config_of(golden_model)
     golden_model.get_base_model().samed_config = config
     assert config_of(golden_model) == config
     return golden_model, config
