@@ -213,8 +213,10 @@ def test_what_is_not_annotated_counts_in_no_loss(sparse):
     others = torch.where((batch == IGNORED_LABEL)[:, None], torch.randn_like(logits), logits)
     assert dice_ce_loss(logits, batch) == dice_ce_loss(others, batch)
     # A corner that a rotation fills is background, as in SAMed.
-    turned = TrainingSlices(rows, SlicePreparation(8, 8, augmentation="samed", seed=1))
-    assert {int(label) for epoch in range(20) for label in turned[epoch, 0]["labels"].unique()} == {IGNORED_LABEL, 0, 1}
+    for aligned, augmentation in ((False, "samed"), (True, "strong")):
+        turned = TrainingSlices(rows, SlicePreparation(8, 8, aligned=aligned, augmentation=augmentation, seed=1))
+        found = {int(label) for epoch in range(20) for label in turned[epoch, 0]["labels"].unique()}
+        assert found == {IGNORED_LABEL, 0, 1}
 
 
 def test_rows_are_prepared_anew_if_numbers_change_their_meaning(tmp_path):
