@@ -18,7 +18,7 @@ from samed_peft.adapters.info import adapter_info, info_text
 from samed_peft.adapters.save_load import add_lora, load_adapter, save_adapter, write_card
 from samed_peft.config import SamedConfig
 from samed_peft.datasets import choose_splits, describe_folder, open_folder
-from samed_peft.datasets.dataset_json import names_of_dataset
+from samed_peft.datasets.dataset_json import scheme_of_dataset
 from samed_peft.errors import InputError, printable
 from samed_peft.evaluation import evaluate_cases, format_table, write_report
 from samed_peft.hub.content import published_files
@@ -108,7 +108,7 @@ def read_run(folder):
 
 
 def read_labelled(folder):
-    names_of_dataset(folder / "dataset.json")
+    scheme_of_dataset(folder / "dataset.json")
     opened = open_folder(folder, channel="T1")
     describe_folder(opened)
     opened.case(opened.cases[0])

@@ -21,6 +21,7 @@ from samed_peft.evaluation.tables import (
     score_rows,
     with_counts,
 )
+from samed_peft.io import stored_names
 from samed_peft.metrics import CONVENTIONS
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -43,7 +44,9 @@ def model_card(config: SamedConfig, *, report: Report | None = None, training: M
         is_tiny=config.base == TINY_SAM,
         method=METHODS[config.method].summary,
         counted_classes="one class" if number == 1 else f"{number} classes",
-        classes_table=_table(["Label", "Class"], dict(enumerate(config.class_names, start=1))),
+        classes_table=_table(["Label", "Class"], stored_names(config.class_names, config.label_values)),
+        label_values=config.label_values,
+        regions_table=_table(["Region", "Classes"], _joined(config.classes_of_regions)) if config.regions else "",
         dataset=markdown_text(dataset),
         is_synapse=dataset.startswith(SYNAPSE_NAME),
         is_decathlon=dataset.startswith(DECATHLON),
@@ -54,6 +57,10 @@ def model_card(config: SamedConfig, *, report: Report | None = None, training: M
         training_table=_table(["Setting", "Value"], training) if training else "",
     )
     return f"{card}\n"
+
+
+def _joined(lists: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    return {name: ", ".join(items) for name, items in lists.items()}
 
 
 def _dataset(report: Report | None) -> str:
@@ -71,12 +78,20 @@ def _scores(report: Report | None) -> dict[str, Any]:
         return {"scores_table": ""}
     header = ["Class", *column_titles(MAIN_COLUMNS)]
     header.insert(3, "Cases")
-    counts = [[f"{scores['n_valid']}/{report.n_cases}"] for scores in report.summary["standard"]["classes"].values()]
+    rows = _rows_with_counts(report)
+    if report.regions is not None:
+        *regions, mean = _rows_with_counts(report.regions)
+        rows += [*([f"region {name}", *cells] for name, *cells in regions), ["mean of regions", *mean[1:]]]
     return {
         "note": markdown_text(without_place(report.settings.get("note", ""))),
         "n_cases": report.n_cases,
-        "scores_table": markdown_table(header, with_counts(score_rows(report, MAIN_COLUMNS), counts, at=3)),
+        "scores_table": markdown_table(header, rows),
     }
+
+
+def _rows_with_counts(report: Report) -> list[list[str]]:
+    counts = [[f"{scores['n_valid']}/{report.n_cases}"] for scores in report.summary["standard"]["classes"].values()]
+    return with_counts(score_rows(report, MAIN_COLUMNS), counts, at=3)
 
 
 def _front_matter(config: SamedConfig, report: Report | None) -> ModelCardData:
@@ -118,7 +133,7 @@ def _eval_results(report: Report) -> list[EvalResult]:
 def _settings(config: SamedConfig) -> dict[str, Any]:
     values = config.to_dict() | {"base": published_base(config.base)}
     unused = {"rank", "targets"} - set(METHODS[config.method].options)
-    for name in ("class_names", *unused):  # classes have a table of their own
+    for name in ("class_names", "label_values", "regions", *unused):  # classes and regions have tables of their own
         del values[name]
     listed = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
     return {name: value for name, value in listed.items() if value is not None}

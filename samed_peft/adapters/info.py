@@ -17,7 +17,7 @@ from samed_peft.adapters.folder import (
 )
 from samed_peft.config import METHODS, TINY_SAM, TINY_SAM_NOTE, SamedConfig
 from samed_peft.errors import InputError
-from samed_peft.io import read_json, read_whole, tensor_shapes
+from samed_peft.io import read_json, read_whole, stored_names, tensor_shapes
 
 _MOST_CLASSES = 14
 """Rows of the table of classes, so that all of it fits a screen of 24 lines."""
@@ -51,7 +51,7 @@ def _described(folder: Path) -> dict[str, Any]:
     settings = {} if report is None else report.settings
     scores = {} if report is None else report.to_dict()
     return {
-        "classes": {str(label): name for label, name in enumerate(config.class_names, start=1)},
+        "classes": {str(label): name for label, name in stored_names(config.class_names, config.label_values).items()},
         "config": config.to_dict(),
         "method": METHODS[config.method].summary,
         "peft_type": peft.get("peft_type"),
@@ -78,6 +78,7 @@ def info_text(info: Mapping[str, Any]) -> str:
         ("method", f"{config.method}: {info['method']}"),
         ("adapts", _adapted(config)),
         ("input", _input(config)),
+        *(("region", f"{name}: {', '.join(classes)}") for name, classes in config.classes_of_regions.items()),
         ("size", f"{sum(info['files'].values()) / 1e6:.2f} MB, {stored:,} parameters, {encoder:,} of the encoder"),
     ]
     if info["training"] is not None:

@@ -38,7 +38,10 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     naming = parser.add_mutually_exclusive_group()
     naming.add_argument("--class_names", type=names, metavar="A,B,C", help="names of labels 1, 2, 3 and so on")
     naming.add_argument(
-        "--dataset_json", type=Path, metavar="FILE", help="dataset.json of the Decathlon or nnU-Net, for the names"
+        "--dataset_json",
+        type=Path,
+        metavar="FILE",
+        help="dataset.json of the Decathlon or nnU-Net, for its labels",
     )
     parser.add_argument(
         "--tolerance_mm",
@@ -52,7 +55,7 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Score the folder, write the report and print its table."""
-    from samed_peft.datasets.dataset_json import names_of_dataset
+    from samed_peft.datasets.dataset_json import scheme_of_dataset
     from samed_peft.evaluation import format_table, write_report
     from samed_peft.evaluation.artefacts import REPORT_FOLDER
     from samed_peft.evaluation.folders import evaluate_folders
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     report = evaluate_folders(
         args.predictions,
         args.references,
-        class_names=args.class_names if args.dataset_json is None else names_of_dataset(args.dataset_json),
+        class_names=args.class_names if args.dataset_json is None else scheme_of_dataset(args.dataset_json),
         images=args.images,
         tolerance_mm=args.tolerance_mm,
         on_failure=_report_failure,

@@ -69,6 +69,10 @@ _WINDOW: Rule = (
     lambda window: len(window) == 2 and -math.inf < window[0] < window[1] < math.inf,
 )
 _ORIENTATION: Rule = ("be three letters, one each of L or R, A or P, S or I, such as LAS", _is_orientation)
+_LABEL_VALUES: Rule = (
+    "be different numbers from 1 to 255",
+    lambda values: len(set(values)) == len(values) and all(1 <= value <= 255 for value in values),
+)
 _METHOD: Rule = (f"be one of {', '.join(METHODS)}", METHODS.__contains__)
 _RESAMPLING: Rule = ("be samed or aligned", ("samed", "aligned").__contains__)
 _LAYERS: Rule = ("be numbers from 0 on", lambda layers: bool(layers) and min(layers) >= 0)
@@ -144,6 +148,12 @@ class SamedConfig(JsonFields):
         "full",
         ("be full or lora", ("full", "lora").__contains__),
     )
+    label_values: tuple[int, ...] | None = described(
+        "number that label maps and masks have for each class, such as 1 and 3; None for 1..K", None, _LABEL_VALUES
+    )
+    regions: dict[str, tuple[int, ...]] | None = described(  # noqa: RUF009
+        "regions that are scored beside the classes, and the labels 1..K that each is made of", None
+    )
     dropout: float = described("dropout in front of LoRA's A", 0.0, ("be in [0, 1)", lambda share: 0 <= share < 1))
 
     def __post_init__(self) -> None:
@@ -178,8 +188,24 @@ class SamedConfig(JsonFields):
                 "twice for nothing; leave input_size out",
                 stacklevel=3,
             )
+        self._check_labels()
         self._check_rank_pattern()
         self._check_method()
+
+    def _check_labels(self) -> None:
+        number = len(self.class_names)
+        if self.label_values is not None:
+            require(
+                len(self.label_values) == number,
+                f"label_values must be one for each of {number} classes; found {short(list(self.label_values))}",
+            )
+        for name, labels in (self.regions or {}).items():
+            require(
+                bool(name and labels) and len(set(labels)) == len(labels) and set(labels) <= {*range(1, number + 1)},
+                f"regions must have a name and different labels from 1 to {number}; found {short({name: labels})}",
+            )
+        if self.regions is not None:  # lists, as JSON has them
+            object.__setattr__(self, "regions", {name: tuple(labels) for name, labels in self.regions.items()})
 
     def _check_method(self) -> None:
         method = METHODS[self.method]
@@ -208,6 +234,11 @@ class SamedConfig(JsonFields):
                 is_layer_pattern(pattern),
                 f"rank_pattern must have regular expressions; found {short(pattern)}: use {LAYER_PATTERN}",
             )
+
+    @property
+    def classes_of_regions(self) -> dict[str, list[str]]:
+        """Name -> names of the classes of each region; empty without regions."""
+        return {name: [self.class_names[n - 1] for n in labels] for name, labels in (self.regions or {}).items()}
 
     @property
     def num_labels(self) -> int:

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from datasets.exceptions import DatasetGenerationError
 
 from samed_peft.datasets.cases import check_cases, naming_files, read_pair
 from samed_peft.datasets.folder import Case, LabelledFolder
+from samed_peft.datasets.label_scheme import foreground, is_ignored
 from samed_peft.datasets.preprocessing import normalized_array, reorientation, reoriented, slice_spacing_mm
 from samed_peft.datasets.row_cache import discard_if_damaged, record_checksums
 from samed_peft.datasets.rows import SLICE_FEATURES, VOLUME_FEATURES
 from samed_peft.errors import InputError, StopSignal
-from samed_peft.io import SharedFlag
+from samed_peft.io import IGNORED, SharedFlag
 
 
 @dataclass
@@ -101,11 +102,14 @@ class RowsBuilder(datasets.GeneratorBasedBuilder):
 
 
 def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Slice numbers and rows of a case; of the slices without foreground, the share to keep, evenly spread."""
+    """Slice numbers and rows of a case; of the slices without foreground, the share to keep, evenly spread.
+
+    Slices that are to be ignored in full are left out.
+    """
     slices: list[tuple[np.ndarray, np.ndarray, dict[str, Any]]] = []
-    for files in zip(case.scans, case.labels, strict=True):
-        part = replace(case, scans=files[:1], labels=files[1:])
-        with naming_files(*files):
+    ignored_label = None
+    for part in case.parts:
+        with naming_files(part.scans[0], part.labels[0]):
             scan, labels = read_pair(part, num_classes=config.num_classes)
             if case.numbers and len(labels.array) != 1:
                 raise InputError(
@@ -118,10 +122,14 @@ def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str,
             "orientation": config.orientation or scan.orientation,
             "slice_spacing_mm": slice_spacing_mm(scan, there),
         }
+        ignored_label = labels.ignored_label
         slices += [(*arrays, facts) for arrays in zip(images, label, strict=True)]
-    empty = np.array([place for place, (_, label, _) in enumerate(slices) if not label.any()], int)
+    # Slices without annotation teach nothing.
+    silent = {place for place, (_, label, _) in enumerate(slices) if is_ignored(label, ignored_label)}
+    without = [place for place, (_, label, _) in enumerate(slices) if not foreground(label, ignored_label).any()]
+    empty = np.array([place for place in without if place not in silent], int)
     kept = np.linspace(0, len(empty) - 1, round(config.empty_share * len(empty))).round().astype(int)
-    dropped = set(np.delete(empty, kept).tolist())
+    dropped = silent.union(np.delete(empty, kept).tolist())
     for place, (image, label, facts) in enumerate(slices):
         if place not in dropped:
             number = case.numbers[place] if case.numbers else place
@@ -183,7 +191,11 @@ def prepared_rows(
             "by one of the files; free memory, or leave cases out to find the one"
         ) from error
     if not builder.info.splits[split].num_examples:
-        raise InputError(f"no slice is left of {len(cases)} cases; keep some of those without foreground")
+        ignored = IGNORED in (folder.label_table or ())
+        raise InputError(
+            f"no slice is left of {len(cases)} cases; keep some of those without foreground"
+            + ", or annotate some of those that are to be ignored" * ignored
+        )
     return builder.as_dataset(split=split)
 
 

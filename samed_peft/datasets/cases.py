@@ -13,6 +13,8 @@ import numpy as np
 from datasets import Dataset
 
 from samed_peft.datasets.folder import Case, LabelledFolder
+from samed_peft.datasets.label_files import read_class_files, read_coloured
+from samed_peft.datasets.label_scheme import label_table, labels_of_table, require_counted
 from samed_peft.datasets.preprocessing import normalized_array
 from samed_peft.errors import InputError, reason_of
 from samed_peft.io import (
@@ -55,12 +57,14 @@ def read_scan(case: Case) -> Volume:
 
 
 def read_reference(case: Case) -> Volume:
-    """The label map of a case, stored labels replaced by those of its table."""
-    labels, table = _stacked([read_labels(path) for path in case.labels], case), case.label_table
-    if table is None:
-        return labels
-    _require_labels(labels, len(table) - 1, advice="is it from another dataset, or the scan itself?")
-    return replace(labels, array=np.array(table, np.uint8)[labels.array])
+    """The label map of a case: stored labels, colours or a file for each class replaced by labels."""
+    if case.file_labels:
+        return read_class_files(case.labels, case.file_labels)
+    if case.colours:
+        return read_coloured(case.labels[0], case.colours)
+    table = case.label_table
+    labels = _stacked([read_labels(path, as_stored=table is not None) for path in case.labels], case)
+    return labels if table is None else labels_of_table(labels, table)
 
 
 def read_pair(case: Case, *, num_classes: int) -> tuple[Volume, Volume]:
@@ -95,10 +99,11 @@ def _stacked(parts: Sequence[Volume], case: Case) -> Volume:
 
 
 def _require_labels(labels: Volume, highest: int, *, advice: str) -> None:
-    """Refuse labels outside 0..highest, with up to eight of them and what to do."""
-    if labels.array.min() < 0 or labels.array.max() > highest:
-        found = sorted({int(value) for value in np.unique(labels.array)} - set(range(highest + 1)))
-        if has_whole_objects(labels.array):
+    """Refuse labels outside 0..highest but that to ignore, with up to eight of them and what to do."""
+    array = labels.array
+    if array.min() < 0 or np.any((array > highest) & (array != (labels.ignored_label or 0))):
+        found = sorted({int(value) for value in np.unique(array)} - {*range(highest + 1), labels.ignored_label})
+        if has_whole_objects(array):
             advice = INSTANCE_ADVICE
         raise InputError(
             f"labels of {labels.path} hold {', '.join(map(str, found[:8]))}, but only 0..{highest} are "
@@ -118,13 +123,15 @@ def check_cases(
         window: see `normalized_array`.
 
     Raises:
-        InputError: a file is damaged, slices have different sizes, the grids of a pair differ, a label has no name, or
-            a scan cannot be scaled.
+        InputError: a file is damaged, slices have different sizes, the grids of a pair differ, a label has no name, all
+            voxels are to be ignored, or a scan cannot be scaled.
     """
 
     def check(case: Case) -> None:
         with naming_files(case.scans[0], case.labels[0]):
-            normalized_array(read_pair(case, num_classes=num_classes)[0], window)
+            scan, labels = read_pair(case, num_classes=num_classes)
+            require_counted(labels)
+            normalized_array(scan, window)
 
     files = [folder.case(case) for case in cases]
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, _CASES_AT_ONCE)) as pool:
@@ -177,9 +184,10 @@ class CaseVolumes(Mapping[str, Volume]):
         return cls({case: partial(read_volume, path, channel=channel) for case, path in files.items()})
 
     @classmethod
-    def of_masks(cls, files: Mapping[str, Path]) -> Self:
-        """Label maps from files."""
-        return cls({case: partial(read_labels, path) for case, path in files.items()})
+    def of_masks(cls, files: Mapping[str, Path], *, label_values: Sequence[int] | None = None) -> Self:
+        """Label maps from files, with labels 1..K in place of `label_values`, see `io.stored_mask`."""
+        table = None if label_values is None else label_table(label_values)
+        return cls({case: partial(_read_mask, path, table) for case, path in files.items()})
 
     def __getitem__(self, case: str) -> Volume:
         return self._readers[case]()
@@ -192,6 +200,10 @@ class CaseVolumes(Mapping[str, Volume]):
 
     def __len__(self) -> int:
         return len(self._readers)
+
+
+def _read_mask(path: Path, table: Sequence[int] | None) -> Volume:
+    return read_labels(path) if table is None else labels_of_table(read_labels(path, as_stored=True), table)
 
 
 def _reference_on_scan(case: Case) -> Volume:

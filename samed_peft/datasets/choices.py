@@ -26,7 +26,7 @@ def describe_folder(
     plane: str | None = None,
     window: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """Choose the fields of `SamedConfig` that depend on the data: classes, window, orientation and channel.
+    """Choose the fields of `SamedConfig` that depend on the data: classes, regions, window, orientation and channel.
 
     Args:
         folder: from `open_folder`.
@@ -43,6 +43,8 @@ def describe_folder(
         "orientation": choose_orientation(folder, plane=plane),
         "channel": folder.channel,
         "channel_files": folder.channel_files,
+        "label_values": folder.label_values,
+        "regions": folder.regions,
     }
 
 

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from samed_peft.datasets.folder import LabelledFolder, add_file, case_name, files_by_case, require_pairs
+from samed_peft.datasets.label_scheme import DATASET_ADVICE, LabelScheme, scheme_of, with_given_names
 from samed_peft.errors import InputError, printable
 from samed_peft.io import is_picture, read_json, suffix_of
 
 DATASET_FILE = "dataset.json"
 DECATHLON = "Medical Segmentation Decathlon"
-
-_ADVICE = "give the dataset.json of the Decathlon or of nnU-Net"
 
 _CHANNEL_NAME = re.compile(r"(.+)_(\d{4})")
 _COLOURS = (("r", "g", "b"), ("red", "green", "blue"), ("rgb_to_0_1",) * 3)
@@ -31,11 +30,11 @@ def open_described(root: Path, channel: str | None, class_names: Sequence[str] |
         return None
     content = _content(path)
     try:
-        names = _class_names(content, path)
-    except InputError:  # regions for example, which the user's names may stand for
+        scheme = with_given_names(scheme_of(content, path), class_names)
+    except InputError:  # of labels that the user's names may stand for
         if class_names is None:
             raise
-        names = tuple(class_names)
+        scheme = LabelScheme(tuple(class_names))
     channels, is_nnunet = _channels(content, path), _one_file_a_channel(content, root)
     images, labels = _scans_and_labels(root) if is_nnunet else _listed_files(content["training"], root)
     if _are_colours(channels) and _are_in_one_picture(images, is_nnunet):
@@ -54,13 +53,16 @@ def open_described(root: Path, channel: str | None, class_names: Sequence[str] |
     chosen = number if len(channels) > 1 else None
     return LabelledFolder(
         root,
-        names,
+        scheme.class_names,
         channels[number],
         images,
         require_pairs(images, labels, root),
         chosen,
         _name(content, root),
+        label_table=scheme.table,
         channel_files=has_suffixes,
+        label_values=scheme.values,
+        regions=scheme.regions,
     )
 
 
@@ -89,43 +91,15 @@ def _one_file_a_channel(content: Mapping[str, Any], root: Path) -> bool:
 def _content(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise InputError(f"expected an object with labels in {path}, found {type(content).__name__}; {_ADVICE}")
+        raise InputError(f"expected an object with labels in {path}, found {type(content).__name__}; {DATASET_ADVICE}")
     return content
 
 
-def _class_names(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """Names of labels 1..K from `{"0": "background", "1": "liver"}` or `{"background": 0, "liver": 1}`."""
-    labels = content.get("labels")
-    if not isinstance(labels, dict) or not labels:
-        raise InputError(f'expected "labels" with numbers and names in {path}, found {labels!r:.200}; {_ADVICE}')
-    by_number: dict[int, str] = {}
-    for key, value in labels.items():
-        number, name = (value, key) if isinstance(value, int) else (key, value)
-        if not str(number).isdecimal() or not isinstance(name, str) or int(number) in by_number:
-            raise InputError(
-                f"expected one number for each name in the labels of {path}, found {key!r:.80}: {value!r:.200}; "
-                "regions of several labels are not supported, name the labels with class_names"
-            )
-        by_number[int(number)] = name
-    names = [by_number[number] for number in sorted(by_number)]
-    if sorted(by_number) != list(range(len(by_number))) or "ignore" in names or len(set(names)) != len(names):
-        raise InputError(
-            f"expected labels 0..K without gaps, different names, and none to be ignored, in {path}, found "
-            f"{labels!s:.500}; "
-            "renumber the masks, or name the labels with class_names"
-        )
-    if len(names) < 2:
-        raise InputError(
-            f"expected labels beside background in {path}, found {labels!s:.500}; or name them with class_names"
-        )
-    return tuple(names[1:])
-
-
-def names_of_dataset(path: Path) -> tuple[str, ...]:
-    """Class names of a `dataset.json` of the Decathlon or of nnU-Net, background left out."""
+def scheme_of_dataset(path: Path) -> LabelScheme:
+    """Classes, label to ignore and regions of a `dataset.json` of the Decathlon or of nnU-Net."""
     if path.is_dir() or path.suffix.lower() != ".json":
         raise InputError(f"expected the dataset.json of the Decathlon or of nnU-Net, found {path}; give that file")
-    return _class_names(_content(path), path)
+    return scheme_of(_content(path), path)
 
 
 def _channels(content: Mapping[str, Any], path: Path) -> list[str]:

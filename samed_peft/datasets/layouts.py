@@ -1,12 +1,12 @@
 """Layouts of labelled scans, one record each, and `open_folder`, which finds the one that a folder has."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from samed_peft.datasets.dataset_json import DATASET_FILE, open_described
-from samed_peft.datasets.folder import LabelledFolder, files_by_case, require_pairs
+from samed_peft.datasets.folder import LabelledFolder
+from samed_peft.datasets.mask_folders import open_images_and_masks, open_totalsegmentator
 from samed_peft.datasets.synapse_files import open_preprocessed, open_raw
 from samed_peft.errors import InputError
 from samed_peft.io import list_folder
@@ -17,7 +17,7 @@ class Layout:
     """One way to store labelled scans.
 
     If a file in the folder describes it, it counts whatever else lies there, and `open` also takes the channel and
-    class names given by users.
+    class names given by users. If it may have a file for each class, `open` also takes class names, which choose some.
     """
 
     name: str  # recorded in `LabelledFolder.layout`
@@ -25,23 +25,19 @@ class Layout:
     holds: str  # the files and folders that users have to provide
     open: Callable[..., LabelledFolder | None]  # None for a folder of another layout
     described: bool = False
-
-
-def _open_pictures(root: Path) -> LabelledFolder | None:
-    folders = (root / "images", root / "masks")
-    if not all(map(os.path.isdir, folders)):
-        return None
-    images, masks = map(files_by_case, folders)
-    return LabelledFolder(root, (), None, images, require_pairs(images, masks, root))
+    has_class_files: bool = False
 
 
 _DESCRIBED = "dataset.json with imagesTr and labelsTr (Decathlon, nnU-Net)"
+_MASKS = "images and masks (pictures or volumes)"
+_SUBJECTS = "a folder for each subject with ct.nii.gz or mri.nii.gz and segmentations/CLASS.nii.gz (TotalSegmentator)"
 _RAW = "raw BTCV (Training/img/imgNNNN.nii.gz and Training/label/labelNNNN.nii.gz)"
 _PROCESSED = "SAMed's preprocessed folders (train_npz/caseNNNN_sliceNNN.npz, test_vol_h5/caseNNNN.npy.h5)"
 
 LAYOUTS = (
     Layout("dataset_json", DATASET_FILE, _DESCRIBED, open_described, described=True),
-    Layout("pictures", "pictures", "images and masks (pictures)", _open_pictures),
+    Layout("pictures", "images and masks", _MASKS, open_images_and_masks, has_class_files=True),
+    Layout("totalsegmentator", "TotalSegmentator's", _SUBJECTS, open_totalsegmentator, has_class_files=True),
     Layout("raw", "raw BTCV", _RAW, open_raw),
     Layout("processed", "preprocessed files", _PROCESSED, open_preprocessed),
 )
@@ -60,7 +56,8 @@ def open_folder(
     Args:
         data_dir: the folder.
         channel: name or number of the channel to use if `dataset.json` lists several.
-        class_names: names of labels 1..K if the folder names none, or only regions.
+        class_names: names of labels 1..K if the folder names none, or only regions; of a folder with a file for each
+            class, those to use, in the order of labels.
         layouts: names of the layouts to consider; by default all.
 
     Raises:
@@ -72,7 +69,8 @@ def open_folder(
     considered = [layout for layout in LAYOUTS if layouts is None or layout.name in layouts]
     fitting: list[tuple[Layout, LabelledFolder]] = []
     for layout in considered:
-        folder = layout.open(root, channel, class_names) if layout.described else layout.open(root)
+        given = (channel, class_names) if layout.described else (class_names,) if layout.has_class_files else ()
+        folder = layout.open(root, *given)
         if folder is not None:
             fitting.append((layout, folder))
             if layout.described:

@@ -51,19 +51,21 @@ def write_report(report: Report, directory: str | Path, *, pictures: Mapping[str
 
 
 def csv_text(report: Report) -> str:
-    """One row for each case, class and convention; a score that is undefined is empty.
+    """One row for each case, class or region, and convention; a score that is undefined is empty.
 
     Names that a spreadsheet would run as a formula get an apostrophe in front, which marks text.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer)  # line ends are RFC 4180's, so that those in names are quoted
     writer.writerow(["case", "class", "convention", "presence", *METRICS])
-    for case, scores in report.cases.items():
-        for index, name in enumerate(report.class_names):
-            for convention in CONVENTIONS:
-                values = (scores[convention][index][metric] for metric in METRICS)
-                cells = ("" if math.isnan(value) else repr(value) for value in values)
-                writer.writerow([_inert(case), _inert(name), convention, scores["presence"][index], *cells])
+    for prefix, part in {"": report, "region ": report.regions or Report((), {})}.items():
+        for case, scores in part.cases.items():
+            for index, name in enumerate(part.class_names):
+                for convention in CONVENTIONS:
+                    values = (scores[convention][index][metric] for metric in METRICS)
+                    cells = ("" if math.isnan(value) else repr(value) for value in values)
+                    row = [_inert(case), _inert(prefix + name), convention, scores["presence"][index], *cells]
+                    writer.writerow(row)
     return buffer.getvalue()
 
 

@@ -12,6 +12,7 @@ from samed_peft.evaluation.pictures import case_picture, scan_window
 from samed_peft.evaluation.report import Report
 from samed_peft.io import Volume, grids_apart_mm
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance, score_case
+from samed_peft.metrics.scores import without_ignored
 
 Labels = Volume | np.ndarray
 
@@ -37,6 +38,7 @@ def evaluate_cases(
     settings: Mapping[str, Any] | None = None,
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
     on_failure: Callable[[str, Exception], None] = _raise_or_warn,
+    regions: Mapping[str, Sequence[int]] | None = None,
 ) -> Report:
     """Score every case and class in both conventions.
 
@@ -47,7 +49,7 @@ def evaluate_cases(
     Args:
         predictions: case -> (D, H, W) label map, as `Volume` or array; 0 is background.
         references: the same cases. Millimetres come from their affines; without one, a voxel counts as 1 mm and
-            the report says so.
+            the report says so. Voxels of a `Volume`'s `ignored_label` count nowhere.
         class_names: names of labels 1..K.
         images: case -> scan, to make pictures of these cases.
         window: intensities of black and white in the pictures, but those of normalized or colour `Volume`s; see
@@ -57,6 +59,7 @@ def evaluate_cases(
         tolerance_mm: of the surface Dice; see `metrics.score_labels`.
         on_failure: called with a case that fails and its error, and may raise it. By default, an `InputError` is
             raised, and others, as libraries raise them for bad files, become warnings.
+        regions: name -> the labels 1..K that it is made of, each scored as one mask for `Report.regions`.
 
     Raises:
         InputError: predictions and references are of different cases, or empty; names or tolerance are unusable; a
@@ -65,6 +68,7 @@ def evaluate_cases(
     names, tolerance_mm = checked_names(class_names), checked_tolerance(tolerance_mm)
     check_same_cases(predictions, references)
     scores: dict[str, CaseScores] = {}
+    of_regions: dict[str, CaseScores] = {}
     pictures: dict[str, bytes] = {}
     without_spacing: list[str] = []
     failed: dict[str, str] = {}
@@ -72,7 +76,10 @@ def evaluate_cases(
     for case in references:
         try:
             prediction, reference = _volume(predictions[case]), _volume(references[case])
-            scores[case] = score_pair(prediction, reference, num_classes=len(names), tolerance_mm=tolerance_mm)
+            found = score_pair(prediction, reference, num_classes=len(names), tolerance_mm=tolerance_mm)
+            if regions:
+                of_regions[case] = score_regions(prediction, reference, regions, tolerance_mm=tolerance_mm)
+            scores[case] = found
         except Exception as error:  # libraries raise errors of many kinds for bad files
             on_failure(case, error)
             failed[case] = reason_of(error)
@@ -86,9 +93,16 @@ def evaluate_cases(
     if on_failure is _raise_or_warn:
         require_scored(scores, failed)
     lists = {"cases_without_spacing": without_spacing, "failed_cases": failed}
-    found = {name: value for name, value in lists.items() if value}
-    found_settings = {**(settings or {}), "surface_dice_tolerance_mm": tolerance_mm, **found}
-    return Report(names, scores, settings=found_settings, pictures=pictures)
+    filled = {name: value for name, value in lists.items() if value}
+    found_settings = {**(settings or {}), "surface_dice_tolerance_mm": tolerance_mm, **filled}
+    return Report(
+        names, scores, settings=found_settings, pictures=pictures, regions=regions_report(regions, of_regions)
+    )
+
+
+def regions_report(regions: Mapping[str, Sequence[int]] | None, scores: Mapping[str, CaseScores]) -> Report | None:
+    """The scores of regions as `Report.regions` holds them; None without regions."""
+    return Report(tuple(regions), scores) if regions else None
 
 
 @contextlib.contextmanager
@@ -156,17 +170,21 @@ def score_pair(prediction: Volume, reference: Volume, *, num_classes: int, toler
     Pictures and other volumes of a single slice are scored as (H, W): in 3-D all of their voxels would lie on the
     border, so that the overlap would count as surfaces that agree.
 
+    Voxels to be ignored by the reference's `ignored_label` count nowhere.
+
     Raises:
-        InputError: the grids differ or a label has no name; the message ends with the files.
+        InputError: the grids differ, a label has no name, or all voxels are to be ignored; the message ends with the
+            files.
     """
-    arrays, shape = (prediction.array, reference.array), reference.array.shape
-    spacing: tuple[float, ...] = reference.spacing_zyx_mm
-    if len(shape) == 3 and 1 in shape and prediction.array.shape == shape:
-        thin = shape.index(1)
-        arrays = prediction.array.take(0, axis=thin), reference.array.take(0, axis=thin)
-        spacing = tuple(size for axis, size in enumerate(spacing) if axis != thin)
+    arrays, spacing = _outlines(prediction, reference)
     try:
-        scores = score_case(*arrays, num_classes=num_classes, spacing_zyx_mm=spacing, tolerance_mm=tolerance_mm)
+        scores = score_case(
+            *arrays,
+            num_classes=num_classes,
+            spacing_zyx_mm=spacing,
+            tolerance_mm=tolerance_mm,
+            ignored_label=reference.ignored_label,
+        )
         if apart_mm := grids_apart_mm(prediction, reference):
             raise InputError(
                 f"prediction and reference must lie on one grid; found corners {apart_mm:.3g} mm apart. "
@@ -177,3 +195,36 @@ def score_pair(prediction: Volume, reference: Volume, *, num_classes: int, toler
         files = [f"{role} {volume.path}" for role, volume in roles.items() if volume.path is not None]
         raise InputError(f"{error} ({', '.join(files)})" if files else str(error)) from error
     return scores
+
+
+def score_regions(
+    prediction: Volume, reference: Volume, regions: Mapping[str, Sequence[int]], *, tolerance_mm: float
+) -> CaseScores:
+    """Score regions of several labels in a pair that `score_pair` has scored, each as one mask.
+
+    Args:
+        prediction: labels 0..K.
+        reference: labels 0..K, on the same grid.
+        regions: name -> the labels that it is made of.
+        tolerance_mm: of the surface Dice.
+    """
+    arrays, spacing = _outlines(prediction, reference)
+    found: CaseScores = {"standard": [], "samed": [], "presence": []}
+    counted = without_ignored(*arrays, reference.ignored_label)
+    for labels in regions.values():
+        masks = (np.isin(array, labels) for array in counted)
+        scores = score_case(*masks, num_classes=1, spacing_zyx_mm=spacing, tolerance_mm=tolerance_mm)
+        found["standard"] += scores["standard"]
+        found["samed"] += scores["samed"]
+        found["presence"] += scores["presence"]
+    return found
+
+
+def _outlines(prediction: Volume, reference: Volume) -> tuple[tuple[np.ndarray, np.ndarray], tuple[float, ...]]:
+    """Both arrays and the size of a voxel, without the axis of a single slice."""
+    shape, spacing = reference.array.shape, reference.spacing_zyx_mm
+    if len(shape) != 3 or 1 not in shape or prediction.array.shape != shape:
+        return (prediction.array, reference.array), spacing
+    thin = shape.index(1)
+    arrays = prediction.array.take(0, axis=thin), reference.array.take(0, axis=thin)
+    return arrays, tuple(size for axis, size in enumerate(spacing) if axis != thin)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from samed_peft.datasets.label_scheme import LabelScheme, label_table, labels_of_table
 from samed_peft.errors import InputError, InterruptedBySignalError, StopSignal, reason_of
-from samed_peft.evaluation.cases import checked_names, score_pair
+from samed_peft.evaluation.cases import checked_names, regions_report, score_pair, score_regions
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.evaluation.report import Report
 from samed_peft.io import SUFFIXES, Volume, is_picture, list_folder, numbered_names, read_labels, read_volume, suffix_of
@@ -21,7 +22,7 @@ def evaluate_folders(
     predictions: Path,
     references: Path,
     *,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | LabelScheme | None = None,
     images: Path | None = None,
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
     on_failure: Callable[[str, str], None],
@@ -31,7 +32,8 @@ def evaluate_folders(
     Files belong together if their names without suffix are equal; scans for pictures may be named as nnU-Net's, where
     `a_0000` is the scan of `a`. A case that cannot be scored is left out, named in the report's settings under
     `failed_cases`, and given to `on_failure` with the reason at once. Without names, classes are "class 1" up to the
-    largest label of the references, each of which is then read twice.
+    largest label of the references, each of which is then read twice. With a `LabelScheme`, from `scheme_of_dataset`,
+    both folders hold its stored values, voxels that it ignores count nowhere, and its regions are scored too.
 
     Raises:
         InputError: a folder is missing or has no label maps, no name is in both, every case failed, or no case has
@@ -43,18 +45,22 @@ def evaluate_folders(
     _require_shared_name(predicted, referenced)
     scans = {} if images is None else _scans_of(sorted(referenced), images)
     if class_names is None:
-        names = numbered_names(_readable(referenced), folder=references)
-    else:
-        names = checked_names(class_names)
+        class_names = numbered_names(_readable(referenced), folder=references)
+    scheme = class_names if isinstance(class_names, LabelScheme) else LabelScheme(checked_names(class_names))
+    names, regions = scheme.class_names, scheme.regions
     scores: dict[str, CaseScores] = {}
+    of_regions: dict[str, CaseScores] = {}
     pictures: dict[str, bytes] = {}
     without_spacing: list[str] = []
     failed: dict[str, str] = {}
     for case in _until_stopped(sorted({*predicted, *referenced})):
         try:
-            prediction = read_labels(_only(predicted, case, predictions))
-            reference = read_labels(_only(referenced, case, references))
-            scores[case] = score_pair(prediction, reference, num_classes=len(names), tolerance_mm=tolerance_mm)
+            prediction = _labels(_only(predicted, case, predictions), scheme, is_reference=False)
+            reference = _labels(_only(referenced, case, references), scheme, is_reference=True)
+            found = score_pair(prediction, reference, num_classes=len(names), tolerance_mm=tolerance_mm)
+            if regions:
+                of_regions[case] = score_regions(prediction, reference, regions, tolerance_mm=tolerance_mm)
+            scores[case] = found
             without_spacing += [case] if reference.affine is None else []
             if case in scans:
                 pictures[case] = _picture(_only(scans, case, images), reference, prediction, class_names=names)
@@ -72,7 +78,15 @@ def evaluate_folders(
         "surface_dice_tolerance_mm": tolerance_mm,
         **{name: found for name, found in lists.items() if found},
     }
-    return Report(names, scores, settings=settings, pictures=pictures)
+    return Report(names, scores, settings=settings, pictures=pictures, regions=regions_report(regions, of_regions))
+
+
+def _labels(path: Path, scheme: LabelScheme, *, is_reference: bool) -> Volume:
+    """A label map with labels 1..K; references alone may have voxels to ignore."""
+    if scheme.table is None:
+        return read_labels(path)
+    values = scheme.values or range(1, len(scheme.class_names) + 1)
+    return labels_of_table(read_labels(path, as_stored=True), scheme.table if is_reference else label_table(values))
 
 
 def _until_stopped(cases: Sequence[str]) -> Iterator[str]:

@@ -43,7 +43,8 @@ def case_picture(
 
     Args:
         image: (D, H, W) intensities, or (D, H, W, 3) colours.
-        reference: (D, H, W) labels, 0 is background; None leaves its column out.
+        reference: (D, H, W) labels, 0 is background; None leaves its column out. Voxels of a `Volume`'s
+            `ignored_label` are shown as "not annotated".
         prediction: (D, H, W) labels.
         class_names: names of labels 1..K.
         window: intensities of black and white. By default, normalized images are shown from 0 to 1, colour ones too
@@ -57,7 +58,14 @@ def case_picture(
         InputError: the shapes differ or are not those above, or the grids lie at different places in space.
     """
     scan, labels = _checked(image, {"reference": reference, "prediction": prediction})
-    rows = representative_slices(labels.get("reference"), labels["prediction"])
+    ignored = reference.ignored_label if isinstance(reference, Volume) else None
+    if ignored is None:
+        rows = representative_slices(labels.get("reference"), labels["prediction"])
+    else:
+        counted = labels["reference"] != ignored
+        rows = representative_slices(*(np.where(counted, labels[role], 0) for role in ("reference", "prediction")))
+        labels["reference"] = np.where(counted, labels["reference"], len(class_names) + 1)
+        class_names = [*class_names, "not annotated"]
     low, high = window or _window(scan, list(rows))
     view = _view(scan, spacing_zyx_mm or scan.spacing_zyx_mm)
     panels = [

@@ -34,6 +34,8 @@ class Report:
         settings: facts about the run as JSON values; `note` and `failed_cases` (case -> reason) are printed on top.
         pictures: case -> PNG.
         means: summary and intervals as a file states them; None to compute them from the cases.
+        regions: scores of regions, each made of several labels, in place of classes; None without regions. They do not
+            count in the means of the classes.
     """
 
     class_names: tuple[str, ...]
@@ -41,6 +43,7 @@ class Report:
     settings: Mapping[str, Any] = field(default_factory=dict)
     pictures: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     means: Means | None = field(default=None, repr=False)
+    regions: "Report | None" = None
 
     @property
     def n_cases(self) -> int:
@@ -63,7 +66,8 @@ class Report:
         """The content of `report.json`; None (null) where a score is undefined."""
         summaries = {convention: self._summary_dict(convention) for convention in CONVENTIONS}
         number = {} if self.cases else {"n_cases": self.n_cases}
-        return without_nan({**summaries, "cases": self._case_rows(), **number, "settings": self.settings})
+        regions = {} if self.regions is None else {"regions": self.regions.to_dict()}
+        return without_nan({**summaries, "cases": self._case_rows(), **number, **regions, "settings": self.settings})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
@@ -75,14 +79,18 @@ class Report:
         Raises:
             InputError: naming the first field that is missing or of a wrong type.
         """
-        report = Entry(dict(values))
+        return cls._read(Entry(dict(values)))
+
+    @classmethod
+    def _read(cls, report: Entry) -> "Report":
         names = tuple(report["standard"]["classes"].members())
         cases = read_cases(report, names)
         n_cases = report["n_cases"].count() if report.has("n_cases") else len(cases)
         if cases:
             report["cases"].expect(n_cases == len(cases), f"a list of {n_cases} cases")
         means = read_means(report, names, n_cases=n_cases)
-        return cls(names, cases, settings=read_settings(report), means=means)
+        regions = cls._read(report["regions"]) if report.has("regions") else None
+        return cls(names, cases, settings=read_settings(report), means=means, regions=regions)
 
     def require_all_cases(self) -> None:
         """Require that no case failed and was left out.

@@ -120,6 +120,14 @@ def class_rows(report: Report) -> list[list[str]]:
     return with_counts(score_rows(report, MAIN_COLUMNS), counts, at=1 + len(MAIN_METRICS))
 
 
+def region_rows(report: Report) -> list[list[str]]:
+    """`class_rows` of the regions, marked as such; none without regions."""
+    if report.regions is None:
+        return []
+    *rows, mean = class_rows(report.regions)
+    return [*([f"region {name}", *cells] for name, *cells in rows), ["mean of regions", *mean[1:]]]
+
+
 def further_rows(report: Report) -> list[list[str]]:
     """Name and other metrics of each class, and cases with the class in neither or one mask; the mean last."""
     keys = ("n_absent", "n_missed", "n_spurious")
@@ -147,7 +155,7 @@ def format_table(report: Report, *, width: int | None = None) -> str:
     table.add_column("Class", overflow="fold", min_width=12)
     for name in ("Dice", "HD95 mm", "n Dice", "n HD95", "samed Dice", "HD95 vox"):
         table.add_column(name, justify="right", no_wrap=True)
-    for cells in class_rows(report):
+    for cells in [*class_rows(report), *region_rows(report)]:
         # Text, because a class name in square brackets would be read as markup.
         table.add_row(*(Text(plain_line(cell)) for cell in cells))
     buffer = io.StringIO()

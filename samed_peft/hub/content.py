@@ -192,8 +192,14 @@ def _published_report(report: Report, config: SamedConfig, *, cases: bool) -> Re
         settings["note"] = TINY_SAM_NOTE
     if cases and "failed_cases" in found:
         settings["failed_cases"] = dict.fromkeys(found["failed_cases"], "left out")
+    return dataclasses.replace(_without_cases(report, kept=cases), settings=settings)
+
+
+def _without_cases(report: Report, *, kept: bool) -> Report:
+    """The means alone, or with the scores of cases, of classes and regions."""
     means = Means(report.n_cases, report.summary, report.intervals)
-    return Report(report.class_names, report.cases if cases else {}, settings=settings, means=means)
+    regions = None if report.regions is None else _without_cases(report.regions, kept=kept)
+    return Report(report.class_names, report.cases if kept else {}, means=means, regions=regions)
 
 
 def _case_tables(report: Report) -> Iterator[CaseTable]:

@@ -16,6 +16,7 @@ from .dicom import folders_below as folders_below
 from .dicom import holds_dicom as holds_dicom
 from .dicom import read_series as read_series
 from .dicom_headers import looks_like_dicom as looks_like_dicom
+from .dicom_headers import modality_of as modality_of
 from .dicom_seg import DICOM_SEG_SUFFIX as DICOM_SEG_SUFFIX
 from .dicom_seg import require_highdicom as require_highdicom
 from .dicom_seg import write_dicom_seg as write_dicom_seg
@@ -35,13 +36,17 @@ from .formats import is_picture as is_picture
 from .formats import suffix_of as suffix_of
 from .instances import INSTANCE_ADVICE as INSTANCE_ADVICE
 from .instances import has_whole_objects as has_whole_objects
+from .label_names import IGNORED as IGNORED
 from .label_names import label_colour as label_colour
+from .label_names import stored_mask as stored_mask
+from .label_names import stored_names as stored_names
 from .nifti import write_probabilities as write_probabilities
 from .nifti import write_volume as write_volume
 from .nifti import writing_probabilities as writing_probabilities
 from .scans import PICTURE_ADVICE as PICTURE_ADVICE
 from .scans import numbered_names as numbered_names
 from .scans import read_affine as read_affine
+from .scans import read_colours as read_colours
 from .scans import read_label_names as read_label_names
 from .scans import read_labels as read_labels
 from .scans import read_volume as read_volume

@@ -125,6 +125,12 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return _read(_grey_files(path, None), path)
 
 
+def read_affine(path: Path) -> np.ndarray:
+    """RAS affine of the only series in a DICOM folder, from its headers."""
+    frames = [frame for file in _grey_files(path, None) for frame in frames_of(file)]
+    return ordered(frames, path)[1]
+
+
 def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Array and affine, as of `read`, of a file that holds a whole scan.
 

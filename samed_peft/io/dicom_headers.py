@@ -237,6 +237,19 @@ def has_images(folder: Path) -> bool:
     return False
 
 
+def modality_of(folder: Path) -> str:
+    """Modality of the first image of DICOM directly in a folder, "CT" or "MR" for example; empty if none says it.
+
+    Raises:
+        InputError: a file that begins as DICOM cannot be read.
+    """
+    for path in _visible_files(folder):
+        file = read_header(path) if looks_like_dicom(path) else None
+        if file is not None and file.is_image:
+            return file.text("Modality")
+    return ""
+
+
 def _kind_of_name(path: Path) -> str:
     """The suffix of a name; none if it is a number, as of names that are identifiers."""
     suffix = path.suffix.lower()

@@ -30,6 +30,7 @@ class FileFormat:
             store masks.
         read_names: reads label -> name, None if the file stores none; None for formats that cannot store names.
         read_labels: reads a label map; None: as a scan.
+        read_numbers: reads a label map whose numbers all count as stored; None: as `read_labels`.
         is_picture: a fourth axis holds colours.
         is_normalized: intensities are in [0, 1] already.
         has_channels: a fourth axis, in front, holds channels or time points to choose from.
@@ -43,6 +44,7 @@ class FileFormat:
     write_mask: Callable[[np.ndarray, Volume, Path, Mapping[int, str]], None] | None = None
     read_names: Callable[[Path], dict[int, str] | None] | None = None
     read_labels: Read | None = None
+    read_numbers: Read | None = None
     is_picture: bool = False
     is_normalized: bool = False
     has_channels: bool = False
@@ -73,13 +75,19 @@ FORMATS = (
     FileFormat(
         *("PNG", (".png",), ".png", pictures.read, None, pictures.write_mask, pictures.read_names),
         read_labels=pictures.read_labels,
+        read_numbers=pictures.read_numbers,
         is_picture=True,
     ),
-    FileFormat("TIFF", (".tif", ".tiff"), ".png", pictures.read, read_labels=pictures.read_labels, is_picture=True),
+    FileFormat(
+        *("TIFF", (".tif", ".tiff"), ".png", pictures.read),
+        read_labels=pictures.read_labels,
+        read_numbers=pictures.read_numbers,
+        is_picture=True,
+    ),
     FileFormat("JPEG", (".jpg", ".jpeg"), ".png", pictures.read, read_labels=pictures.refuse_labels, is_picture=True),
 )
 
-DICOM_SERIES = FileFormat("DICOM series", (), _NIFTI.mask_suffix, dicom.read)
+DICOM_SERIES = FileFormat("DICOM series", (), _NIFTI.mask_suffix, dicom.read, dicom.read_affine)
 """A folder with the slices of one scan, recognised by its content and not by its name."""
 
 DICOM_FILE = FileFormat("DICOM file", dicom.SUFFIXES, _NIFTI.mask_suffix, dicom.read_file)

@@ -1,12 +1,17 @@
-"""Names and colours of labels, as every format of masks stores them."""
+"""Names, colours and stored values of labels, as every format of masks stores them."""
 
 import colorsys
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from samed_peft.errors import InputError
+
+IGNORED = 255
+"""Label of voxels that count nowhere, in label maps of uint8 whose other labels are 0..K, K at most 254."""
 
 TEXT_KEY = "labels"
 """Key of the JSON of label -> name in formats without a convention of their own (`.png`, `.mha`)."""
@@ -41,6 +46,22 @@ def checked_names(names: Mapping[int, str], path: Path) -> dict[int, str]:
 def _one_line(name: str) -> str:
     """A name without line breaks and control characters, which XML, NRRD and DICOM cannot store."""
     return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u2028\u2029]", " ", name).split())
+
+
+def stored_mask(mask: np.ndarray, label_values: Sequence[int] | None) -> np.ndarray:
+    """Replace labels 1..K by the values that the training's label maps have for them.
+
+    Args:
+        mask: labels 0..K, 0 is background.
+        label_values: value of each label 1..K, at most 255; None: they are the same.
+    """
+    return mask if label_values is None else np.array([0, *label_values], np.uint8)[mask]
+
+
+def stored_names(class_names: Sequence[str], label_values: Sequence[int] | None) -> dict[int, str]:
+    """Stored value -> name of labels 1..K; `label_values` as for `stored_mask`."""
+    values = range(1, len(class_names) + 1) if label_values is None else label_values
+    return dict(zip(values, class_names, strict=True))
 
 
 def text_of_names(names: Mapping[int, str]) -> str:

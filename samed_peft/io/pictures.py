@@ -37,14 +37,20 @@ def read(path: Path) -> tuple[np.ndarray, None]:
 
 
 def read_labels(path: Path) -> tuple[np.ndarray, None]:
-    """Label map (1, H, W): of a palette the indices count, and if the only values are 0 and 255, 255 is label 1."""
+    """Label map (1, H, W): as `read_numbers`, but if the only values are 0 and 255, 255 is label 1."""
+    array, _ = read_numbers(path)
+    values = np.unique(array)
+    return array // 255 if values[-1] == 255 and set(values.tolist()) <= {0, 255} else array, None
+
+
+def read_numbers(path: Path) -> tuple[np.ndarray, None]:
+    """Label map (1, H, W) as stored; of a palette the indices count."""
     array = _read(path, indexed=True)
     if array.ndim == 4:
         if (array != array[..., :1]).any():
             raise InputError(f"expected one label a pixel, found colours in {path}; save label numbers in grey")
         array = array[..., 0]
-    values = np.unique(array)
-    return array // 255 if values[-1] == 255 and set(values.tolist()) <= {0, 255} else array, None
+    return array, None
 
 
 def refuse_labels(path: Path) -> NoReturn:

@@ -20,20 +20,21 @@ _LABEL_ROUNDING = 0.05
 
 PICTURE_ADVICE = (
     "greys in between come from smooth edges, and 255 may mark a border to ignore: save masks without either, "
-    "of label numbers or of 0 and 255 alone, or give class_names for all of them"
+    "of label numbers or of 0 and 255 alone, or name all of them, with class_names or in a labels.txt, whose line "
+    "__ignore__ stands for 255"
 )
 """What to do about pictures whose greys are not label numbers."""
 
 
-def _load(path: str | Path, *, labels: bool, channel: int | None = None) -> Volume:
-    """Read any supported file as stored, axes in (D, H, W) order."""
+def _load(path: str | Path, *, labels: bool, channel: int | None = None, numbers: bool = False) -> Volume:
+    """Read any supported file as stored, axes in (D, H, W) order; of a label map the `numbers` may all count."""
     path = Path(path)
     with naming_unreadable(path):
         is_folder = path.is_dir()
     file_format = DICOM_SERIES if is_folder else format_of(require_file(path))
     if file_format is None:
         raise InputError(f"expected {', '.join(SUFFIXES)} or a DICOM folder, found {path}; convert it to one of these")
-    read = (labels and file_format.read_labels) or file_format.read
+    read = (numbers and file_format.read_numbers) or (labels and file_format.read_labels) or file_format.read
     with naming_any_error(path):
         array, affine = read(path)
     is_colour = file_format.is_picture and array.ndim == 4
@@ -122,10 +123,14 @@ def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
     return Volume(array, volume.affine, volume.path, volume.normalized)
 
 
-def read_labels(path: str | Path) -> Volume:
+def read_labels(path: str | Path, *, as_stored: bool = False) -> Volume:
     """Read a label map from any file that `read_volume` reads, but JPEG; `.npy.h5` and `.npz` hold it as `label`.
 
     In a picture whose only values are 0 and 255, 255 is label 1; in one with a palette, its indices are the labels.
+
+    Args:
+        path: file or folder.
+        as_stored: 255 stays 255 in any picture, for label maps whose numbers are listed elsewhere.
 
     Returns:
         Volume with an array (D, H, W) of uint8, or of int16 if a label is negative or above 255.
@@ -133,7 +138,7 @@ def read_labels(path: str | Path) -> Volume:
     Raises:
         InputError: as `read_volume`, or a label is not a whole number, but for rounding, or does not fit int16.
     """
-    volume = _load(path, labels=True)
+    volume = _load(path, labels=True, numbers=as_stored)
     array = volume.array
     if array.dtype.kind == "f":
         whole = np.rint(array)
@@ -151,13 +156,38 @@ def read_labels(path: str | Path) -> Volume:
     return Volume(np.ascontiguousarray(array, dtype=dtype), volume.affine, volume.path, volume.normalized)
 
 
+def read_colours(path: str | Path) -> Volume:
+    """Read a label map whose labels are colours: a picture, but no JPEG; of a palette the colours count.
+
+    Returns:
+        Volume with an array (1, H, W, 3) of uint8; grey counts as three equal colours.
+
+    Raises:
+        InputError: as `read_labels`, or the file is no picture or has more than 8 bits a colour.
+    """
+    path = Path(path)
+    file_format = format_of(path)
+    if file_format is None or not file_format.is_picture:
+        raise InputError(f"expected a picture with a colour for each label, found {path}; convert it to PNG")
+    if file_format.read_numbers is None:  # JPEG
+        read_labels(path)
+    volume = _load(path, labels=False)
+    if volume.array.dtype.kind == "f" or volume.array.min() < 0 or volume.array.max() > 255:
+        raise InputError(f"expected colours of 8 bits, found {volume.array.dtype} in {path}; save it as RGB of 8 bits")
+    array = volume.array if volume.array.ndim == 4 else np.stack([volume.array] * 3, axis=-1)
+    return Volume(array.astype(np.uint8), None, path)
+
+
 def read_affine(path: str | Path) -> np.ndarray | None:
-    """Read the affine of a file from its header alone; None for formats without one.
+    """Read the affine of a file, or of a DICOM folder, from its header alone; None for formats without one.
 
     Raises:
         InputError: the file is missing, its header is damaged, or the affine has no inverse.
     """
-    file_format = format_of(path := require_file(path))
+    path = Path(path)
+    with naming_unreadable(path):
+        is_folder = path.is_dir()
+    file_format = DICOM_SERIES if is_folder else format_of(require_file(path))
     with naming_any_error(path):
         affine = file_format.read_affine(path) if file_format and file_format.read_affine else None
     return None if affine is None else checked_affine(affine, path)

@@ -22,12 +22,14 @@ class Volume:
         affine: (4, 4) float64, voxel index (x, y, z, 1) to RAS+ millimetres; None if the file stores none.
         path: file or folder it was read from.
         normalized: intensities are already in [0, 1], so no window is applied.
+        ignored_label: of a label map, the label of voxels that count nowhere; None: all count.
     """
 
     array: np.ndarray
     affine: np.ndarray | None = None
     path: Path | None = None
     normalized: bool = False
+    ignored_label: int | None = None
 
     @property
     def spacing_zyx_mm(self) -> tuple[float, float, float]:

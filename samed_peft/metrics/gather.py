@@ -23,6 +23,7 @@ Args:
     reference: label map on the same grid.
     case: name of the case; one that is added twice, as padded samplers do, counts once.
     spacing_zyx_mm: voxel size in millimetres.
+    ignored_label: voxels of this label in the reference count nowhere.
 """
 
 
@@ -62,11 +63,12 @@ class SegmentationScores(evaluate.Metric):
         reference: ArrayLike,
         case: str,
         spacing_zyx_mm: Sequence[float] = (1.0, 1.0, 1.0),
+        ignored_label: int | None = None,
     ) -> None:
         """Score one case and keep its scores.
 
         Raises:
-            InputError: the label maps differ in shape, or hold labels without a name.
+            InputError: the label maps differ in shape, hold labels without a name, or all voxels are to be ignored.
         """
         try:
             scores = score_case(
@@ -75,6 +77,7 @@ class SegmentationScores(evaluate.Metric):
                 num_classes=len(self.class_names),
                 spacing_zyx_mm=spacing_zyx_mm,
                 tolerance_mm=self.tolerance_mm,
+                ignored_label=ignored_label,
             )
         except InputError as error:
             raise InputError(f"{case}: {error}") from error

@@ -99,16 +99,40 @@ def score_case(
     num_classes: int,
     spacing_zyx_mm: Sequence[float] = (1.0, 1.0, 1.0),
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
+    ignored_label: int | None = None,
 ) -> CaseScores:
     """`score_labels` in both conventions, at little more than the cost of one.
 
+    Voxels whose reference is `ignored_label` count nowhere: both masks are background there. A surface that they cut
+    through ends at their edge, in both masks alike.
+
     Raises:
-        InputError: as `score_labels`.
+        InputError: as `score_labels`, or all voxels are to be ignored.
     """
+    prediction, reference = without_ignored(prediction, reference, ignored_label)
     pair = _label_maps(prediction, reference, num_classes=num_classes)
     units = _units(CONVENTIONS, spacing_zyx_mm, ndim=pair[0].ndim)
     scores, there = _score(pair, num_classes, units=units, tolerance=checked_tolerance(tolerance_mm))
     return {"standard": scores["standard"], "samed": scores["samed"], "presence": there}
+
+
+def without_ignored(prediction: ArrayLike, reference: ArrayLike, ignored_label: int | None) -> Pair:
+    """Both label maps, with background where the reference has `ignored_label`.
+
+    Raises:
+        InputError: all voxels are to be ignored.
+    """
+    first, second = np.asarray(prediction), np.asarray(reference)
+    if ignored_label is None or first.shape != second.shape:  # shapes are refused where the maps are scored
+        return first, second
+    counted = second != ignored_label
+    if not counted.any():
+        raise InputError(
+            f"all {second.size} voxels of the reference are to be ignored (label {ignored_label}), so nothing can be "
+            "scored; leave the case out"
+        )
+    background = first.dtype.type(0), second.dtype.type(0)
+    return np.where(counted, first, background[0]), np.where(counted, second, background[1])
 
 
 def presence(case: CaseScores, index: int) -> Presence:

@@ -31,12 +31,19 @@ def as_models(model: Segmenters) -> tuple[Segmenter, ...]:
     """The models of a single one or of several.
 
     Raises:
-        InputError: there is none, or they have other classes than the first.
+        InputError: there is none, or they have other classes, or other numbers for them in masks, than the first.
     """
     models = (model,) if isinstance(model, nn.Module) else tuple(model)
     if not models:
         raise InputError("expected at least one model, found none")
     classes = [config_of(one).class_names for one in models]
+    stored = [config_of(one).label_values for one in models]
+    if len(set(stored)) > 1:
+        raise InputError(
+            f"expected models whose masks have the same numbers for {', '.join(classes[0])}, found "
+            f"{' and '.join(str(list(values or range(1, len(classes[0]) + 1))) for values in stored)}; average those of "
+            "one task"
+        )
     for number, names in enumerate(classes, start=1):
         if names != classes[0]:
             raise InputError(

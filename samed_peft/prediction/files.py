@@ -21,6 +21,8 @@ from samed_peft.io import (
     Volume,
     read_series,
     read_volume,
+    stored_mask,
+    stored_names,
     write_bytes,
     write_dicom_seg,
     write_mask,
@@ -261,15 +263,17 @@ def _write_results(
     Old probabilities go before the mask appears. What is killed in between leaves a mask without them, and that scan is
     segmented again.
     """
-    names = dict(enumerate(config.class_names, start=1))
     with contextlib.ExitStack() as both:
         if probabilities is not None:
             both.enter_context(writing_probabilities(probabilities, image, scan.probabilities))
             scan.probabilities.unlink(missing_ok=True)
         if scan.mask.suffix.lower() == DICOM_SEG_SUFFIX:
+            # Its segments are numbered from 1 on without gaps.
+            names = stored_names(config.class_names, None)
             write_dicom_seg(mask, image, scan.mask, label_names=names, series=scan.series)
         else:
-            write_mask(mask, image, scan.mask, label_names=names)
+            names = stored_names(config.class_names, config.label_values)
+            write_mask(stored_mask(mask, config.label_values), image, scan.mask, label_names=names)
 
 
 def _precision(

@@ -11,7 +11,13 @@ from accelerate.utils import gather_object
 from samed_peft.datasets import CaseVolumes
 from samed_peft.errors import reason_of
 from samed_peft.evaluation.artefacts import write_report
-from samed_peft.evaluation.cases import check_same_cases, evaluate_cases, require_scored, warn_of_failure
+from samed_peft.evaluation.cases import (
+    check_same_cases,
+    evaluate_cases,
+    regions_report,
+    require_scored,
+    warn_of_failure,
+)
 from samed_peft.evaluation.report import Report
 from samed_peft.io import Volume
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM
@@ -67,15 +73,16 @@ def score_held_out(
     names = config.class_names
     if left := [case for case in own if case not in failed]:
         part = evaluate_cases(
-            CaseVolumes.of_masks({case: masks[case] for case in left}),
+            CaseVolumes.of_masks({case: masks[case] for case in left}, label_values=config.label_values),
             CaseVolumes({case: partial(references.__getitem__, case) for case in left}),
             class_names=names,
             images=images,
             window=config.window,
             on_failure=fail,
+            regions=config.regions,
         )
     else:
-        part = Report(names, {})
+        part = Report(names, {}, regions=regions_report(config.regions, {}))
     report = _gathered(part, failed, references, settings, accelerator=accelerator)
     if not accelerator.is_main_process:
         return None
@@ -95,6 +102,11 @@ def _gathered(
     from samed_peft.metrics.gather import gather_scores  # `evaluate` takes seconds to import
 
     cases = gather_scores(part.cases, part.class_names, accelerator=accelerator)
+    regions = None
+    if part.regions is not None:
+        names = part.regions.class_names
+        found = gather_scores(part.regions.cases, names, accelerator=accelerator)
+        regions = Report(names, {case: found[case] for case in order if case in found})
     pictures = dict(gather_object(list(part.pictures.items())))
     failures = dict(gather_object(list(failed.items())))
     without_spacing = gather_object(list(part.settings.get("cases_without_spacing", [])))
@@ -112,4 +124,5 @@ def _gathered(
             **{name: found for name, found in lists.items() if found},
         },
         pictures={case: pictures[case] for case in order if case in pictures},
+        regions=regions,
     )

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from samed_peft.adapters.save_load import load_adapter
 from samed_peft.datasets.preprocessing import reorientation, reoriented, warn_of_window
 from samed_peft.errors import InputError
-from samed_peft.io import Volume, write_mask
+from samed_peft.io import Volume, stored_mask, stored_names, write_mask
 from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import cast_frozen_weights, product_dtype
 from samed_peft.prediction.averaging import (
@@ -201,7 +201,9 @@ def segment_cases(
         case -> file, the same on every process, once all that this process does not call a failure are written.
     """
     files = {case: directory / f"{case}.nii.gz" for case in images}
-    names = dict(enumerate(config_of(as_models(model)[0]).class_names, start=1))
+    config = config_of(as_models(model)[0])
+    values = config.label_values
+    names = stored_names(config.class_names, values)
     mine = list(images)[accelerator.process_index :: accelerator.num_processes]
 
     def compute(case: str, read: Callable[[], Volume]) -> Callable[[], None] | None:
@@ -214,7 +216,7 @@ def segment_cases(
 
     def write(case: str, mask: np.ndarray, image: Volume) -> None:
         with _failing_alone(case, on_failure):
-            write_mask(mask, image, files[case], label_names=names)
+            write_mask(stored_mask(mask, values), image, files[case], label_names=names)
 
     progress = tqdm(total=len(mine), desc="segmenting", unit="case", disable=not accelerator.is_main_process)
     process_in_order(mine, images.__getitem__, compute, progress=progress)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.datasets.preprocessing import resize_label, slice_to_pixels
 from samed_peft.errors import InputError
+from samed_peft.io import IGNORED
 from samed_peft.models.losses import IGNORED_LABEL
 from samed_peft.models.resizing import resize_aligned
 from samed_peft.training.augmentation import augment
@@ -40,6 +41,7 @@ class SlicePreparation:
         augmentation: None, "samed" or "strong".
         mirror: axes that the strong augmentation mirrors.
         seed: of the augmentation.
+        ignored: label of pixels that the loss leaves out; None if that is a class.
     """
 
     image_size: int
@@ -48,6 +50,7 @@ class SlicePreparation:
     augmentation: str | None = None
     mirror: tuple[str, ...] = ()
     seed: int = 0
+    ignored: int | None = IGNORED
 
     def example(self, image: np.ndarray, label: np.ndarray, *, draw: Key | None) -> tuple[Tensor, Tensor]:
         """Pixels (1, S, S) or (3, S, S) float32 and labels (S, S) or (h, h) uint8 of a slice (H, W) or (H, W, 3).
@@ -125,6 +128,8 @@ class TrainingSlices(Dataset):
             image, row["label"], draw=None if index == FILLER else (epoch, index)
         )
         labels = labels.long()
+        if self._preparation.ignored is not None:
+            labels[labels == self._preparation.ignored] = IGNORED_LABEL
         if index == FILLER:
             labels = torch.full_like(labels, IGNORED_LABEL)
         return {"pixel_values": pixels, "labels": labels}
@@ -143,6 +148,7 @@ def training_slices(rows: Any, config: SamedConfig, training: TrainingConfig, *,
         augmentation=training.augmentation if training.augment else None,
         mirror=training.mirror,
         seed=training.seed,
+        ignored=IGNORED if len(config.class_names) < IGNORED else None,
     )
     neighbours = None if config.neighbour_mm is None else neighbour_rows(rows, config.neighbour_mm)
     return TrainingSlices(rows, preparation, neighbours=neighbours)

@@ -28,6 +28,9 @@ def mean_dice(
     for case in list(images)[accelerator.process_index :: accelerator.num_processes]:
         with accelerator.autocast():
             mask = predict_volume(model, images[case])
-        scores[case] = score_case(mask, references[case].array, num_classes=len(class_names))
+        reference = references[case]
+        scores[case] = score_case(
+            mask, reference.array, num_classes=len(class_names), ignored_label=reference.ignored_label
+        )
     gathered = gather_scores(scores, class_names, accelerator=accelerator)
     return summarise(list(gathered.values()), class_names)["standard"]["mean"]["dice"]

@@ -104,7 +104,9 @@ def test_a_dataset_json_decides_and_other_layouts_exclude_each_other(tmp_path):
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(root / name / "a.png")
     assert open_folder(root).layout == "dataset_json"
     (root / "dataset.json").unlink()
-    with pytest.raises(InputError, match=r"found both pictures and preprocessed files in .*; give each its own folder"):
+    with pytest.raises(
+        InputError, match=r"found both images and masks and preprocessed files in .*; give each its own folder"
+    ):
         open_folder(root)
     with pytest.raises(InputError, match=r"expected raw BTCV .* or SAMed's preprocessed folders .*found "):
         open_folder(root / "images", layouts=("raw", "processed"))
@@ -131,7 +133,13 @@ def test_every_layout_says_what_users_have_to_provide(tmp_path):
             "expected files below",
         ),
         (DECATHLON | {"training": DECATHLON["training"] * 2}, ("c1", "c2"), ("c1", "c2"), None, "lists c1 twice"),
-        (DECATHLON | {"labels": {"0": "background", "2": "b"}}, ("c1",), ("c1",), None, "0..K without gaps"),
+        (
+            DECATHLON | {"labels": {"0": "background", "300": "b"}},
+            ("c1",),
+            ("c1",),
+            None,
+            "labels up to 255.*found 300",
+        ),
         (DECATHLON, ("c1", "c2"), ("c1", "c2"), "PET", r"channels 0 \(CT\).*found 'PET'"),
         (NNUNET, ("c1_0000", "c1_0001"), ("c1",), None, r"0 \(T1\), 1 \(FLAIR\).*none chosen"),
         (NNUNET, ("c1_0000", "c1_0001", "c2_0000"), ("c1", "c2"), "1", r"ending in _0001 \(FLAIR\).*c2"),
@@ -178,13 +186,23 @@ def test_names_no_file_can_have(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "labels", [{"background": 0, "whole": [1, 2], "core": 2}, {"0": "background", "2": "b"}, {"a": 0, "ignore": 1}]
+    ("labels", "own", "values", "table"),
+    [
+        ({"background": 0, "whole": [1, 2], "core": 2}, ("label 1", "core"), None, None),
+        ({"0": "background", "2": "b"}, ("b",), (2,), (0, -1, 1)),
+        ({"a": 0, "ignore": 1}, None, None, None),
+    ],
 )
-def test_given_names_stand_in_for_labels_of_other_kinds(tmp_path, labels):
+def test_given_names_stand_in_for_labels_of_other_kinds(tmp_path, labels, own, values, table):
     root = write(tmp_path / "d", DECATHLON | {"labels": labels}, ("c1", "c2"), ("c1", "c2"))
-    assert open_folder(root, class_names=("edema", "core")).class_names == ("edema", "core")
-    with pytest.raises(InputError, match="class_names"):
-        open_folder(root)
+    folder = open_folder(root, class_names=("edema", "core"))
+    assert (folder.class_names, folder.label_values, folder.label_table) == (("edema", "core"), None, None)
+    if own is None:
+        with pytest.raises(InputError, match="class_names"):
+            open_folder(root)
+    else:
+        folder = open_folder(root)
+        assert (folder.class_names, folder.label_values, folder.label_table) == (own, values, table)
 
 
 def test_a_byte_order_mark(tmp_path):

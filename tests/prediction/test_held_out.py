@@ -57,6 +57,7 @@ def test_two_processes_write_the_files_of_one(scored):
     report = json.loads(two["four/report.json"])
     assert [case["case"] for case in report["cases"]] == ["case 9", "case 8", "case 7", "case 6"]
     assert report["settings"]["cases_without_spacing"] == ["case 8", "case 6"]
+    assert [case["case"] for case in report["regions"]["cases"]] == [case["case"] for case in report["cases"]]
     assert two["apart/report.json"] == two["four/report.json"]
 
 

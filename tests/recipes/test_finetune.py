@@ -14,6 +14,8 @@ import pytest
 from conftest import write_balls
 from PIL import Image
 
+from samed_peft.datasets.dataset_json import scheme_of_dataset
+from samed_peft.evaluation.folders import evaluate_folders
 from samed_peft.io import read_labels
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "finetune.py"
@@ -69,6 +71,48 @@ def test_from_scans_to_a_report(run, scans, tmp_path):
     for changed in ((*patients, "--fold", 1, "--empty_share", 0.5), swapped):
         code, _, stderr = run(*options, *changed, "--resume")
         assert (code, "with other settings (data" in stderr) == (2, True), stderr
+
+
+@pytest.mark.slow
+def test_gaps_regions_and_a_label_to_ignore(run, scans, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(scans, data)
+    labels = {"background": 0, "ball": [2, 5], "half": 5, "ignore": 7}
+    content = {"channel_names": {"0": "T1"}, "labels": labels, "regions_class_order": [2, 5]}
+    (data / "dataset.json").write_text(json.dumps(content))
+    for path in (data / "labelsTr").iterdir():
+        stored = nibabel.load(path)
+        array = np.asarray(stored.dataobj) * np.uint8(2)
+        array[:, 12:][array[:, 12:] == 2] = 5
+        array[:, :2] = 7
+        nibabel.save(nibabel.Nifti1Image(array, stored.affine), path)
+    options = ("--data_dir", data, "--output_dir", out, *SMALL)
+    code, stdout, stderr = run(*options, "--test_cases", "p1_b", "p3_a")
+    assert code == 0, stderr
+    assert "region ball" in stdout
+    config = json.loads((out / "adapter" / "samed_config.json").read_text())
+    assert (config["class_names"], config["label_values"]) == (["ball only", "half"], [2, 5])
+    assert config["regions"] == {"ball": [1, 2], "half": [2]}
+    values = {int(value) for path in (out / "predictions").iterdir() for value in np.unique(read_labels(path).array)}
+    assert values == {0, 2, 5}
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["regions"]["standard"]["classes"]) == ["ball", "half"]
+    # The same scores from the files, as references are stored.
+    again = evaluate_folders(
+        out / "predictions",
+        held_out_labels(data, tmp_path / "references", report),
+        class_names=scheme_of_dataset(data / "dataset.json"),
+        on_failure=lambda case, reason: pytest.fail(f"{case}: {reason}"),
+    ).to_dict()
+    assert (again["cases"], again["regions"]["cases"]) == (report["cases"], report["regions"]["cases"])
+
+
+def held_out_labels(data, folder, report):
+    """The label maps of a report's cases in a folder of their own."""
+    folder.mkdir()
+    for case in report["cases"]:
+        shutil.copy(data / "labelsTr" / f"{case['case']}.nii.gz", folder)
+    return folder
 
 
 @pytest.mark.slow
