@@ -16,7 +16,7 @@ from pathlib import Path
 # Its names are imported on first use, so that help is printed and Ctrl-C is heeded from the start.
 import samed_peft as sp
 
-SPLIT = ("patient_pattern", "split_file", "test_cases", "validation_cases", "folds", "fold")
+SPLIT = ("patient_pattern", "split_file", "test_cases", "validation_cases", "validation_share", "folds", "fold")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,9 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fold", type=int, default=0, help="counted from 0")
     add("--split_file", type=Path, help="in place of folds: nnU-Net's splits_final.json")
     add("--test_cases", nargs="+", help="in place of folds: the cases to hold out")
-    add("--validation_cases", nargs="+", default=[], help="taken from training for --validate_epochs")
+    add("--validation_share", type=float, default=0.2, help="of the patients to train on; 0 for no validation")
+    add("--validation_cases", nargs="+", default=[], help="in place of a share: cases taken from training")
     add("--patient_pattern", help="expression whose group is a case's patient, such as '(.+)_scan[0-9]+'")
     sp.config.add_run_options(parser, base="facebook/sam-vit-base")
+    parser.set_defaults(validate_epochs=1)
     return parser
 
 
@@ -49,6 +51,7 @@ def main() -> None:
     # 1. Cases: find the scans and their label maps, and decide which are held out.
     folder = sp.datasets.open_folder(args.data_dir, channel=args.channel, class_names=args.class_names)
     cases = sp.datasets.choose_splits(folder.cases, **{name: vars(args)[name] for name in SPLIT})
+    accelerator.print(cases.summary(validation_share=args.validation_share))
 
     # 2. What the adapter will be: classes, window, orientation and channel follow from the data.
     described = sp.datasets.describe_folder(folder, class_names=args.class_names, plane=args.plane, window=args.window)

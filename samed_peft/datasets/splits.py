@@ -14,6 +14,10 @@ Split = tuple[list[str], list[str]]
 """Cases to train on, and cases held out."""
 
 
+MIN_PATIENTS = 4
+"""Patients to train on from which a share of them is taken for validation."""
+
+
 class Splits(NamedTuple):
     """Names of the cases to train on, to test on and to validate on."""
 
@@ -26,6 +30,19 @@ class Splits(NamedTuple):
         """The cases that are not trained on."""
         return [*self.test, *self.validation]
 
+    def summary(self, *, validation_share: float = 0.0) -> str:
+        """One line with the number of cases on each side, and why none validates where a share of them should."""
+        parts = [
+            f"{len(cases)} to {use}" for cases, use in ((self.train, "train on"), (self.validation, "validate on"))
+        ]
+        line = f"cases: {', '.join([*parts, f'{len(self.test)} to test on'])}"
+        if self.validation or not validation_share:
+            return line
+        return (
+            f"{line}; fewer than {MIN_PATIENTS} patients are left to train on, too few to validate on one of them, so "
+            "the last adapter counts"
+        )
+
 
 def choose_splits(
     cases: Sequence[str],
@@ -34,6 +51,7 @@ def choose_splits(
     split_file: str | Path | None = None,
     test_cases: Sequence[str] | None = None,
     validation_cases: Sequence[str] = (),
+    validation_share: float = 0.0,
     folds: int = 5,
     fold: int = 0,
 ) -> Splits:
@@ -46,13 +64,15 @@ def choose_splits(
         split_file: in the form of nnU-Net's `splits_final.json`: `[{"train": [...], "val": [...]}, ...]`.
         test_cases: the cases to hold out; all others are trained on.
         validation_cases: taken from those to train on.
+        validation_share: share, below 1, of the patients to train on that is taken for validation unless cases are
+            named: one at least, and none of fewer than `MIN_PATIENTS`. The names decide which, not their order.
         folds: number of folds, at least 2; used without `split_file` and `test_cases`.
         fold: number of the fold to hold out, or of the split in the file, counted from 0.
 
     Raises:
         InputError: the expression is broken, has no group, or does not match a case; there are fewer patients than
-            folds; `fold` is out of range; the file has no such split; a named case does not exist; no case is left; or
-            a patient would be on two sides.
+            folds; `fold` or `validation_share` is out of range; the file has no such split; a named case does not
+            exist; no case is left; or a patient would be on two sides.
     """
     patients = patients_of(cases, patient_pattern)
     if split_file is not None:
@@ -63,7 +83,9 @@ def choose_splits(
         train, test = fold_split(patients, folds=folds, fold=fold)
     if validation_cases:
         train, _ = named_split({case: patients[case] for case in train}, validation_cases)
-    return Splits(train, test, list(validation_cases))
+        return Splits(train, test, list(validation_cases))
+    train, validation = share_split({case: patients[case] for case in train}, share=validation_share)
+    return Splits(train, test, validation)
 
 
 def patients_of(cases: Sequence[str], pattern: str | None = None) -> dict[str, str]:
@@ -107,6 +129,20 @@ def fold_split(patients: Mapping[str, str], *, folds: int, fold: int, seed: int 
     held_out = {distinct[index] for index in order[fold::folds]}
     test = [case for case, patient in patients.items() if patient in held_out]
     return [case for case, patient in patients.items() if patient not in held_out], test
+
+
+def share_split(patients: Mapping[str, str], *, share: float, seed: int = 0) -> Split:
+    """Hold out a share of the patients, at least one and not all; none of fewer than `MIN_PATIENTS`."""
+    if not 0 <= share < 1:  # written so that NaN fails too
+        raise InputError(f"validation_share must be in [0, 1), 0 for no validation; found {share}")
+    distinct = sorted(set(patients.values()))
+    if not share or len(distinct) < MIN_PATIENTS:
+        return list(patients), []
+    number = min(max(round(share * len(distinct)), 1), len(distinct) - 1)
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    held_out = {distinct[index] for index in order[:number]}
+    validation = [case for case, patient in patients.items() if patient in held_out]
+    return [case for case, patient in patients.items() if patient not in held_out], validation
 
 
 def listed_split(path: str | Path, patients: Mapping[str, str], *, fold: int = 0) -> Split:

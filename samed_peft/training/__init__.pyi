@@ -1,15 +1,15 @@
+from .claims import claim_run_folder as claim_run_folder
 from .fit import fit as fit
 from .loop import Step as Step
 from .loop import build_optimizer as build_optimizer
 from .loop import train_step as train_step
 from .loop import training_steps as training_steps
+from .progress import Progress as Progress
 from .runs import Run as Run
-from .runs import claim_run_folder as claim_run_folder
 from .runs import finish_run as finish_run
 from .runs import require_replicas as require_replicas
 from .runs import run_settings as run_settings
 from .runs import start_run as start_run
 from .runs import verifies_rows as verifies_rows
-from .state import Progress as Progress
 from .state import load_checkpoint as load_checkpoint
 from .state import save_checkpoint as save_checkpoint
