@@ -124,7 +124,7 @@ def _train(parts: _Parts, *, resume: bool, exceeded: Mapping[str, Any]) -> tuple
         if exceeded:
             print(length.extension_note(horizon=horizon))
     progress = length.given_new_patience(progress)
-    if not (progress.is_out_of_patience(training.patience) or (progress.step and clock.is_over(accelerator))):
+    if not (progress.is_out_of_patience(training.patience) or clock.was_over(progress)):
         progress = _take_steps(parts, progress, total=total, clock=clock)
     if progress.step < total and not progress.is_out_of_patience(training.patience):
         length = dataclasses.replace(length, stop_step=progress.step)

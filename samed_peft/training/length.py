@@ -210,6 +210,10 @@ class Clock:
         """Seconds used so far."""
         return time.perf_counter() - self.begun_s
 
+    def was_over(self, progress: Progress) -> bool:
+        """Whether the time was used up at a position, whose adapter is saved then."""
+        return self.limit_s is not None and progress.seconds >= self.limit_s
+
     def is_over(self, accelerator: Accelerator) -> bool:
         """Whether the time is used up, as the main process sees it; every process must ask at the same step."""
         if self.limit_s is None:

@@ -27,17 +27,18 @@ def validation_dice(
         The mean over cases and then classes, and class -> its mean over cases; NaN if no reference and no prediction
         has the label, or any label.
     """
-    from samed_peft.metrics.gather import gather_scores  # `evaluate` takes seconds to import
-
     class_names = config_of(model).class_names
     scores = {}
     for case in list(images)[accelerator.process_index :: accelerator.num_processes]:
         with accelerator.autocast():
             mask = predict_volume(model, images[case])
         scores[case] = score_case(mask, references[case].array, num_classes=len(class_names))
-    gathered = gather_scores(scores, class_names, accelerator=accelerator)
-    summary = summarise(list(gathered.values()), class_names)["standard"]
-    return summary["mean"]["dice"], {name: scores["dice"] for name, scores in summary["classes"].items()}
+    if accelerator.num_processes > 1:
+        from samed_peft.metrics.gather import gather_scores  # `evaluate` takes seconds to import
+
+        scores = gather_scores(scores, class_names, accelerator=accelerator)
+    summary = summarise(list(scores.values()), class_names)["standard"]
+    return summary["mean"]["dice"], {name: means["dice"] for name, means in summary["classes"].items()}
 
 
 def dice_scalars(mean: float, classes: Mapping[str, float]) -> dict[str, float]:
