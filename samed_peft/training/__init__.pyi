@@ -1,5 +1,7 @@
 from .claims import claim_run_folder as claim_run_folder
 from .fit import fit as fit
+from .folds import join_folds as join_folds
+from .folds import score_fold as score_fold
 from .loop import Step as Step
 from .loop import build_optimizer as build_optimizer
 from .loop import train_step as train_step

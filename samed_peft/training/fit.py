@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
 
+from samed_peft.adapters.continuation import go_on_from
 from samed_peft.adapters.save_load import add_lora, save_adapter
 from samed_peft.config import TrainingConfig
 from samed_peft.datasets.rows import warn_of_absent_classes
@@ -30,7 +31,7 @@ from samed_peft.training.length import Clock, LengthRecord, Timing, settle_lengt
 from samed_peft.training.log import EventLog
 from samed_peft.training.loop import Step, build_optimizer, step_counts, steps_per_epoch, training_steps, warn_of_warmup
 from samed_peft.training.progress import Progress
-from samed_peft.training.rehearsal import TIMED_STEPS, WARM_STEPS, kept_state, seconds_per_step
+from samed_peft.training.rehearsal import TIMED_STEPS, WARM_STEPS, kept_scaler, kept_state, seconds_per_step
 from samed_peft.training.resources import write_resources
 from samed_peft.training.runs import Run, run_settings
 from samed_peft.training.state import load_checkpoint, save_checkpoint, stop_on_any_process
@@ -60,11 +61,15 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     model = _fresh_model(run, accelerator)
     optimizer = build_optimizer(model, weight_decay=training.weight_decay, lora_plus_ratio=training.lora_plus_ratio)
     settings = run_settings(config_of(model), training, data=run.data, accelerator=accelerator)
+    if run.init is not None:
+        settings["init"] = go_on_from(model, run.init)
     exceeded = claim_run_folder(run.output_dir, settings, resume=resume, accelerator=accelerator)
-    with only_run_in(run.output_dir, accelerator=accelerator):
+    # Several trainings of one process, such as folds, must neither share a loss scaler nor fill the memory.
+    with only_run_in(run.output_dir, accelerator=accelerator), kept_scaler(accelerator):
         prepared, stepping = accelerator.prepare(model, optimizer)
         parts = _Parts(run, model, prepared, stepping, accelerator)
         progress, length = _train(parts, resume=resume, exceeded=exceeded)
+        accelerator.free_memory()
     adapter = run.output_dir / ("adapter" if progress.best_epoch is None else "adapter_best")
     return adapter, settings | length.decided()
 

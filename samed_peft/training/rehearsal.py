@@ -18,6 +18,17 @@ _LARGEST_SHARE = 0.04
 
 
 @contextlib.contextmanager
+def kept_scaler(accelerator: Accelerator) -> Iterator[None]:
+    """Bring the loss scaler, which all trainings of a process share, back to what it was before `with`."""
+    before = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+    try:
+        yield
+    finally:
+        if before:
+            accelerator.scaler.load_state_dict(before)
+
+
+@contextlib.contextmanager
 def kept_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, accelerator: Accelerator) -> Iterator[None]:
     """Bring trained weights, the optimizer's moments and the loss scaler back to what they were before `with`."""
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -25,9 +36,9 @@ def kept_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, accelerato
         parameter: {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in kept.items()}
         for parameter, kept in optimizer.state.items()
     }
-    scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
     try:
-        yield
+        with kept_scaler(accelerator):
+            yield
     finally:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -35,8 +46,6 @@ def kept_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, accelerato
                     parameter.copy_(weights[name])
         optimizer.state.clear()
         optimizer.state.update(moments)
-        if scaler:
-            accelerator.scaler.load_state_dict(scaler)
 
 
 def seconds_per_step(steps: Iterator[Step], *, limit_s: float, accelerator: Accelerator) -> float:

@@ -36,6 +36,7 @@ class Run:
             `resources.json`.
         folder: the labelled scans.
         cases: names of its cases to train, test and validate on.
+        init: folder or Hub id of an adapter whose training goes on, in place of a fresh one; None for none.
     """
 
     config: SamedConfig
@@ -44,6 +45,7 @@ class Run:
     output_dir: Path
     folder: LabelledFolder
     cases: Splits
+    init: str | Path | None = None
 
     @property
     def data(self) -> tuple[str, ...]:
@@ -98,7 +100,7 @@ def finish_run(
     Args:
         run: the run.
         adapter: folder of the adapter, from `fit`.
-        report: its scores, from `score_held_out`: None on all processes but the main one.
+        report: its scores, from `score_held_out`: None on all processes but the main one, and if none was scored.
         accelerator: from `start_run`.
         repo_id: repository of the Hub to push the adapter to, or None.
 
@@ -107,10 +109,17 @@ def finish_run(
         SomeCasesFailedError: cases failed; the rest is done, but the adapter is not pushed.
     """
     refusal = None
-    if report is not None:
-        write_card(adapter, report=report, training=run.training)
-        print(format_table(report), printable(f"adapter, masks, report and pictures are in {run.output_dir}"), sep="\n")
-        if repo_id and not report.settings.get("failed_cases"):
+    if accelerator.is_main_process:
+        if report is not None:
+            write_card(adapter, report=report, training=run.training)
+            print(
+                format_table(report),
+                printable(f"adapter, masks, report and pictures are in {run.output_dir}"),
+                sep="\n",
+            )
+        else:
+            print(printable(f"the adapter is in {adapter}; it has no scores, since no case was held out"))
+        if repo_id and not (report and report.settings.get("failed_cases")):
             try:
                 print(printable(push_to_hub(adapter, repo_id)))
             except InputError as error:
