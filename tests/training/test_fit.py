@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from accelerate import Accelerator
 from conftest import write_balls
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.datasets import Splits, describe_folder, load_slices, open_folder
 from samed_peft.errors import InputError
+from samed_peft.io import file_sha256, load_tensors
 from samed_peft.training import Progress, Run, fit
 from samed_peft.training.length import LengthRecord
 from samed_peft.training.progress import PARTING
@@ -57,11 +59,11 @@ def balls(tmp_path_factory):
         classes = {"num_classes": 1, "orientation": config.orientation, "window": config.window}
         rows = load_slices(folder, cases.train, **classes, held_out=cases.held_out)
 
-    def run(output_dir, *, killed_after=None, **training):
+    def run(output_dir, *, killed_after=None, init=None, **training):
         checkpoint = Path(output_dir) / "checkpoints" / f"step-{killed_after or 0:08d}"
         seen = rows if killed_after is None else KilledRows(rows, checkpoint)
         validated = cases if training.get("validate_epochs") else cases._replace(validation=[])
-        return Run(config, TrainingConfig(**SHORT | training), seen, Path(output_dir), folder, validated)
+        return Run(config, TrainingConfig(**SHORT | training), seen, Path(output_dir), folder, validated, init)
 
     return run
 
@@ -70,8 +72,8 @@ def balls(tmp_path_factory):
 def train(balls):
     """Function that trains such a run in a folder; returns the adapter that counts and the settings."""
 
-    def train(output_dir, *, resume=False, killed_after=None, **training):
-        run = balls(output_dir, killed_after=killed_after, **training)
+    def train(output_dir, *, resume=False, killed_after=None, **options):
+        run = balls(output_dir, killed_after=killed_after, **options)
         if killed_after is None:
             return fit(run, accelerator=Accelerator(cpu=True), resume=resume)
         with pytest.raises(KilledError):
@@ -113,7 +115,7 @@ def test_patience_stops_at_the_same_step_after_a_kill_at_any(train, tmp_path):
     still = {**VALIDATED, "learning_rate": 1e-30, "epochs": 9, "stop_epoch": 9, "patience": 2, "checkpoint_steps": 1}
     adapter, _ = train(tmp_path / "whole", **still)
     assert (progress_of(tmp_path / "whole")["step"], progress_of(tmp_path / "whole")["since_best"]) == (9, 2)
-    for step in (4, 6, 8):  # each goes on where the one before was killed
+    for step in (4, 8):  # the second one goes on where the first one was killed
         train(tmp_path / "killed", killed_after=step, resume=step > 4, **still)
     resumed, _ = train(tmp_path / "killed", resume=True, **still)
     assert weights(resumed) == weights(adapter)
@@ -160,22 +162,23 @@ def test_steps_in_place_of_epochs_end_within_one_and_are_validated_there(train, 
 
 
 @pytest.mark.slow
-def test_minutes_become_steps_that_repeat_the_run_to_the_bit(train, tmp_path):
-    minutes = {**VALIDATED, "max_minutes": 0.04}
-    adapter, settings = train(tmp_path / "minutes", **minutes)
-    used = progress_of(tmp_path / "minutes")
+def test_minutes_become_steps_that_are_recorded_and_more_minutes_more_steps(train, tmp_path):
+    out, minutes = tmp_path / "run", {**VALIDATED, "max_minutes": 0.06}
+    adapter, settings = train(out, **minutes)
+    used, before = progress_of(out), weights(out / "adapter")
     decided = {name: settings[name] for name in ("max_steps", "stop_step")}
-    assert used["step"] == (decided["stop_step"] or decided["max_steps"])
-    record = json.loads((tmp_path / "minutes" / "length.json").read_text())
-    assert (record["max_steps"], record["stop_step"]) == (decided["max_steps"], decided["stop_step"])
-    repeated, _ = train(tmp_path / "steps", **VALIDATED, **decided)
-    assert weights(repeated) == weights(adapter)
+    assert used["step"] == (decided["stop_step"] or decided["max_steps"]) == logged(out)["validation/dice"][-1][0]
+    record = json.loads((out / "length.json").read_text())
+    assert {name: record[name] for name in decided} == decided
     # A run that has ended has nothing to do, and decides nothing anew.
-    assert train(tmp_path / "minutes", resume=True, **minutes)[1] == settings
-    assert progress_of(tmp_path / "minutes") == used
+    assert train(out, resume=True, **minutes) == (adapter, settings)
+    assert (progress_of(out), weights(out / "adapter")) == (used, before)
+    _, longer = train(out, resume=True, **minutes | {"max_minutes": 0.06 + (used["seconds"] + 1) / 60})
+    assert longer["max_steps"] > used["step"]
+    assert progress_of(out)["step"] > used["step"]
 
 
-def test_minutes_that_are_used_up_end_a_run_that_was_planned_longer(train, tmp_path):
+def test_minutes_that_are_used_up_end_a_run_which_its_recorded_steps_repeat_to_the_bit(train, tmp_path):
     train(tmp_path / "run", killed_after=1, **SHORT, max_minutes=0.2, checkpoint_steps=1)
     planned = json.loads((tmp_path / "run" / "length.json").read_text())["max_steps"]
     (state,) = (tmp_path / "run").glob("checkpoints/*/state.json")
@@ -220,17 +223,20 @@ def test_a_killed_run_goes_on_for_longer_and_to_the_bit(train, tmp_path, capsys)
             train(tmp_path / "two", resume=True, **longer | fewer)
 
 
-@pytest.mark.slow
-def test_a_run_that_has_ended_goes_on_with_more_minutes(train, tmp_path):
-    _, settings = train(tmp_path / "run", max_minutes=0.04)
-    ended = progress_of(tmp_path / "run")
-    _, longer = train(tmp_path / "run", resume=True, max_minutes=0.04 + (ended["seconds"] + 2.5) / 60)
-    assert longer["max_steps"] > settings["max_steps"]
-    assert progress_of(tmp_path / "run")["step"] > ended["step"]
-
-
 @pytest.mark.parametrize("content", ["[]", "{}x", '{"colour": 1}', '{"max_steps": 0}', '{"extended": [{"step": 1}]}'])
 def test_a_damaged_record_of_the_length_is_named(tmp_path, content):
     (tmp_path / "length.json").write_text(content)
     with pytest.raises(InputError, match=r"length\.json"):
         LengthRecord.read(tmp_path)
+
+
+def test_a_training_goes_on_from_an_adapter_that_its_resumption_must_name_again(train, tmp_path):
+    still = {"max_steps": 1, "learning_rate": 1e-30, "weight_decay": 0.0, "warmup_steps": 0}
+    first, settings = train(tmp_path / "first", max_steps=2)
+    second, continued = train(tmp_path / "second", init=first, **still)
+    assert "init" not in settings
+    assert continued["init"] == file_sha256(first / "adapter_model.safetensors")
+    ours, theirs = (load_tensors(folder / "adapter_model.safetensors") for folder in (second, first))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match=rf"other settings \(init: {continued['init']} there, None now"):
+        train(tmp_path / "second", resume=True, **still)
