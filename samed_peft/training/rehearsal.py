@@ -10,10 +10,10 @@ from torch import nn
 
 from samed_peft.training.loop import Step
 
-WARM_STEPS, TIMED_STEPS = 2, 6
+WARM_STEPS, TIMED_STEPS = 2, 20
 """Steps that fill caches, and those that are timed."""
 
-_LARGEST_SHARE = 0.04
+_LARGEST_SHARE = 0.02
 """Share of the whole time after which no further step is timed."""
 
 

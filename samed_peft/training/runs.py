@@ -18,6 +18,7 @@ from samed_peft.hub.push import check_repo_id, push_to_hub
 from samed_peft.io import Volume, require_replaceable
 from samed_peft.models.launch import check_launch
 from samed_peft.training.claims import RUN_FOLDER
+from samed_peft.training.length import LengthRecord
 from samed_peft.training.state import stop_on_any_process
 
 _WITHOUT_EFFECT = ("num_workers", "checkpoint_steps", "channel_files")
@@ -32,8 +33,8 @@ class Run:
         config: the adapter to train.
         training: how to train it.
         rows: training slices, from `load_synapse` or `load_slices`.
-        output_dir: gets `adapter`, `adapter_best` if there is a validation, `checkpoints`, `logs`, `run.json` and
-            `resources.json`.
+        output_dir: gets `adapter`, `adapter_best` if there is a validation, `checkpoints`, `logs`, `run.json`,
+            `resources.json`, and `length.json` if the number of steps was fitted to minutes or exceeded later.
         folder: the labelled scans.
         cases: names of its cases to train, test and validate on.
         init: folder or Hub id of an adapter whose training goes on, in place of a fresh one; None for none.
@@ -111,7 +112,8 @@ def finish_run(
     refusal = None
     if accelerator.is_main_process:
         if report is not None:
-            write_card(adapter, report=report, training=run.training)
+            training = LengthRecord.read(run.output_dir).settled(run.training)
+            write_card(adapter, report=report, training=training)
             print(
                 format_table(report),
                 printable(f"adapter, masks, report and pictures are in {run.output_dir}"),
