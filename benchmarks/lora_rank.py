@@ -145,7 +145,9 @@ def command(run: Planned, args: argparse.Namespace) -> list[str]:
     launch = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(args.launch)]
     recipe = [str(RECIPES / f"{args.recipe}.py"), "--data_dir", str(args.data_dir), "--output_dir", str(run.output)]
     resume = ["--resume"] if (run.output / "run.json").is_file() else []
-    options = ["--base", base, "--seed", str(run.seed), *run.variant.options, *args.options]
+    # All cases that are not tested on are trained on, and the last adapter counts, whatever the recipe's default is.
+    whole = ["--validation_share", "0"] if args.recipe == "finetune" else []
+    options = ["--base", base, "--seed", str(run.seed), *whole, *run.variant.options, *args.options]
     return [*launch, *recipe, *options, *resume]
 
 

@@ -4,10 +4,11 @@
     accelerate launch recipes/finetune.py --data_dir polyps --output_dir runs/polyps --class_names polyp
 
 DATA holds dataset.json, imagesTr and labelsTr, or images and masks. One of five folds of cases is left out of training
-and scored; slices are those across the coarsest axis, CT is windowed as in SAMed, MR scaled by each scan's percentiles.
-With --base tiny-sam --image_size 64 it runs on two CPU cores in minutes, to try things; its scores say nothing about
-SAM. With SAM's ViT-B (the default) use a GPU of 24 GB. A stopped or killed run goes on with --resume. Exit codes: 0
-done, 1 some held-out cases failed, 2 wrong input, 3 loss diverged, 75 stopped by a signal.
+and scored; a fifth of the other patients chooses the best epoch. --fold each trains and scores all folds, then a final
+adapter on every case. Slices are those across the coarsest axis, CT is windowed as in SAMed, MR scaled by each scan's
+percentiles. With --base tiny-sam --image_size 64 it runs on two CPU cores in minutes, to try things; its scores say
+nothing about SAM. With SAM's ViT-B (the default) use a GPU of 24 GB. A stopped or killed run goes on with --resume.
+Exit codes: 0 done, 1 some held-out cases failed, 2 wrong input, 3 loss diverged, 75 stopped by a signal.
 """
 
 import argparse
@@ -16,7 +17,14 @@ from pathlib import Path
 # Its names are imported on first use, so that help is printed and Ctrl-C is heeded from the start.
 import samed_peft as sp
 
-SPLIT = ("patient_pattern", "split_file", "test_cases", "validation_cases", "folds", "fold")
+SPLIT = ("patient_pattern", "split_file", "test_cases", "validation_cases", "validation_share", "folds")
+
+
+def fold(text: str) -> int | str:
+    """A value of --fold."""
+    if text not in ("all", "each") and not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number, all or each, found {text!r}")
+    return text if text in ("all", "each") else int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,12 +38,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensities to scale to [0, 1]")
     add("--empty_share", type=float, default=1.0, help="share of slices without foreground to keep")
     add("--folds", type=int, default=5, help="number of folds; --fold is left out and scored")
-    add("--fold", type=int, default=0, help="counted from 0")
+    add("--fold", type=fold, default=0, help="counted from 0; all: train on every case; each: all folds, then that")
     add("--split_file", type=Path, help="in place of folds: nnU-Net's splits_final.json")
     add("--test_cases", nargs="+", help="in place of folds: the cases to hold out")
-    add("--validation_cases", nargs="+", default=[], help="taken from training for --validate_epochs")
+    add("--validation_share", type=float, default=0.2, help="of the patients to train on; 0 for no validation")
+    add("--validation_cases", nargs="+", default=[], help="in place of a share: cases taken from training")
     add("--patient_pattern", help="expression whose group is a case's patient, such as '(.+)_scan[0-9]+'")
+    add(
+        "--init",
+        metavar="ADAPTER",
+        help="folder or Hub id of an adapter whose training goes on, on new data or classes",
+    )
     sp.config.add_run_options(parser, base="facebook/sam-vit-base")
+    parser.set_defaults(validate_epochs=1)
     return parser
 
 
@@ -48,33 +63,49 @@ def main() -> None:
 
     # 1. Cases: find the scans and their label maps, and decide which are held out.
     folder = sp.datasets.open_folder(args.data_dir, channel=args.channel, class_names=args.class_names)
-    cases = sp.datasets.choose_splits(folder.cases, **{name: vars(args)[name] for name in SPLIT})
+    split = {name: vars(args)[name] for name in SPLIT}
+    folds = sp.datasets.choose_folds(folder.cases, **split) if args.fold == "each" else []
+    cases = sp.datasets.choose_splits(folder.cases, **split, fold="all" if folds else args.fold)
 
     # 2. What the adapter will be: classes, window, orientation and channel follow from the data.
     described = sp.datasets.describe_folder(folder, class_names=args.class_names, plane=args.plane, window=args.window)
     config = sp.SamedConfig(args.base, **described, **adapter_options)
 
-    # 3. Rows: slices of the training scans. One process prepares them, and reads the held-out scans so that a bad file
-    # stops the run now and not after the training; the other processes find the verified cache.
-    with accelerator.main_process_first():
-        rows = sp.datasets.load_slices(
-            folder,
-            cases.train,
-            num_classes=len(config.class_names),
-            orientation=config.orientation,
-            window=config.window,
-            empty_share=args.empty_share,
-            held_out=cases.held_out if accelerator.is_main_process else [],
-            verify=sp.training.verifies_rows(accelerator),
-        )
+    def train(cases: "sp.datasets.Splits", directory: Path) -> tuple["sp.training.Run", Path, dict[str, object]]:
+        accelerator.print(f"{directory.name}: {cases.summary(validation_share=args.validation_share)}")
 
-    # 4. Training: the base with LoRA, optimizer steps, validation, checkpoints.
-    run = sp.training.Run(config, training, rows, out, folder, cases)
-    adapter, settings = sp.training.fit(run, accelerator=accelerator, resume=args.resume)
+        # 3. Rows: slices of the training scans. One process prepares them, and reads the held-out scans so that a bad
+        # file stops the run now and not after the training; the other processes find the verified cache.
+        with accelerator.main_process_first():
+            rows = sp.datasets.load_slices(
+                folder,
+                cases.train,
+                num_classes=len(config.class_names),
+                orientation=config.orientation,
+                window=config.window,
+                empty_share=args.empty_share,
+                held_out=cases.held_out if accelerator.is_main_process else [],
+                verify=sp.training.verifies_rows(accelerator),
+            )
 
-    # 5. Prediction and scores, with the adapter as it was saved.
-    settings |= {"dataset": folder.name} if folder.name else {}
-    report = sp.score_held_out(adapter, *run.test, out, accelerator=accelerator, settings=settings)
+        # 4. Training: the base with LoRA, optimizer steps, validation, checkpoints.
+        run = sp.training.Run(config, training, rows, directory, folder, cases, args.init)
+        resume = args.resume and (directory == out or directory.exists())  # later folds may not have begun
+        adapter, settings = sp.training.fit(run, accelerator=accelerator, resume=resume)
+        return run, adapter, settings | ({"dataset": folder.name} if folder.name else {})
+
+    # 5. Prediction and scores, with the adapter as it was saved. With all folds, the final adapter, trained on every
+    # case, comes first, so that all that could stop it does so early; it gets the scores of the folds' adapters.
+    run, adapter, settings = train(cases, out)
+    report = None
+    if folds:
+        reports = []
+        for number, cases in enumerate(folds):
+            run_of_fold, *trained = train(cases, out / f"fold_{number}")
+            reports.append(sp.training.score_fold(run_of_fold, *trained, accelerator=accelerator))
+        report = sp.training.join_folds(reports, out, accelerator=accelerator, settings=settings)
+    elif cases.test:
+        report = sp.score_held_out(adapter, *run.test, out, accelerator=accelerator, settings=settings)
 
     # 6. Sharing: scores go into the adapter's card, and all of it to the Hub if asked to.
     sp.training.finish_run(run, adapter, report, accelerator=accelerator, **hub)

@@ -24,7 +24,7 @@ from samed_peft.evaluation import evaluate_cases, format_table, write_report
 from samed_peft.hub.content import published_files
 from samed_peft.io import tensor_shapes
 from samed_peft.models.bases import TINY_SAM_DIR, load_sam, open_sam
-from samed_peft.training.runs import _claim
+from samed_peft.training.claims import _claim
 from samed_peft.training.state import Progress, load_checkpoint, save_checkpoint
 
 NONSENSE = (

@@ -156,7 +156,8 @@ def _store_as(file: Path, dtype: torch.dtype) -> None:
 
 def write_card(directory: Path, *, report: Report | None = None, training: TrainingConfig | None = None) -> None:
     """Rewrite the model card of an adapter directory, with the scores of a report if given."""
-    trained = None if training is None else training.to_dict()
+    values = {} if training is None else training.to_dict()
+    trained = {name: value for name, value in values.items() if value is not None} or None
     write_text(directory / CARD_FILE, model_card(read_config(directory), report=report, training=trained))
 
 
@@ -183,7 +184,7 @@ def load_adapter(
         InputError: `source` is not an adapter, a file is damaged, or base, rank, classes or sizes do not match.
     """
     folder = adapter_folder(source, revision=revision)
-    config, peft_config, tensors = read_whole(folder, _read_adapter)
+    config, peft_config, tensors = read_whole(folder, read_adapter)
     if base is None:
         require_recorded_base(config, folder)
     model = load_sam(
@@ -211,7 +212,8 @@ def load_adapter(
     return loaded if device is None else loaded.to(device)
 
 
-def _read_adapter(folder: Path) -> tuple[SamedConfig, PeftConfig, dict[str, torch.Tensor]]:
+def read_adapter(folder: Path) -> tuple[SamedConfig, PeftConfig, dict[str, torch.Tensor]]:
+    """Read and check the files of an adapter: its config, PEFT's config and its tensors."""
     config = read_config(folder)
     require_complete(folder)
     check_adapter_files(folder)

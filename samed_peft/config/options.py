@@ -74,7 +74,9 @@ def parse_run_options(
 ) -> tuple[argparse.Namespace, dict[str, Any], TrainingConfig]:
     """Parse the command line of a training recipe, which has `--validation_cases` besides `add_run_options`.
 
-    `--epochs` alone shortens a run: it limits `--stop_epoch` unless that is given.
+    `--epochs` alone shortens a run: it limits `--stop_epoch` unless that is given. Recipes that have
+    `--validation_share` validate by default: cases that are named overrule it, and 0, as well as `--validate_epochs 0`,
+    switches validation off.
 
     Args:
         parser: with all options.
@@ -89,12 +91,8 @@ def parse_run_options(
     args = parser.parse_args(arguments)
     if args.stop_epoch == parser.get_default("stop_epoch"):
         args.stop_epoch = min(args.stop_epoch, args.epochs)
-    if bool(args.validate_epochs) != bool(args.validation_cases):
-        parser.error("--validate_epochs and --validation_cases go together")
-    if args.validate_epochs > args.stop_epoch:
-        parser.error(
-            f"--validate_epochs {args.validate_epochs} never validates in {args.stop_epoch} epochs; choose fewer"
-        )
+    _agree_on_length(parser, args)
+    _agree_on_validation(parser, args)
     _refuse_ignored(parser, args)
     training = TrainingConfig(**{field.name: vars(args)[field.name] for field in dataclasses.fields(TrainingConfig)})
     adapter = {name: vars(args)[name] for name in _ADAPTER_FIELDS}
@@ -102,6 +100,34 @@ def parse_run_options(
     with warnings.catch_warnings(action="ignore"):
         SamedConfig(args.base or TINY_SAM, class_names=("any",), **adapter)
     return args, adapter, training
+
+
+def _agree_on_length(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse two lengths of one training."""
+    given = [f"--{name} {vars(args)[name]}" for name in ("max_minutes", "max_steps") if vars(args)[name] is not None]
+    if args.epochs != parser.get_default("epochs"):
+        given.insert(0, f"--epochs {args.epochs}")
+    if len(given) > 1:
+        parser.error(f"{' and '.join(given)} each decide how long the training is; give one of them")
+
+
+def _agree_on_validation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Make share, named cases and epochs of validation fit each other, or refuse them."""
+    if "validation_share" in vars(args):
+        if args.validation_cases or not args.validate_epochs:
+            args.validation_share = 0.0
+        elif not args.validation_share and args.validate_epochs == parser.get_default("validate_epochs"):
+            args.validate_epochs = 0
+    share = vars(args).get("validation_share", 0.0)
+    if bool(args.validate_epochs) != bool(args.validation_cases or share):
+        parser.error("--validate_epochs and --validation_cases go together")
+    if args.patience and not args.validate_epochs:
+        parser.error(f"--patience {args.patience} counts validations, of which there are none; leave it out")
+    # Trainings of a given number of steps or minutes are validated at their end at the latest.
+    if args.validate_epochs > args.stop_epoch and args.max_steps is None and args.max_minutes is None:
+        parser.error(
+            f"--validate_epochs {args.validate_epochs} never validates in {args.stop_epoch} epochs; choose fewer"
+        )
 
 
 def _refuse_ignored(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

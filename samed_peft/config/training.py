@@ -23,6 +23,15 @@ class TrainingConfig(JsonFields):
     decay_power: float = described("exponent of the polynomial decay", 0.9)
     epochs: int = described("horizon of the decay", 200, AT_LEAST_1)
     stop_epoch: int = described("epochs actually run; SAMed stops at 160 of 200", 160, AT_LEAST_1)
+    max_steps: int | None = described(
+        "optimizer steps and horizon of the decay, in place of epochs and stop_epoch", None, AT_LEAST_1
+    )
+    stop_step: int | None = described("optimizer steps actually run, if fewer than max_steps", None, AT_LEAST_1)
+    max_minutes: float | None = described(
+        "minutes of training, in place of epochs and stop_epoch; max_steps is fitted to them, from the time of a step",
+        None,
+        POSITIVE,
+    )
     batch_size: int = described("slices per process and micro-batch (SAMed: 12 on each of 2 GPUs)", 24, AT_LEAST_1)
     accumulation_steps: int = described("micro-batches per optimizer step", 1, AT_LEAST_1)
     dice_weight: float = described(
@@ -63,6 +72,9 @@ class TrainingConfig(JsonFields):
         "optimizer steps between two resumable checkpoints; one is written after each epoch too", 200, AT_LEAST_1
     )
     validate_epochs: int = described("epochs between two validations; 0 for none", 0, NOT_NEGATIVE)
+    patience: int = described(
+        "validations in a row without a better mean Dice before training stops; 0 for any number", 0, NOT_NEGATIVE
+    )
     seed: int = described("seed of initialisation, order and augmentation", 1234, NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
@@ -71,4 +83,14 @@ class TrainingConfig(JsonFields):
             self.stop_epoch <= self.epochs,
             f"stop_epoch ({self.stop_epoch}) must not exceed epochs ({self.epochs}); give stop_epoch, --stop_epoch on "
             "the command line, too",
+        )
+        require(
+            self.max_minutes is None or self.max_steps is None,
+            f"give max_minutes ({self.max_minutes}) or max_steps ({self.max_steps}), not both: minutes decide the "
+            "number of steps",
+        )
+        require(
+            self.stop_step is None or (self.max_steps is not None and self.stop_step <= self.max_steps),
+            f"stop_step ({self.stop_step}) must not exceed max_steps ({self.max_steps}); give max_steps, --max_steps "
+            "on the command line, too",
         )

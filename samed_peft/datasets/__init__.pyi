@@ -14,6 +14,7 @@ from .phantom import write_phantom as write_phantom
 from .rows import ArrayFeature as ArrayFeature
 from .rows import common_orientation as common_orientation
 from .splits import Splits as Splits
+from .splits import choose_folds as choose_folds
 from .splits import choose_splits as choose_splits
 from .synapse import list_cases as list_cases
 from .synapse import load_synapse as load_synapse

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,10 @@ from samed_peft.io import read_json
 
 Split = tuple[list[str], list[str]]
 """Cases to train on, and cases held out."""
+
+
+MIN_PATIENTS = 4
+"""Patients to train on from which a share of them is taken for validation."""
 
 
 class Splits(NamedTuple):
@@ -26,6 +30,19 @@ class Splits(NamedTuple):
         """The cases that are not trained on."""
         return [*self.test, *self.validation]
 
+    def summary(self, *, validation_share: float = 0.0) -> str:
+        """One line with the number of cases on each side, and why none validates where a share of them should."""
+        parts = [
+            f"{len(cases)} to {use}" for cases, use in ((self.train, "train on"), (self.validation, "validate on"))
+        ]
+        line = f"cases: {', '.join([*parts, f'{len(self.test)} to test on'])}"
+        if self.validation or not validation_share:
+            return line
+        return (
+            f"{line}; fewer than {MIN_PATIENTS} patients are left to train on, too few to validate on one of them, so "
+            "the last adapter counts"
+        )
+
 
 def choose_splits(
     cases: Sequence[str],
@@ -34,8 +51,9 @@ def choose_splits(
     split_file: str | Path | None = None,
     test_cases: Sequence[str] | None = None,
     validation_cases: Sequence[str] = (),
+    validation_share: float = 0.0,
     folds: int = 5,
-    fold: int = 0,
+    fold: int | str = 0,
 ) -> Splits:
     """Split cases by a file, by the names of the test cases, or by folds; patients never on two sides.
 
@@ -46,16 +64,27 @@ def choose_splits(
         split_file: in the form of nnU-Net's `splits_final.json`: `[{"train": [...], "val": [...]}, ...]`.
         test_cases: the cases to hold out; all others are trained on.
         validation_cases: taken from those to train on.
+        validation_share: share, below 1, of the patients to train on that is taken for validation unless cases are
+            named: one at least, and none of fewer than `MIN_PATIENTS`. The names decide which, not their order.
         folds: number of folds, at least 2; used without `split_file` and `test_cases`.
-        fold: number of the fold to hold out, or of the split in the file, counted from 0.
+        fold: number of the fold to hold out, or of the split in the file, counted from 0; "all" tests on none and
+            trains on every case, those of the file if there is one.
 
     Raises:
         InputError: the expression is broken, has no group, or does not match a case; there are fewer patients than
-            folds; `fold` is out of range; the file has no such split; a named case does not exist; no case is left; or
-            a patient would be on two sides.
+            folds; `fold` or `validation_share` is out of range; the file has no such split; a named case does not
+            exist; no case is left; or a patient would be on two sides.
     """
     patients = patients_of(cases, patient_pattern)
-    if split_file is not None:
+    if fold == "all" and test_cases:
+        raise InputError(
+            f"expected no cases to test on where every case is trained on, found {', '.join(test_cases[:5])}; leave "
+            "out --test_cases or --fold all"
+        )
+    if not isinstance(fold, int):
+        listed = patients if split_file is None else set().union(*listed_split(split_file, patients))
+        train, test = [case for case in patients if case in listed], list[str]()
+    elif split_file is not None:
         train, test = listed_split(split_file, patients, fold=fold)
     elif test_cases:
         train, test = named_split(patients, test_cases)
@@ -63,7 +92,52 @@ def choose_splits(
         train, test = fold_split(patients, folds=folds, fold=fold)
     if validation_cases:
         train, _ = named_split({case: patients[case] for case in train}, validation_cases)
-    return Splits(train, test, list(validation_cases))
+        return Splits(train, test, list(validation_cases))
+    train, validation = share_split({case: patients[case] for case in train}, share=validation_share)
+    return Splits(train, test, validation)
+
+
+def choose_folds(
+    cases: Sequence[str],
+    *,
+    split_file: str | Path | None = None,
+    folds: int = 5,
+    test_cases: Sequence[str] | None = None,
+    validation_cases: Sequence[str] = (),
+    **options: Any,
+) -> list[Splits]:
+    """All folds, or all splits of a file, one after another; each case is tested on once.
+
+    Args:
+        cases: all names.
+        split_file: see `choose_splits`.
+        folds: see `choose_splits`.
+        test_cases: refused, since folds decide what is tested on.
+        validation_cases: refused, since each is tested on in one of the folds.
+        options: further ones of `choose_splits`.
+
+    Raises:
+        InputError: as `choose_splits`; cases are named; or splits of the file test on a case twice.
+    """
+    if named := [*(test_cases or ()), *validation_cases]:
+        raise InputError(
+            f"expected no cases by name where each is tested on once, found {', '.join(named[:5])}; leave out "
+            "--test_cases and --validation_cases, --validation_share takes other ones in each fold"
+        )
+    number = folds
+    if split_file is not None:
+        content = read_json(split_file)
+        number = len(content) if isinstance(content, list) else 1  # refused below
+    splits = [
+        choose_splits(cases, split_file=split_file, folds=folds, fold=fold, **options) for fold in range(max(number, 1))
+    ]
+    tested = [case for split in splits for case in split.test]
+    if twice := sorted({case for case in tested if tested.count(case) > 1}):
+        raise InputError(
+            f"expected splits that test on each case once in {split_file}, found {', '.join(twice[:5])} in several "
+            f"({len(twice)} cases in all); score one split at a time with --fold 0 and so on"
+        )
+    return splits
 
 
 def patients_of(cases: Sequence[str], pattern: str | None = None) -> dict[str, str]:
@@ -107,6 +181,20 @@ def fold_split(patients: Mapping[str, str], *, folds: int, fold: int, seed: int 
     held_out = {distinct[index] for index in order[fold::folds]}
     test = [case for case, patient in patients.items() if patient in held_out]
     return [case for case, patient in patients.items() if patient not in held_out], test
+
+
+def share_split(patients: Mapping[str, str], *, share: float, seed: int = 0) -> Split:
+    """Hold out a share of the patients, at least one and not all; none of fewer than `MIN_PATIENTS`."""
+    if not 0 <= share < 1:  # written so that NaN fails too
+        raise InputError(f"validation_share must be in [0, 1), 0 for no validation; found {share}")
+    distinct = sorted(set(patients.values()))
+    if not share or len(distinct) < MIN_PATIENTS:
+        return list(patients), []
+    number = min(max(round(share * len(distinct)), 1), len(distinct) - 1)
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    held_out = {distinct[index] for index in order[:number]}
+    validation = [case for case, patient in patients.items() if patient in held_out]
+    return [case for case, patient in patients.items() if patient not in held_out], validation
 
 
 def listed_split(path: str | Path, patients: Mapping[str, str], *, fold: int = 0) -> Split:

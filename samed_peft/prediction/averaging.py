@@ -37,19 +37,18 @@ def as_models(model: Segmenters) -> tuple[Segmenter, ...]:
     if not models:
         raise InputError("expected at least one model, found none")
     classes = [config_of(one).class_names for one in models]
-    stored = [config_of(one).label_values for one in models]
-    if len(set(stored)) > 1:
-        raise InputError(
-            f"expected models whose masks have the same numbers for {', '.join(classes[0])}, found "
-            f"{' and '.join(str(list(values or range(1, len(classes[0]) + 1))) for values in stored)}; average those of "
-            "one task"
-        )
     for number, names in enumerate(classes, start=1):
         if names != classes[0]:
             raise InputError(
                 f"expected models of the same classes in the same order, found {', '.join(classes[0])} in the first "
                 f"and {', '.join(names)} in model {number}; average those of one task"
             )
+    stored = [config_of(one).label_values or tuple(range(1, len(classes[0]) + 1)) for one in models]
+    if len(set(stored)) > 1:
+        found = " and ".join(str(list(values)) for values in stored)
+        raise InputError(
+            f"expected models that write the same numbers into masks, found {found}; average those of one task"
+        )
     return models
 
 

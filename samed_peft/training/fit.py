@@ -4,16 +4,20 @@ import contextlib
 import dataclasses
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
+from torch import nn
 from tqdm import tqdm
 
+from samed_peft.adapters.continuation import go_on_from
 from samed_peft.adapters.save_load import add_lora, save_adapter
 from samed_peft.config import TrainingConfig
 from samed_peft.datasets.rows import warn_of_absent_classes
@@ -24,12 +28,16 @@ from samed_peft.models.precision import cast_frozen_weights, product_dtype
 from samed_peft.training.adalora import prune_ranks
 from samed_peft.training.average import WeightAverage
 from samed_peft.training.batches import training_slices
+from samed_peft.training.claims import claim_run_folder, only_run_in
+from samed_peft.training.length import Clock, LengthRecord, Timing, settle_length, steps_that_fit
 from samed_peft.training.log import EventLog
-from samed_peft.training.loop import Step, build_optimizer, steps_per_epoch, training_steps, warn_of_warmup
+from samed_peft.training.loop import Step, build_optimizer, step_counts, steps_per_epoch, training_steps, warn_of_warmup
+from samed_peft.training.progress import Progress
+from samed_peft.training.rehearsal import TIMED_STEPS, WARM_STEPS, kept_scaler, kept_state, seconds_per_step
 from samed_peft.training.resources import write_resources
-from samed_peft.training.runs import Run, claim_run_folder, only_run_in, run_settings
-from samed_peft.training.state import Progress, load_checkpoint, save_checkpoint, stop_on_any_process
-from samed_peft.training.validation import mean_dice
+from samed_peft.training.runs import Run, run_settings
+from samed_peft.training.state import load_checkpoint, save_checkpoint, stop_on_any_process
+from samed_peft.training.validation import dice_scalars, seconds_to_validate, validation_dice
 
 
 def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Path, dict[str, Any]]:
@@ -55,52 +63,141 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     model = _fresh_model(run, accelerator)
     optimizer = build_optimizer(model, weight_decay=training.weight_decay, lora_plus_ratio=training.lora_plus_ratio)
     settings = run_settings(config_of(model), training, data=run.data, accelerator=accelerator)
-    claim_run_folder(run.output_dir, settings, resume=resume, accelerator=accelerator)
-    with only_run_in(run.output_dir, accelerator=accelerator):
-        return _train(run, model, optimizer, accelerator=accelerator, resume=resume), settings
+    if run.init is not None:
+        settings["init"] = go_on_from(model, run.init)
+    exceeded = claim_run_folder(run.output_dir, settings, resume=resume, accelerator=accelerator)
+    # Several trainings of one process, such as folds, must neither share a loss scaler nor fill the memory.
+    with only_run_in(run.output_dir, accelerator=accelerator), kept_scaler(accelerator):
+        prepared, stepping = accelerator.prepare(model, optimizer)
+        parts = _Parts(run, model, prepared, stepping, accelerator, _average(model, training))
+        progress, length = _train(parts, resume=resume, exceeded=exceeded)
+        accelerator.free_memory()
+    adapter = run.output_dir / ("adapter" if progress.best_epoch is None else "adapter_best")
+    return adapter, settings | length.decided()
 
 
-def _train(
-    run: Run, model: PeftModel, optimizer: torch.optim.Optimizer, *, accelerator: Accelerator, resume: bool
-) -> Path:
-    """Train from the newest checkpoint on; returns the folder of the adapter to use."""
-    out, training = run.output_dir, run.training
-    total = steps_per_epoch(len(run.rows), training, accelerator) * training.stop_epoch
-    prune_ranks(model, optimizer, steps=total)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    slices = training_slices(run.rows, run.config, training, label_size=model.logits_size)
-    average = _average(model, training)
-    state = {"accelerator": accelerator, "average": average}
-    progress = load_checkpoint(out / "checkpoints", model, optimizer, **state)
-    if accelerator.is_main_process:
+@dataclass(frozen=True)
+class _Parts:
+    """What a training works with: the model with its adapter, and model and optimizer as Accelerate prepared them."""
+
+    run: Run
+    model: PeftModel
+    prepared: nn.Module
+    optimizer: AcceleratedOptimizer
+    accelerator: Accelerator
+    average: WeightAverage | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run.output_dir / "checkpoints"
+
+    def save(self, progress: Progress) -> None:
+        state = {"accelerator": self.accelerator, "average": self.average}
+        save_checkpoint(self.checkpoints, self.model, self.optimizer, progress=progress, **state)
+
+    def steps(self, training: TrainingConfig, *, start: int) -> Iterator[Step]:
+        """Steps to the end of a training whose minutes have become steps."""
+        slices = training_slices(self.run.rows, self.run.config, training, label_size=self.model.logits_size)
+        accelerator = self.accelerator
+        return training_steps(
+            self.prepared, self.optimizer, slices, training=training, accelerator=accelerator, start=start
+        )
+
+
+def _train(parts: _Parts, *, resume: bool, exceeded: Mapping[str, Any]) -> tuple[Progress, LengthRecord]:
+    """Train from the newest checkpoint on; returns where the training ended, and what was decided on its length."""
+    run, accelerator, is_main = parts.run, parts.accelerator, parts.accelerator.is_main_process
+    state = {"accelerator": accelerator, "average": parts.average}
+    progress = load_checkpoint(parts.checkpoints, parts.model, parts.optimizer, **state)
+    if is_main and resume and not progress.step:
+        warnings.warn(
+            f"nothing to resume in {run.output_dir}: it has no checkpoint, so the run begins anew", stacklevel=3
+        )
+    clock = Clock.started(progress, max_minutes=run.training.max_minutes)
+    length = settle_length(
+        run.output_dir,
+        run.training,
+        progress,
+        exceeded=exceeded,
+        fit_steps=partial(_fit_steps, parts, progress, clock),
+        accelerator=accelerator,
+    )
+    training = length.settled(run.training)
+    parts = dataclasses.replace(parts, run=dataclasses.replace(run, training=training))
+    horizon, total = step_counts(len(run.rows), training, accelerator)
+    prune_ranks(parts.model, parts.optimizer.optimizer, steps=total)
+    if is_main:
         warn_of_warmup(total, training)
         warn_of_absent_classes(run.rows, run.config.class_names)
-        if resume and not progress.step:
-            warnings.warn(f"nothing to resume in {out}: it has no checkpoint, so the run begins anew", stacklevel=3)
+        if exceeded:
+            print(length.extension_note(horizon=horizon))
+    progress = length.given_new_patience(progress)
+    if not (progress.is_out_of_patience(training.patience) or clock.was_over(progress)):
+        progress = _take_steps(parts, progress, total=total, clock=clock)
+    if progress.step < total and not progress.is_out_of_patience(training.patience):
+        length = dataclasses.replace(length, stop_step=progress.step)
+        if is_main:
+            length.write(run.output_dir)
+    return progress, length
 
-    steps = training_steps(prepared, optimizer, slices, training=training, accelerator=accelerator, start=progress.step)
+
+def _take_steps(parts: _Parts, progress: Progress, *, total: int, clock: Clock) -> Progress:
+    """Take steps until `total`, until the time is over or until patience is; validate and save on the way."""
+    run, training, accelerator = parts.run, parts.run.training, parts.accelerator
+    is_main = accelerator.is_main_process
     ends_s = [time.perf_counter()]
-    log = EventLog(out / "logs", start=progress.step, enabled=accelerator.is_main_process)
+    log = EventLog(run.output_dir / "logs", start=progress.step, enabled=is_main)
+    steps = parts.steps(training, start=progress.step)
     with StopSignal() as stop_signal:
-        for step in _with_bar(steps, done=progress.step, total=total, shown=accelerator.is_main_process):
+        for step in _with_bar(steps, done=progress.step, total=total, shown=is_main):
             ends_s.append(time.perf_counter())
             log.write(step.scalars(), step=step.number)
-            if average is not None:
-                average.update(step.number)
-            progress = dataclasses.replace(progress, step=step.number)
-            if step.ends_epoch:
-                with contextlib.nullcontext() if average is None else average.in_place():
-                    progress = _validate_and_save(run, model, step, progress, log=log, accelerator=accelerator)
+            if parts.average is not None:
+                parts.average.update(step.number)
+            progress = progress.stepped(step.number, loss=step.loss, seconds=clock.seconds())
+            is_last = step.number == total or clock.is_over(accelerator)
+            if step.ends_epoch or is_last:
+                is_due = is_last and training.max_steps is not None  # which may lie within an epoch
+                with contextlib.nullcontext() if parts.average is None else parts.average.in_place():
+                    progress = _validate_and_save(parts, step, progress, log=log, is_due=is_due)
+                progress = dataclasses.replace(progress, seconds=clock.seconds())
+                is_last = is_last or progress.is_out_of_patience(training.patience) or clock.is_over(accelerator)
             stopping = stop_on_any_process(stop_signal, accelerator)
-            if step.number == total and accelerator.is_main_process:
+            if is_last and is_main:
                 # Before the last checkpoint, since a run that goes on from there has no step to measure.
-                write_resources(out, model, ends_s, accelerator=accelerator)
-            if stopping or step.ends_epoch or step.number % training.checkpoint_steps == 0:
-                save_checkpoint(out / "checkpoints", model, optimizer, progress=progress, **state)
+                write_resources(run.output_dir, parts.model, ends_s, accelerator=accelerator)
+            if stopping or step.ends_epoch or is_last or step.number % training.checkpoint_steps == 0:
+                parts.save(progress)
             if stopping:
                 accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
                 raise RunInterruptedError(f"stopped by a signal after step {step.number}; --resume goes on from there")
-    return out / ("adapter" if progress.best_epoch is None else "adapter_best")
+            if is_last:
+                break
+    return progress
+
+
+def _fit_steps(parts: _Parts, progress: Progress, clock: Clock) -> tuple[int, float]:
+    """Number of further steps that fit into the minutes, and the time of one; the first ones are tried and undone."""
+    run, accelerator, minutes = parts.run, parts.accelerator, parts.run.training.max_minutes
+    assert minutes is not None, "asked for minutes only"
+    begun = time.perf_counter()
+    most = progress.step + WARM_STEPS + TIMED_STEPS
+    trial = dataclasses.replace(run.training, max_minutes=None, max_steps=most)
+    with kept_state(parts.model, parts.optimizer, accelerator=accelerator):
+        step_s = seconds_per_step(
+            parts.steps(trial, start=progress.step), limit_s=60 * minutes, accelerator=accelerator
+        )
+    before_saving = time.perf_counter()
+    parts.save(progress)
+    epoch_end_s = 2 * (time.perf_counter() - before_saving)  # checkpoint and adapter
+    if run.validation is not None:
+        epoch_end_s += seconds_to_validate(parts.model, *run.validation, accelerator=accelerator) / max(
+            run.training.validate_epochs, 1
+        )
+    timing = Timing(step_s, epoch_end_s, time.perf_counter() - begun)
+    (timing, used_s) = broadcast_object_list([timing, clock.seconds()])
+    per_epoch = steps_per_epoch(len(run.rows), run.training, accelerator)
+    return steps_that_fit(run.training, timing, used_s=used_s, per_epoch=per_epoch), timing.step_s
 
 
 def _average(model: PeftModel, training: TrainingConfig) -> WeightAverage | None:
@@ -133,17 +230,20 @@ def _with_bar(steps: Iterator[Step], *, done: int, total: int, shown: bool) -> I
         yield step
 
 
-def _validate_and_save(
-    run: Run, model: PeftModel, step: Step, progress: Progress, *, log: EventLog, accelerator: Accelerator
-) -> Progress:
-    """Validate if this epoch is due, and save the adapter: the best so far, and the last."""
-    training = run.training
-    if run.validation is not None and step.epoch % training.validate_epochs == 0:
-        dice = mean_dice(model, *run.validation, accelerator=accelerator)
-        log.write({"validation/dice": dice}, step=step.number)
+def _validate_and_save(parts: _Parts, step: Step, progress: Progress, *, log: EventLog, is_due: bool) -> Progress:
+    """Validate if this epoch or the end is due, and save the adapter: the best so far, and the last."""
+    run, training, accelerator = parts.run, parts.run.training, parts.accelerator
+    is_due = is_due or (step.ends_epoch and step.epoch % max(training.validate_epochs, 1) == 0)
+    if run.validation is not None and training.validate_epochs and is_due:
+        dice, by_class = validation_dice(parts.model, *run.validation, accelerator=accelerator)
+        log.write(dice_scalars(dice, by_class), step=step.number)
         progress = progress.validated(dice, epoch=step.epoch)
+        if (parting := progress.parting()) is not None:
+            progress = dataclasses.replace(progress, has_parted=True)
+            if accelerator.is_main_process:
+                warnings.warn(parting, stacklevel=4)
         if accelerator.is_main_process and progress.best_epoch == step.epoch:
-            save_adapter(model, run.output_dir / "adapter_best", training=training)
+            save_adapter(parts.model, run.output_dir / "adapter_best", training=training)
     if accelerator.is_main_process:
-        save_adapter(model, run.output_dir / "adapter", training=training)
+        save_adapter(parts.model, run.output_dir / "adapter", training=training)
     return progress

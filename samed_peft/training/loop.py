@@ -89,6 +89,15 @@ def steps_per_epoch(num_slices: int, training: TrainingConfig, accelerator: Acce
     return math.ceil(num_slices / (training.batch_size * accelerator.num_processes * training.accumulation_steps))
 
 
+def step_counts(num_slices: int, training: TrainingConfig, accelerator: Accelerator) -> tuple[int, int]:
+    """Horizon of the learning rate's decay, and number of optimizer steps run; minutes have become steps before."""
+    assert training.max_minutes is None, "settle_length decides the steps"
+    if training.max_steps is not None:
+        return training.max_steps, training.stop_step or training.max_steps
+    per_epoch = steps_per_epoch(num_slices, training, accelerator)
+    return training.epochs * per_epoch, training.stop_epoch * per_epoch
+
+
 def training_steps(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -98,7 +107,7 @@ def training_steps(
     accelerator: Accelerator,
     start: int = 0,
 ) -> Iterator[Step]:
-    """Train from step `start` to the end of the last epoch; yields after every optimizer step.
+    """Train from step `start` to the last one; yields after every optimizer step.
 
     Args:
         model: prepared by `accelerator`.
@@ -117,22 +126,23 @@ def training_steps(
     size, accumulation = training.batch_size, training.accumulation_steps
     micro_batches = math.ceil(len(slices) / (size * accelerator.num_processes))
     per_epoch = steps_per_epoch(len(slices), training, accelerator)
+    horizon, total = step_counts(len(slices), training, accelerator)
     rate = partial(
         learning_rate,
         peak=training.learning_rate,
         warmup_steps=training.warmup_steps,
-        max_steps=training.epochs * per_epoch,
+        max_steps=horizon,
         power=training.decay_power,
         schedule=training.schedule,
     )
     epochs = (
         epoch_batches(len(slices), batch_size=size, seed=training.seed, epoch=epoch, balance=balance, **split)
-        for epoch in range(start // per_epoch, training.stop_epoch)
+        for epoch in range(start // per_epoch, math.ceil(total / per_epoch))
     )
     # One loader for all epochs: workers keep running and prefetch the next epoch's first slices.
     to_come = itertools.islice(itertools.chain.from_iterable(epochs), start % per_epoch * accumulation, None)
     loaded = batch_loader(slices, to_come, num_workers=training.num_workers, device=accelerator.device)
-    for number in range(start, training.stop_epoch * per_epoch):
+    for number in range(start, total):
         left_of_epoch = micro_batches - number % per_epoch * accumulation
         _seed_dropout(training.seed, step=number, process=accelerator.process_index)
         parts = train_step(

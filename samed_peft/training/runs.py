@@ -1,17 +1,12 @@
 """Start, record and finish a training run: its processes, folder, log and scores."""
 
-import contextlib
-import dataclasses
-import os
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from datasets import Dataset
 
 from samed_peft.adapters.save_load import write_card
@@ -20,23 +15,11 @@ from samed_peft.datasets import CaseVolumes, LabelledFolder, Splits
 from samed_peft.errors import InputError, RunInterruptedError, StopSignal, printable
 from samed_peft.evaluation import Report, format_table
 from samed_peft.hub.push import check_repo_id, push_to_hub
-from samed_peft.io import FolderKind, Volume, read_json, require_replaceable, write_json
+from samed_peft.io import Volume, require_replaceable
 from samed_peft.models.launch import check_launch
+from samed_peft.training.claims import RUN_FOLDER
+from samed_peft.training.length import LengthRecord
 from samed_peft.training.state import stop_on_any_process
-
-RUN_FILE = "run.json"
-"""Record of a run's settings; marks a folder as that of a run."""
-
-RUN_FOLDER = FolderKind(markers=(RUN_FILE,), in_place=True)
-"""Output folder of a training run."""
-
-_DEFAULTS = {
-    field.name: list(field.default) if isinstance(field.default, tuple) else field.default
-    for kind in (SamedConfig, TrainingConfig)
-    for field in dataclasses.fields(kind)
-    if field.default is not dataclasses.MISSING
-}
-"""Settings that a run of an older version did not record, as JSON values."""
 
 _WITHOUT_EFFECT = ("num_workers", "checkpoint_steps", "channel_files")
 """Fields that do not change the result, so they may differ when a run resumes."""
@@ -50,10 +33,11 @@ class Run:
         config: the adapter to train.
         training: how to train it.
         rows: training slices, from `load_synapse` or `load_slices`.
-        output_dir: gets `adapter`, `adapter_best` if there is a validation, `checkpoints`, `logs`, `run.json` and
-            `resources.json`.
+        output_dir: gets `adapter`, `adapter_best` if there is a validation, `checkpoints`, `logs`, `run.json`,
+            `resources.json`, and `length.json` if the number of steps was fitted to minutes or exceeded later.
         folder: the labelled scans.
         cases: names of its cases to train, test and validate on.
+        init: folder or Hub id of an adapter whose training goes on, in place of a fresh one; None for none.
     """
 
     config: SamedConfig
@@ -62,6 +46,7 @@ class Run:
     output_dir: Path
     folder: LabelledFolder
     cases: Splits
+    init: str | Path | None = None
 
     @property
     def data(self) -> tuple[str, ...]:
@@ -116,7 +101,7 @@ def finish_run(
     Args:
         run: the run.
         adapter: folder of the adapter, from `fit`.
-        report: its scores, from `score_held_out`: None on all processes but the main one.
+        report: its scores, from `score_held_out`: None on all processes but the main one, and if none was scored.
         accelerator: from `start_run`.
         repo_id: repository of the Hub to push the adapter to, or None.
 
@@ -125,10 +110,18 @@ def finish_run(
         SomeCasesFailedError: cases failed; the rest is done, but the adapter is not pushed.
     """
     refusal = None
-    if report is not None:
-        write_card(adapter, report=report, training=run.training)
-        print(format_table(report), printable(f"adapter, masks, report and pictures are in {run.output_dir}"), sep="\n")
-        if repo_id and not report.settings.get("failed_cases"):
+    if accelerator.is_main_process:
+        if report is not None:
+            training = LengthRecord.read(run.output_dir).settled(run.training)
+            write_card(adapter, report=report, training=training)
+            print(
+                format_table(report),
+                printable(f"adapter, masks, report and pictures are in {run.output_dir}"),
+                sep="\n",
+            )
+        else:
+            print(printable(f"the adapter is in {adapter}; it has no scores, since no case was held out"))
+        if repo_id and not (report and report.settings.get("failed_cases")):
             try:
                 print(printable(push_to_hub(adapter, repo_id)))
             except InputError as error:
@@ -183,100 +176,3 @@ def run_settings(
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
-
-
-def claim_run_folder(directory: Path, settings: dict[str, Any], *, resume: bool, accelerator: Accelerator) -> None:
-    """Make `directory` the folder of the run with these settings, or refuse without touching it.
-
-    The main process checks; if it refuses, all processes raise the same error.
-
-    Args:
-        directory: output folder.
-        settings: from `run_settings`; written to `RUN_FILE`.
-        resume: whether to continue a run that is there already.
-        accelerator: its processes.
-
-    Raises:
-        InputError: the folder holds other files, another run, or this run and `resume` is not set.
-    """
-    messages: list[str | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            _claim(directory, settings, resume=resume)
-        except InputError as error:
-            messages = [str(error)]
-    if broadcast_object_list(messages)[0] is not None:
-        raise InputError(messages[0])
-
-
-@contextlib.contextmanager
-def only_run_in(directory: Path, *, accelerator: Accelerator) -> Iterator[None]:
-    """Keep other runs out of a claimed folder within `with`; they would write its checkpoints too.
-
-    The system forgets the lock when the process ends, however it ends, and nothing is left in the folder. Windows has
-    no such locks; there nothing is kept out.
-
-    Raises:
-        InputError: another process is training in this folder; on all processes.
-    """
-    with contextlib.ExitStack() as stack:
-        messages: list[str | None] = [None]
-        if accelerator.is_main_process and sys.platform != "win32":
-            record = stack.enter_context((directory / RUN_FILE).open("rb"))
-            if not _locked(record):
-                messages = [
-                    f"another process{_holder_of(record)} is training in {directory}; wait until it has ended, or "
-                    "choose another --output_dir"
-                ]
-        if broadcast_object_list(messages)[0] is not None:
-            raise InputError(messages[0])
-        yield
-
-
-def _locked(record: BinaryIO) -> bool:
-    """Lock a file; False if another process holds it after a second, which one that was just killed may need to end."""
-    import fcntl
-
-    for _ in range(10):
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def _holder_of(record: BinaryIO) -> str:
-    """Process number, in brackets, of the one that holds the lock; empty where the system does not tell."""
-    inode = f":{os.fstat(record.fileno()).st_ino} "
-    try:
-        locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return ""
-    return next((f" ({line.split()[4]})" for line in locks if " FLOCK " in line and inode in line), "")
-
-
-def _claim(directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
-    record = directory / RUN_FILE
-    if not record.is_file():
-        require_replaceable(directory, RUN_FOLDER)
-        write_json(record, settings)
-        return
-    recorded = read_json(record)
-    if not isinstance(recorded, dict):
-        raise InputError(
-            f"expected an object with the settings of a run in {record}, found {recorded!r:.80}; the file is damaged: "
-            "choose another --output_dir, or put the right one back"
-        )
-    found = {name: value for name, value in _DEFAULTS.items() if name in settings} | recorded
-    differing = [
-        f"{name:.80}: {found.get(name)!s:.200} there, {settings.get(name)!s:.200} now"
-        for name in sorted({*settings, *found} - {"note"})  # a text for readers, worded otherwise in older versions
-        if found.get(name) != settings.get(name)
-    ]
-    if differing:
-        raise InputError(
-            f"{directory} holds a run with other settings ({'; '.join(differing)}); "
-            "choose another --output_dir, or give the same settings to go on"
-        )
-    if not resume:
-        raise InputError(f"{directory} holds a run with these settings; pass --resume to continue it")

@@ -1,9 +1,6 @@
 """Save checkpoints and load them, so that a resumed run equals an uninterrupted one to the bit."""
 
-import dataclasses
-import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +21,7 @@ from samed_peft.io import (
 )
 from samed_peft.training.adalora import allocation_tensors, restore_allocation
 from samed_peft.training.average import WeightAverage
+from samed_peft.training.progress import Progress, is_number
 
 _WEIGHTS_FILE, _MOMENTS_FILE = "model.safetensors", "optimizer.safetensors"
 _ALLOCATION_FILE = "ranks.safetensors"
@@ -31,27 +29,6 @@ _AVERAGE_FILE = "average.safetensors"
 _STATE_FILE = "state.json"
 _SCALER_FACTORS, _SCALER_COUNTS = ("scale", "growth_factor", "backoff_factor"), ("growth_interval", "_growth_tracker")
 """Fields of a loss scaler's state: those that are multiplied, in float32, and those that are counted, in int32."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Position of a run, as a checkpoint stores it.
-
-    Attributes:
-        step: optimizer steps done.
-        best_dice: best mean validation Dice so far, or None.
-        best_epoch: the epoch that reached it, counted from 1.
-    """
-
-    step: int = 0
-    best_dice: float | None = None
-    best_epoch: int | None = None
-
-    def validated(self, dice: float, *, epoch: int) -> "Progress":
-        """After a validation; the earlier of two equal epochs stays the best, and NaN is never the best."""
-        if math.isnan(dice) or (self.best_dice is not None and dice <= self.best_dice):
-            return self
-        return dataclasses.replace(self, best_dice=dice, best_epoch=epoch)
 
 
 def stop_on_any_process(stop: StopSignal, accelerator: Accelerator) -> bool:
@@ -171,8 +148,8 @@ def _read_state(path: Path) -> tuple[Progress, dict[str, float] | None]:
     optional = [name for name in (_ALLOCATION_FILE, _AVERAGE_FILE) if (path / name).is_file()]
     check_files(values, file, (_WEIGHTS_FILE, _MOMENTS_FILE, *optional))
     found, scaler = state.get("progress"), state.get("scaler")
-    fields = {field.name for field in dataclasses.fields(Progress)}
-    if not isinstance(found, dict) or found.keys() != fields or not _is_position(**found):
+    progress = Progress.from_dict(found)
+    if progress is None:
         raise InputError(
             f"expected the step, best_dice and best_epoch of a run as progress in {file}, found {found!r:.120}; "
             f"{_REMEDY}"
@@ -182,27 +159,15 @@ def _read_state(path: Path) -> tuple[Progress, dict[str, float] | None]:
             f"expected null or the numbers {', '.join(_SCALER_FACTORS + _SCALER_COUNTS)} as scaler in {file}, found "
             f"{scaler!r:.120}; {_REMEDY}"
         )
-    return Progress(**found), scaler or None
+    return progress, scaler or None
 
 
 def _is_scaler(state: object) -> bool:
     return (
         isinstance(state, dict)
         and state.keys() == {*_SCALER_FACTORS, *_SCALER_COUNTS}
-        and all(_is_number(state[name]) and 0 < state[name] < 1e38 for name in _SCALER_FACTORS)
+        and all(is_number(state[name]) and 0 < state[name] < 1e38 for name in _SCALER_FACTORS)
         and all(type(state[name]) is int and 0 <= state[name] < 2**31 for name in _SCALER_COUNTS)
-    )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and 0 <= value < math.inf
-
-
-def _is_position(step: object, best_dice: object, best_epoch: object) -> bool:
-    counts = [step] if best_epoch is None else [step, best_epoch]
-    return (
-        all(type(count) is int and 0 <= count < 10**9 for count in counts)
-        and (best_dice is None or (_is_number(best_dice) and best_dice <= 1))  # type: ignore[operator]
     )
 
 

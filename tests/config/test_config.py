@@ -89,6 +89,13 @@ def test_the_allowed_values_are_told(values, message):
         {"learning_rate": float("nan")},
         {"epochs": "200"},
         {"augment": 1},
+        {"max_minutes": 0.0},
+        {"max_minutes": float("inf")},
+        {"max_minutes": 1.0, "max_steps": 5},
+        {"max_steps": 0},
+        {"patience": -1},
+        {"stop_step": 3},
+        {"stop_step": 3, "max_steps": 2},
     ],
 )
 def test_bad_training_is_refused(values):
@@ -110,6 +117,40 @@ def run_parser():
 def test_epochs_alone_shorten_a_run(options, stop_epoch):
     _, _, training = parse_run_options(run_parser(), ["--output_dir", "x", *options])
     assert training.stop_epoch == stop_epoch
+
+
+def sharing_parser():
+    parser = run_parser()
+    parser.add_argument("--validation_share", type=float, default=0.2)
+    parser.set_defaults(validate_epochs=1)
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("options", "share", "epochs"),
+    [
+        ([], 0.2, 1),
+        (["--validate_epochs", "3"], 0.2, 3),
+        (["--validation_share", "0.4"], 0.4, 1),
+        (["--validation_share", "0"], 0.0, 0),
+        (["--validate_epochs", "0"], 0.0, 0),
+        (["--validation_cases", "a"], 0.0, 1),
+        (["--max_steps", "5", "--validate_epochs", "999"], 0.2, 999),
+    ],
+)
+def test_recipes_with_a_share_validate_by_default(options, share, epochs):
+    args, _, training = parse_run_options(sharing_parser(), ["--output_dir", "x", *options])
+    assert (args.validation_share, training.validate_epochs) == (share, epochs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--validation_cases", "a", "--validate_epochs", "0"], ["--validation_share", "0", "--validate_epochs", "2"]],
+)
+def test_a_validation_of_no_case_or_in_no_epoch_is_refused(capsys, options):
+    with pytest.raises(SystemExit, match="2"):
+        parse_run_options(sharing_parser(), ["--output_dir", "x", *options])
+    assert "--validate_epochs and --validation_cases go together" in capsys.readouterr().err
 
 
 def shown(parser):
@@ -189,6 +230,9 @@ def test_values_out_of_range_are_refused_before_data_are_read(options, message):
         (["--method", "ia3", "--rank", "8"], "--rank means nothing to --method ia3, only to lora, rslora"),
         (["--method", "bitfit", "--targets", "k_proj"], "--targets means nothing to --method bitfit"),
         (["--method", "vera", "--lora_plus_ratio", "2"], "--lora_plus_ratio means nothing to --method vera"),
+        (["--epochs", "2", "--max_minutes", "5"], "--epochs 2 and --max_minutes 5.0 each decide how long the training"),
+        (["--max_steps", "2", "--max_minutes", "5"], "--max_minutes 5.0 and --max_steps 2 each decide how long the"),
+        (["--patience", "3"], "--patience 3 counts validations, of which there are none"),
         (["--epochs", "1", "--validate_epochs", "2", "--validation_cases", "a"], "2 never validates in 1 epochs"),
     ],
 )

@@ -1,10 +1,21 @@
 """Folds and listed splits keep a patient on one side."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
-from samed_peft.datasets.splits import choose_splits, fold_split, listed_split, named_split, patients_of
+from samed_peft.datasets.splits import (
+    MIN_PATIENTS,
+    choose_folds,
+    choose_splits,
+    fold_split,
+    listed_split,
+    named_split,
+    patients_of,
+)
 from samed_peft.errors import InputError
 
 CASES = [f"p{patient:02d}_v{visit}" for patient in range(10) for visit in (1, 2)]
@@ -100,3 +111,59 @@ def test_one_call_chooses_all_splits(tmp_path):
         choose_splits(CASES, test_cases=CASES[:2], patient_pattern=PATTERN, validation_cases=CASES[2:3])
     with pytest.raises(InputError, match="hold out, found p00_v1"):
         choose_splits(CASES, test_cases=CASES[:2], patient_pattern=PATTERN, validation_cases=CASES[:1])
+
+
+def test_a_share_of_the_patients_to_train_on_validates():
+    for share, patients in ((0.2, 2), (0.01, 1), (0.5, 4), (0.99, 7)):
+        split = choose_splits(CASES, patient_pattern=PATTERN, validation_share=share)
+        assert len(split.validation) == 2 * patients  # two visits of each, of eight patients left to train on
+        named = choose_splits(CASES, patient_pattern=PATTERN, validation_cases=split.validation)
+        assert (named.train, named.test) == (split.train, split.test)
+    turned = choose_splits(CASES[::-1], patient_pattern=PATTERN, validation_share=0.5)
+    chosen = choose_splits(CASES, patient_pattern=PATTERN, validation_share=0.5)
+    assert set(turned.validation) == set(chosen.validation)
+    overruled = choose_splits(CASES, test_cases=CASES[:2], validation_cases=CASES[2:4], validation_share=0.5)
+    assert overruled.validation == CASES[2:4]
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(InputError, match=r"validation_share must be in \[0, 1\)"):
+            choose_splits(CASES, validation_share=share)
+
+
+@pytest.mark.parametrize("hashing", ["0", "1", "17"])
+def test_the_choice_does_not_depend_on_hashes(hashing):
+    program = f"from samed_peft.datasets.splits import choose_splits as c; print(*c({CASES}, validation_share=0.2)[2])"
+    options = {"env": os.environ | {"PYTHONHASHSEED": hashing}, "capture_output": True, "text": True, "check": True}
+    found = subprocess.run([sys.executable, "-c", program], **options).stdout.split()
+    assert found == choose_splits(CASES, validation_share=0.2).validation
+
+
+def test_few_patients_are_all_trained_on_and_that_is_said():
+    few, enough = (
+        choose_splits(CASES[: n + 1], test_cases=["p00_v1"], validation_share=0.2) for n in (3, MIN_PATIENTS)
+    )
+    assert (len(few.train), few.validation, len(enough.train), len(enough.validation)) == (3, [], 3, 1)
+    line = "cases: 3 to train on, 0 to validate on, 1 to test on"
+    assert few.summary() == line
+    assert few.summary(validation_share=0.2).startswith(f"{line}; fewer than 4 patients are left to train on")
+    assert enough.summary(validation_share=0.2) == "cases: 3 to train on, 1 to validate on, 1 to test on"
+
+
+def test_all_cases_are_trained_on_and_all_folds_test_on_each_once(tmp_path):
+    whole = choose_splits(CASES, fold="all", patient_pattern=PATTERN, validation_share=0.2)
+    assert (sorted(whole.train + whole.validation), whole.test, len(whole.validation)) == (CASES, [], 4)
+    splits = choose_folds(CASES, folds=3, patient_pattern=PATTERN, validation_share=0.2)
+    assert sorted(case for split in splits for case in split.test) == CASES
+    assert splits[1] == choose_splits(CASES, folds=3, fold=1, patient_pattern=PATTERN, validation_share=0.2)
+    file = tmp_path / "splits.json"
+    listed = [{"train": CASES[4:8], "val": CASES[:4]}, {"train": CASES[:4], "val": CASES[4:8]}]
+    file.write_text(json.dumps(listed))
+    assert [split.test for split in choose_folds(CASES, split_file=file)] == [CASES[:4], CASES[4:8]]
+    assert choose_splits(CASES, split_file=file, fold="all").train == CASES[:8]
+    file.write_text(json.dumps([listed[0], {"train": CASES[8:], "val": CASES[2:6]}]))
+    with pytest.raises(InputError, match=r"test on each case once in .*splits.json, found p01_v1, p01_v2 in several"):
+        choose_folds(CASES, split_file=file)
+    with pytest.raises(InputError, match="no cases to test on where every case is trained on, found p00_v1"):
+        choose_splits(CASES, fold="all", test_cases=CASES[:1])
+    for named in ({"test_cases": CASES[:1]}, {"validation_cases": CASES[:1]}):
+        with pytest.raises(InputError, match="no cases by name where each is tested on once, found p00_v1"):
+            choose_folds(CASES, **named)

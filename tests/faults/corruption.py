@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from samed_peft import InputError, load_adapter, read_volume
 from samed_peft.adapters.info import adapter_info
 from samed_peft.datasets import load_synapse, open_folder
-from samed_peft.training.runs import _claim
+from samed_peft.training.claims import _claim
 from samed_peft.training.state import Progress, load_checkpoint, save_checkpoint
 
 sys.path.append(str(Path(__file__).parents[1]))

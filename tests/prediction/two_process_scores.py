@@ -18,7 +18,7 @@ from samed_peft.io import Volume
 from samed_peft.metrics import gather
 from samed_peft.models.bases import load_sam
 from samed_peft.prediction.held_out import score_held_out
-from samed_peft.training.validation import mean_dice
+from samed_peft.training.validation import validation_dice
 
 AFFINE = np.diag([0.8, 0.8, 3.0, 1.0])
 
@@ -50,7 +50,7 @@ def main(directory: Path) -> None:
         if name == "apart":
             gather._sees = lambda _: accelerator.is_main_process
         pairs = scans(cases)
-        dice = mean_dice(model, *pairs, accelerator=accelerator)
+        dice, _ = validation_dice(model, *pairs, accelerator=accelerator)
         settings = {"note": "a test"}
         report = score_held_out(model, *pairs, directory / name, accelerator=accelerator, settings=settings)
         line = {"scores": name, "dice": dice.hex(), "cases": report and len(report.cases)}

@@ -11,7 +11,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from conftest import write_balls
+from conftest import recipes_in_process, write_balls
 from PIL import Image
 
 from samed_peft.datasets.dataset_json import scheme_of_dataset
@@ -140,6 +140,9 @@ def test_from_colour_pictures_to_a_report(run, tmp_path):
     ("options", "message"),
     [
         (("--fold", "9"), "expected fold 0 to 2 of 3 folds, found 9"),
+        (("--fold", "all", "--test_cases", "p1_a"), "no cases to test on where every case is trained on, found p1_a"),
+        (("--fold", "each", "--test_cases", "p1_a"), "no cases by name where each is tested on once, found p1_a"),
+        (("--validation_share", "1"), r"validation_share must be in \[0, 1\), 0 for no validation; found 1.0"),
         (("--test_cases", "p9"), "hold out, found p9; there are p1_a, p1_b, p2_a, p3_a"),
         (("--class_names", "a,b"), r"expected 1 class name, as many as dataset.json has \(ball\), found 2: a, b"),
         (("--channel", "FLAIR"), r"channels 0 \(T1\)"),
@@ -157,6 +160,11 @@ def test_bad_input_ends_with_one_message(call_recipe, scans, tmp_path, options, 
     assert not (tmp_path / "out").exists()
 
 
+def test_an_unknown_fold_is_refused_with_those_there_are(call_recipe, tmp_path):
+    code, stderr = call_recipe(RECIPE, "--data_dir", tmp_path, "--output_dir", tmp_path / "out", "--fold", "every")
+    assert (code, "argument --fold: expected a number, all or each, found 'every'" in stderr) == (2, True), stderr
+
+
 def test_held_out_cases_are_read_before_the_training(call_recipe, scans, tmp_path):
     shutil.copytree(scans, tmp_path / "data")
     path = tmp_path / "data" / "labelsTr" / "p3_a.nii.gz"
@@ -168,3 +176,65 @@ def test_held_out_cases_are_read_before_the_training(call_recipe, scans, tmp_pat
         code, stderr = call_recipe(RECIPE, *options, *held_out, *epochs)
         assert (code, "p3_a.nii.gz hold 2, but only 0..1" in stderr) == (2, True), stderr
         assert not (tmp_path / "out").exists()
+
+
+QUICK = [
+    *("--base", "tiny-sam", "--image_size", "32", "--batch_size", "8", "--max_steps", "1", "--warmup_steps", "0"),
+    *("--num_workers", "0", "--patient_pattern", "(p.)_."),
+]
+
+
+def cases_of(folder):
+    return {case["case"] for case in json.loads((folder / "report.json").read_text())["cases"]}
+
+
+@pytest.mark.slow
+def test_all_folds_are_scored_out_of_fold_and_the_final_adapter_is_trained_on_every_case(call_recipe, scans, tmp_path):
+    out = tmp_path / "out"
+    options = ("--data_dir", scans, "--output_dir", out, *QUICK, "--folds", 2)
+    code, stderr = call_recipe(RECIPE, *options, "--fold", "each")
+    assert code == 0, stderr
+    folds = [out / "fold_0", out / "fold_1"]
+    parts = [json.loads((fold / "report.json").read_text()) for fold in folds]
+    report = json.loads((out / "report.json").read_text())
+    assert sorted(case["case"] for case in report["cases"]) == ["p1_a", "p1_b", "p2_a", "p3_a"]
+    assert report["cases"] == [case for part in parts for case in part["cases"]]
+    assert report["settings"]["note"].endswith("the final adapter was trained on all cases.")
+    assert report["settings"]["folds"] == 2
+    card = (out / "adapter" / "README.md").read_text()
+    assert "Out-of-fold scores: each case was segmented by one of 2 adapters" in card
+    assert f"value: {report['standard']['mean']['dice']:.4f}".rstrip("0") in card
+    assert {path.name for path in (out / "pictures").iterdir()} == {
+        path.name for fold in folds for path in (fold / "pictures").iterdir()
+    }
+    # As if killed in the second fold: only that is made again.
+    before = {fold: (fold / "report.json").stat().st_mtime_ns for fold in folds}
+    shutil.rmtree(folds[1])
+    (out / "report.json").unlink()
+    code, stderr = call_recipe(RECIPE, *options, "--fold", "each", "--resume")
+    assert code == 0, stderr
+    assert "nothing to resume" not in stderr
+    again = json.loads((out / "report.json").read_text())
+    assert again == report
+    after = {fold: (fold / "report.json").stat().st_mtime_ns for fold in folds}
+    assert after[folds[0]] == before[folds[0]]
+    assert after[folds[1]] > before[folds[1]]
+    assert len(list((out / "pictures").iterdir())) == 4
+    # One fold alone is the same training.
+    code, stderr = call_recipe(RECIPE, *options[:2], "--output_dir", tmp_path / "one", *options[4:], "--fold", 1)
+    assert code == 0, stderr
+    one, two = (folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "one", folds[1]))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_an_adapter_of_every_case_has_no_scores_and_says_so(scans, tmp_path, capsys):
+    out = tmp_path / "out"
+    with recipes_in_process(tmp_path / "cache") as run:
+        code = run(RECIPE, "--data_dir", scans, "--output_dir", out, *QUICK, "--fold", "all")
+    stdout, stderr = capsys.readouterr()
+    assert code == 0, stderr
+    first, *_, last = stdout.splitlines()
+    assert first.startswith("out: cases: 4 to train on, 0 to validate on, 0 to test on; fewer than 4 patients are left")
+    assert last == f"the adapter is in {out / 'adapter'}; it has no scores, since no case was held out"
+    assert not (out / "report.json").exists()
+    assert "model-index" not in (out / "adapter" / "README.md").read_text()

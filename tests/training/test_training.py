@@ -44,8 +44,8 @@ from samed_peft.training import (
 )
 from samed_peft.training.average import WeightAverage
 from samed_peft.training.batches import SlicePreparation, TrainingSlices
+from samed_peft.training.claims import only_run_in
 from samed_peft.training.loop import learning_rate, warn_of_warmup
-from samed_peft.training.runs import only_run_in
 
 
 @pytest.fixture
@@ -286,8 +286,7 @@ HOLDS_A_RUN = """
 import sys
 from pathlib import Path
 from accelerate import Accelerator
-from samed_peft.training.runs import only_run_in
-from samed_peft.training.runs import only_run_in
+from samed_peft.training.claims import only_run_in
 with only_run_in(Path(sys.argv[1]), accelerator=Accelerator(cpu=True)):
     print("holds", flush=True)
     sys.stdin.read()

@@ -1,0 +1,222 @@
+"""How long a training is: its number of steps, fitted to minutes or not, and what a run records of it."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from samed_peft.config import TrainingConfig
+from samed_peft.errors import InputError
+from samed_peft.io import read_json, write_json
+from samed_peft.training.progress import Progress, is_number
+
+LENGTH_FILE = "length.json"
+"""Record of what was decided on a run's length after its start."""
+
+LENGTH_FIELDS = ("epochs", "stop_epoch", "max_steps", "stop_step", "max_minutes")
+"""Fields of `TrainingConfig` that say how long a training is; a run that resumes may exceed them."""
+
+_PLANNED_SHARE = 0.97
+"""Share of the minutes that steps are planned for: steps that take a little longer than timed must not be cut off."""
+
+
+@dataclass(frozen=True)
+class LengthRecord:
+    """What `LENGTH_FILE` holds.
+
+    Attributes:
+        max_steps: steps that were fitted to minutes; None if none were.
+        stop_step: the step after which the minutes were used up, if that was before `max_steps`.
+        seconds_per_step: as timed for `max_steps`.
+        extended: each time that a run went on for longer: the "step" from which on, and the settings of its length
+            "before" and "after".
+    """
+
+    max_steps: int | None = None
+    stop_step: int | None = None
+    seconds_per_step: float | None = None
+    extended: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def latest(self) -> dict[str, Any]:
+        """Settings of the run's length in force, of those that were exceeded."""
+        return {name: value for entry in self.extended for name, value in entry["after"].items()}
+
+    def settled(self, training: TrainingConfig) -> TrainingConfig:
+        """The training with steps in place of minutes."""
+        if training.max_minutes is None:
+            return training
+        return dataclasses.replace(training, max_minutes=None, max_steps=self.max_steps, stop_step=self.stop_step)
+
+    def decided(self) -> dict[str, Any]:
+        """What settings of a finished run add to those it was started with."""
+        steps = {"max_steps": self.max_steps, "stop_step": self.stop_step}
+        return steps if self.max_steps is not None else {}
+
+    def extension_note(self, *, horizon: int) -> str:
+        """One line on the last time that the run went on for longer."""
+        entry = self.extended[-1]
+        names = entry["before"]
+        changes = ", ".join(f"{name} {entry['after'][name]} in place of {names[name]}" for name in names)
+        return (
+            f"from step {entry['step']} on with {changes}: the learning rate follows a horizon of {horizon} steps from "
+            "there on"
+        )
+
+    def given_new_patience(self, progress: Progress) -> Progress:
+        """A run's position, with its patience renewed where it goes on for longer."""
+        if self.extended and self.extended[-1]["step"] == progress.step:
+            return dataclasses.replace(progress, since_best=0)
+        return progress
+
+    @classmethod
+    def read(cls, directory: Path) -> "LengthRecord":
+        """The record of a run's folder; an empty one if nothing was decided yet.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        file = directory / LENGTH_FILE
+        if not file.is_file():
+            return cls()
+        found = read_json(file)
+        if not isinstance(found, dict) or not found.keys() <= {field.name for field in dataclasses.fields(cls)}:
+            raise _damaged(file, found)
+        record = cls(**found | {"extended": tuple(found.get("extended") or ())})
+        steps = [number for number in (record.max_steps, record.stop_step) if number is not None]
+        is_sound = all(type(number) is int and 0 < number < 10**9 for number in steps)
+        if not is_sound or not all(map(_is_extension, record.extended)):
+            raise _damaged(file, found)
+        return record
+
+    def write(self, directory: Path) -> None:
+        """Write the record into a run's folder."""
+        write_json(directory / LENGTH_FILE, dataclasses.asdict(self))
+
+
+def _is_extension(entry: object) -> bool:
+    if not isinstance(entry, dict) or entry.keys() != {"step", "before", "after"} or type(entry["step"]) is not int:
+        return False
+    sides = [entry["before"], entry["after"]]
+    return all(
+        isinstance(side, dict)
+        and side.keys() <= {*LENGTH_FIELDS}
+        and all(value is None or is_number(value) for value in side.values())
+        for side in sides
+    )
+
+
+def _damaged(file: Path, found: object) -> InputError:
+    return InputError(
+        f"expected max_steps, stop_step, seconds_per_step and extended, as decided for a run, in {file}, found "
+        f"{found!r:.120}; put the right file back, or choose another --output_dir"
+    )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a training takes, in seconds: a step, the end of an epoch, and what was spent to find out."""
+
+    step_s: float
+    epoch_end_s: float
+    spent_s: float
+
+
+def settle_length(
+    directory: Path,
+    training: TrainingConfig,
+    progress: Progress,
+    *,
+    exceeded: Mapping[str, Any],
+    fit_steps: Callable[[], tuple[int, float]],
+    accelerator: Accelerator,
+) -> LengthRecord:
+    """Decide how many steps a training takes, unless that is recorded, and record it; all processes agree.
+
+    Args:
+        directory: folder of the run, claimed.
+        training: how long it shall be.
+        progress: its position.
+        exceeded: recorded settings of its length that are larger now, from `claim_run_folder`.
+        fit_steps: number of further steps that fit into the minutes, and the seconds that one takes; called at need.
+        accelerator: its processes.
+    """
+    record = LengthRecord.read(directory) if accelerator.is_main_process else None
+    (record,) = broadcast_object_list([record])
+    assert record is not None, "the main process has read it"
+    settled = record
+    if exceeded:
+        after = {name: vars(training)[name] for name in exceeded}
+        entry = {"step": progress.step, "before": dict(exceeded), "after": after}
+        settled = LengthRecord(extended=(*record.extended, entry))
+    if training.max_minutes is not None and settled.max_steps is None:
+        further, seconds = fit_steps()
+        settled = dataclasses.replace(settled, max_steps=progress.step + further, seconds_per_step=round(seconds, 4))
+    if settled != record and accelerator.is_main_process:
+        settled.write(directory)
+    return settled
+
+
+def steps_that_fit(training: TrainingConfig, timing: Timing, *, used_s: float, per_epoch: int) -> int:
+    """Number of steps that fit into the minutes that are left, with the ends of their epochs.
+
+    Args:
+        training: with `max_minutes`.
+        timing: of this training.
+        used_s: seconds of the minutes that are used, those for timing included.
+        per_epoch: optimizer steps in an epoch.
+
+    Raises:
+        InputError: not one does.
+    """
+    assert training.max_minutes is not None
+    left_s = _PLANNED_SHARE * (60 * training.max_minutes - used_s) - timing.epoch_end_s
+    steps = math.floor(left_s / (timing.step_s + timing.epoch_end_s / per_epoch))
+    if steps < 1:
+        needed = used_s + (timing.step_s + timing.epoch_end_s * (1 + 1 / per_epoch)) / _PLANNED_SHARE
+        raise InputError(
+            f"expected minutes for one step more at least, found max_minutes {training.max_minutes:g} "
+            f"({60 * training.max_minutes:.3g} s): here a step takes {timing.step_s:.2g} s, validating and saving "
+            f"{timing.epoch_end_s:.2g} s, and {used_s:.2g} s are used, {timing.spent_s:.2g} s of them for timing; give "
+            f"--max_minutes {math.ceil(needed / 0.6) / 100:g} or more"
+        )
+    return steps
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Time that a training has used, over resumptions.
+
+    Attributes:
+        begun_s: `time.perf_counter()` when it had used no time.
+        limit_s: seconds after which it ends; None for no limit.
+    """
+
+    begun_s: float
+    limit_s: float | None
+
+    @classmethod
+    def started(cls, progress: Progress, *, max_minutes: float | None) -> "Clock":
+        """A clock that goes on from the time a run has used."""
+        return cls(time.perf_counter() - progress.seconds, None if max_minutes is None else 60 * max_minutes)
+
+    def seconds(self) -> float:
+        """Seconds used so far."""
+        return time.perf_counter() - self.begun_s
+
+    def was_over(self, progress: Progress) -> bool:
+        """Whether the time was used up at a position, whose adapter is saved then."""
+        return self.limit_s is not None and progress.seconds >= self.limit_s
+
+    def is_over(self, accelerator: Accelerator) -> bool:
+        """Whether the time is used up, as the main process sees it; every process must ask at the same step."""
+        if self.limit_s is None:
+            return False
+        is_over = self.seconds() >= self.limit_s
+        return bool(broadcast_object_list([is_over])[0]) if accelerator.num_processes > 1 else is_over

@@ -1,0 +1,242 @@
+"""Whole trainings of a few steps: validation, patience, minutes and steps, resumptions after a kill and for longer."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import write_balls
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from samed_peft.config import SamedConfig, TrainingConfig
+from samed_peft.datasets import Splits, describe_folder, load_slices, open_folder
+from samed_peft.errors import InputError
+from samed_peft.io import file_sha256, load_tensors
+from samed_peft.training import Progress, Run, fit
+from samed_peft.training.length import LengthRecord
+from samed_peft.training.progress import PARTING
+
+SHORT = {"batch_size": 2, "warmup_steps": 1, "learning_rate": 0.003, "num_workers": 0, "epochs": 3, "stop_epoch": 3}
+VALIDATED = {**SHORT, "validate_epochs": 1}
+
+
+class KilledError(Exception):
+    """Ends a training as a kill would: nothing is saved any more."""
+
+
+class KilledRows:
+    """Rows of a run that is killed in the step after one that has a checkpoint."""
+
+    def __init__(self, rows, checkpoint):
+        self.rows, self.checkpoint = rows, checkpoint
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getattr__(self, name):
+        return getattr(self.rows, name)
+
+    def __getitem__(self, index):
+        if self.checkpoint.is_dir():
+            raise KilledError
+        return self.rows[index]
+
+
+@pytest.fixture(scope="module")
+def balls(tmp_path_factory):
+    """Function that makes a run on the six slices of a scan, and validates on another one."""
+    root = tmp_path_factory.mktemp("data") / "balls"
+    write_balls(root)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        folder = open_folder(root)
+        config = SamedConfig("tiny-sam", **describe_folder(folder), image_size=32)
+        cases = Splits(["p1_a"], ["p2_a"], ["p3_a"])
+        classes = {"num_classes": 1, "orientation": config.orientation, "window": config.window}
+        rows = load_slices(folder, cases.train, **classes, held_out=cases.held_out)
+
+    def run(output_dir, *, killed_after=None, init=None, **training):
+        checkpoint = Path(output_dir) / "checkpoints" / f"step-{killed_after or 0:08d}"
+        seen = rows if killed_after is None else KilledRows(rows, checkpoint)
+        validated = cases if training.get("validate_epochs") else cases._replace(validation=[])
+        return Run(config, TrainingConfig(**SHORT | training), seen, Path(output_dir), folder, validated, init)
+
+    return run
+
+
+@pytest.fixture
+def train(balls):
+    """Function that trains such a run in a folder; returns the adapter that counts and the settings."""
+
+    def train(output_dir, *, resume=False, killed_after=None, **options):
+        run = balls(output_dir, killed_after=killed_after, **options)
+        if killed_after is None:
+            return fit(run, accelerator=Accelerator(cpu=True), resume=resume)
+        with pytest.raises(KilledError):
+            fit(run, accelerator=Accelerator(cpu=True), resume=resume)
+        return None
+
+    return train
+
+
+def weights(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def progress_of(output_dir):
+    (state,) = Path(output_dir).glob("checkpoints/*/state.json")
+    return json.loads(state.read_text())["progress"]
+
+
+def logged(output_dir):
+    """Tag -> (step, value) in a run's log."""
+    found = EventAccumulator(str(Path(output_dir) / "logs")).Reload()
+    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_each_validation_is_logged_by_class_and_the_best_adapter_counts(train, tmp_path):
+    adapter, _ = train(tmp_path / "run", **VALIDATED)
+    found = logged(tmp_path / "run")
+    assert found["validation/dice/ball"] == found["validation/dice"]
+    assert [step for step, _ in found["validation/dice"]] == [3, 6, 9]
+    best = max(range(3), key=lambda index: found["validation/dice"][index][1])
+    assert progress_of(tmp_path / "run")["best_epoch"] == best + 1
+    assert progress_of(tmp_path / "run")["since_best"] == 2 - best
+    assert adapter == tmp_path / "run" / "adapter_best"
+
+
+@pytest.mark.slow
+def test_patience_stops_at_the_same_step_after_a_kill_at_any(train, tmp_path):
+    # A rate of 0 improves nothing: the first validation is the best, and two more use up the patience.
+    still = {**VALIDATED, "learning_rate": 1e-30, "epochs": 9, "stop_epoch": 9, "patience": 2, "checkpoint_steps": 1}
+    adapter, _ = train(tmp_path / "whole", **still)
+    assert (progress_of(tmp_path / "whole")["step"], progress_of(tmp_path / "whole")["since_best"]) == (9, 2)
+    for step in (4, 8):  # the second one goes on where the first one was killed
+        train(tmp_path / "killed", killed_after=step, resume=step > 4, **still)
+    resumed, _ = train(tmp_path / "killed", resume=True, **still)
+    assert weights(resumed) == weights(adapter)
+    time = {"seconds": 0.0}
+    assert progress_of(tmp_path / "killed") | time == progress_of(tmp_path / "whole") | time
+    train(tmp_path / "killed", resume=True, **still)  # ended by patience, it stays ended
+    assert progress_of(tmp_path / "killed")["step"] == 9
+    train(tmp_path / "killed", resume=True, **still | {"epochs": 10, "stop_epoch": 10})  # and is patient once more
+    assert progress_of(tmp_path / "killed")["step"] == 15
+
+
+def parted(count=PARTING):
+    progress = Progress(best_dice=0.9, best_epoch=1)
+    for number in range(count + 1):
+        progress = progress.stepped(number, loss=1 / (number + 1), seconds=0.0).validated(0.8 - number / 10, epoch=2)
+    return progress
+
+
+def test_training_and_validation_that_part_ways_are_told_once_with_their_numbers():
+    message = parted().parting()
+    assert "training loss fell from 1.0000 to 0.2500 and the validation Dice from 0.8000 to 0.5000" in message
+    assert "epoch 1 (Dice 0.9000)" in message
+    assert parted(PARTING - 1).parting() is None
+    assert dataclasses.replace(parted(), has_parted=True).parting() is None
+    rising_loss = parted().stepped(9, loss=5.0, seconds=0.0).validated(0.1, epoch=9)
+    better_dice = parted().stepped(9, loss=0.01, seconds=0.0).validated(0.7, epoch=9)
+    undefined = parted().stepped(9, loss=0.01, seconds=0.0).validated(float("nan"), epoch=9)
+    assert [progress.parting() for progress in (rising_loss, better_dice, undefined)] == [None] * 3
+
+
+def test_a_position_survives_json():
+    for progress in (Progress(), parted(), dataclasses.replace(parted(), seconds=1.5, loss_sum=-1e-9)):
+        assert Progress.from_dict(json.loads(json.dumps(vars(progress)))) == progress
+
+
+def test_steps_in_place_of_epochs_end_within_one_and_are_validated_there(train, tmp_path):
+    train(tmp_path / "run", **VALIDATED, max_steps=5)
+    assert progress_of(tmp_path / "run")["step"] == 5
+    found = logged(tmp_path / "run")
+    assert [step for step, _ in found["validation/dice"]] == [3, 5]
+    rates = [value for _, value in found["train/learning_rate"]]
+    # The decay counts from the end of the warm-up, one step late as SAMed's, and towards the fifth step.
+    assert rates == pytest.approx([0.003, 0.003, 0.003, *(0.003 * (1 - past / 5) ** 0.9 for past in (1, 2))])
+
+
+@pytest.mark.slow
+def test_minutes_become_steps_that_are_recorded_and_more_minutes_more_steps(train, tmp_path):
+    out, minutes = tmp_path / "run", {**VALIDATED, "max_minutes": 0.06}
+    adapter, settings = train(out, **minutes)
+    used, before = progress_of(out), weights(out / "adapter")
+    decided = {name: settings[name] for name in ("max_steps", "stop_step")}
+    assert used["step"] == (decided["stop_step"] or decided["max_steps"]) == logged(out)["validation/dice"][-1][0]
+    record = json.loads((out / "length.json").read_text())
+    assert {name: record[name] for name in decided} == decided
+    # A run that has ended has nothing to do, and decides nothing anew.
+    assert train(out, resume=True, **minutes) == (adapter, settings)
+    assert (progress_of(out), weights(out / "adapter")) == (used, before)
+    _, longer = train(out, resume=True, **minutes | {"max_minutes": 0.06 + (used["seconds"] + 1) / 60})
+    assert longer["max_steps"] > used["step"]
+    assert progress_of(out)["step"] > used["step"]
+
+
+def test_minutes_that_are_used_up_end_a_run_which_its_recorded_steps_repeat_to_the_bit(train, tmp_path):
+    train(tmp_path / "run", killed_after=1, **SHORT, max_minutes=0.2, checkpoint_steps=1)
+    planned = json.loads((tmp_path / "run" / "length.json").read_text())["max_steps"]
+    (state,) = (tmp_path / "run").glob("checkpoints/*/state.json")
+    values = json.loads(state.read_text())
+    assert values["progress"]["step"] == 1 < planned
+    values.pop("checksums")
+    values["progress"]["seconds"] = 11.9999999  # the steps were slower than planned
+    state.write_text(json.dumps(values))
+    adapter, settings = train(tmp_path / "run", resume=True, **SHORT, max_minutes=0.2, checkpoint_steps=1)
+    assert (settings["max_steps"], settings["stop_step"]) == (planned, 2)
+    repeated, _ = train(tmp_path / "steps", **SHORT, max_steps=planned, stop_step=2)
+    assert weights(repeated) == weights(adapter)
+
+
+def test_minutes_for_less_than_a_step_are_refused_with_numbers(train, tmp_path):
+    with pytest.raises(InputError, match=r"max_minutes 0\.0001 \(0\.006 s\): here a step takes .* give --max_minutes "):
+        train(tmp_path / "run", max_minutes=0.0001)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_for_longer_and_to_the_bit(train, tmp_path, capsys):
+    longer = SHORT | {"epochs": 5, "stop_epoch": 5, "checkpoint_steps": 2}
+    train(tmp_path / "one", killed_after=4, **SHORT, checkpoint_steps=2)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(InputError, match="fewer epochs, steps or minutes; pass --resume"):
+        train(tmp_path / "one", **longer)
+    adapter, settings = train(tmp_path / "one", resume=True, **longer)
+    line = "from step 4 on with epochs 5 in place of 3, stop_epoch 5 in place of 3: the learning rate follows a horizon"
+    assert f"{line} of 15 steps" in capsys.readouterr().out
+    assert (progress_of(tmp_path / "one")["step"], settings["epochs"]) == (15, 5)
+    train(tmp_path / "two", resume=True, killed_after=6, **longer)
+    resumed, _ = train(tmp_path / "two", resume=True, **longer)
+    assert weights(resumed) == weights(adapter)
+    record = json.loads((tmp_path / "two" / "length.json").read_text())
+    lengths = {"before": {"epochs": 3, "stop_epoch": 3}, "after": {"epochs": 5, "stop_epoch": 5}}
+    assert record["extended"] == [{"step": 4, **lengths}]
+    rates = [value for _, value in logged(tmp_path / "two")["train/learning_rate"]]
+    decayed = [(1 - 1 / 9) ** 0.9, (1 - 2 / 15) ** 0.9, (1 - 3 / 15) ** 0.9]  # from the fourth step on, as SAMed's
+    assert rates[3:6] == pytest.approx([0.003 * factor for factor in decayed])
+    for fewer in ({"epochs": 3, "stop_epoch": 3}, {"epochs": 6, "stop_epoch": 5}, {"epochs": 5, "stop_epoch": 4}):
+        with pytest.raises(InputError, match=r"other settings .* only epochs, steps or minutes may be more"):
+            train(tmp_path / "two", resume=True, **longer | fewer)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}x", '{"colour": 1}', '{"max_steps": 0}', '{"extended": [{"step": 1}]}'])
+def test_a_damaged_record_of_the_length_is_named(tmp_path, content):
+    (tmp_path / "length.json").write_text(content)
+    with pytest.raises(InputError, match=r"length\.json"):
+        LengthRecord.read(tmp_path)
+
+
+def test_a_training_goes_on_from_an_adapter_that_its_resumption_must_name_again(train, tmp_path):
+    still = {"max_steps": 1, "learning_rate": 1e-30, "weight_decay": 0.0, "warmup_steps": 0}
+    first, settings = train(tmp_path / "first", max_steps=2)
+    second, continued = train(tmp_path / "second", init=first, **still)
+    assert "init" not in settings
+    assert continued["init"] == file_sha256(first / "adapter_model.safetensors")
+    ours, theirs = (load_tensors(folder / "adapter_model.safetensors") for folder in (second, first))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match=rf"other settings \(init: {continued['init']} there, None now"):
+        train(tmp_path / "second", resume=True, **still)
