@@ -191,11 +191,8 @@ def prepared_rows(
             "by one of the files; free memory, or leave cases out to find the one"
         ) from error
     if not builder.info.splits[split].num_examples:
-        ignored = IGNORED in (folder.label_table or ())
-        raise InputError(
-            f"no slice is left of {len(cases)} cases; keep some of those without foreground"
-            + ", or annotate some of those that are to be ignored" * ignored
-        )
+        ignored = ", or annotate some of those that are to be ignored" * (IGNORED in (folder.label_table or ()))
+        raise InputError(f"no slice is left of {len(cases)} cases; keep some of those without foreground{ignored}")
     return builder.as_dataset(split=split)
 
 

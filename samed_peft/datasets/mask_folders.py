@@ -156,6 +156,29 @@ def open_totalsegmentator(root: Path, class_names: Sequence[str] | None) -> Labe
     """
     if not any(os.path.isdir(path / _SEGMENTATIONS) for path in list_folder(root)):
         return None
+    images, modality = _scans_of_subjects(root)
+    first_subject = next(iter(images.values())).parent
+    there = sorted(_class_of(name) for name in os.listdir(first_subject / _SEGMENTATIONS) if name.endswith(_SUFFIX))
+    if not there:
+        raise InputError(f"expected CLASS{_SUFFIX} in {first_subject / _SEGMENTATIONS}, found none; unpack it again")
+    names = tuple(class_names or there)
+    _require_known(names, there, root)
+    files = {
+        case: {name: image.parent / _SEGMENTATIONS / f"{name}{_SUFFIX}" for name in names}
+        for case, image in images.items()
+    }
+    lacking = [path for of_case in files.values() for path in of_case.values() if not os.path.isfile(path)]
+    if lacking:
+        raise InputError(
+            f"expected a file of each class in every subject of {root}, found no {lacking[0]} ({len(lacking)} of "
+            f"{len(files) * len(names)} files lack); choose classes that all have, with class_names, or leave subjects "
+            "out"
+        )
+    return _of_class_files(root, images, files, names, modality)
+
+
+def _scans_of_subjects(root: Path) -> tuple[dict[str, Path], str]:
+    """Subject -> scan, and the modality of all."""
     images: dict[str, Path] = {}
     kinds: dict[str, list[str]] = {kind: [] for kind in _SCANS.values()}
     for subject in list_folder(root):
@@ -176,24 +199,7 @@ def open_totalsegmentator(root: Path, class_names: Sequence[str] | None) -> Labe
             f"of {other} ({second[0]} ...); give each its own folder"
         )
     (modality,) = (kind for kind, subjects in kinds.items() if subjects)
-    first_subject = next(iter(images.values())).parent
-    there = sorted(_class_of(name) for name in os.listdir(first_subject / _SEGMENTATIONS) if name.endswith(_SUFFIX))
-    if not there:
-        raise InputError(f"expected CLASS{_SUFFIX} in {first_subject / _SEGMENTATIONS}, found none; unpack it again")
-    names = tuple(class_names or there)
-    _require_known(names, there, root)
-    files = {
-        case: {name: image.parent / _SEGMENTATIONS / f"{name}{_SUFFIX}" for name in names}
-        for case, image in images.items()
-    }
-    lacking = [path for of_case in files.values() for path in of_case.values() if not os.path.isfile(path)]
-    if lacking:
-        raise InputError(
-            f"expected a file of each class in every subject of {root}, found no {lacking[0]} ({len(lacking)} of "
-            f"{len(files) * len(names)} files lack); choose classes that all have, with class_names, or leave subjects "
-            "out"
-        )
-    return _of_class_files(root, images, files, names, modality)
+    return images, modality
 
 
 def _class_of(file_name: str) -> str:

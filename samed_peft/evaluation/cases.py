@@ -77,8 +77,7 @@ def evaluate_cases(
         try:
             prediction, reference = _volume(predictions[case]), _volume(references[case])
             found = score_pair(prediction, reference, num_classes=len(names), tolerance_mm=tolerance_mm)
-            if regions:
-                of_regions[case] = score_regions(prediction, reference, regions, tolerance_mm=tolerance_mm)
+            of_regions[case] = score_regions(prediction, reference, regions, tolerance_mm=tolerance_mm)
             scores[case] = found
         except Exception as error:  # libraries raise errors of many kinds for bad files
             on_failure(case, error)
@@ -95,9 +94,8 @@ def evaluate_cases(
     lists = {"cases_without_spacing": without_spacing, "failed_cases": failed}
     filled = {name: value for name, value in lists.items() if value}
     found_settings = {**(settings or {}), "surface_dice_tolerance_mm": tolerance_mm, **filled}
-    return Report(
-        names, scores, settings=found_settings, pictures=pictures, regions=regions_report(regions, of_regions)
-    )
+    found_regions = regions_report(regions, of_regions)
+    return Report(names, scores, settings=found_settings, pictures=pictures, regions=found_regions)
 
 
 def regions_report(regions: Mapping[str, Sequence[int]] | None, scores: Mapping[str, CaseScores]) -> Report | None:
@@ -198,18 +196,20 @@ def score_pair(prediction: Volume, reference: Volume, *, num_classes: int, toler
 
 
 def score_regions(
-    prediction: Volume, reference: Volume, regions: Mapping[str, Sequence[int]], *, tolerance_mm: float
+    prediction: Volume, reference: Volume, regions: Mapping[str, Sequence[int]] | None, *, tolerance_mm: float
 ) -> CaseScores:
     """Score regions of several labels in a pair that `score_pair` has scored, each as one mask.
 
     Args:
         prediction: labels 0..K.
         reference: labels 0..K, on the same grid.
-        regions: name -> the labels that it is made of.
+        regions: name -> the labels that it is made of; None for none.
         tolerance_mm: of the surface Dice.
     """
-    arrays, spacing = _outlines(prediction, reference)
     found: CaseScores = {"standard": [], "samed": [], "presence": []}
+    if not regions:
+        return found
+    arrays, spacing = _outlines(prediction, reference)
     counted = without_ignored(*arrays, reference.ignored_label)
     for labels in regions.values():
         masks = (np.isin(array, labels) for array in counted)

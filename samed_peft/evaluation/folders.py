@@ -58,8 +58,7 @@ def evaluate_folders(
             prediction = _labels(_only(predicted, case, predictions), scheme, is_reference=False)
             reference = _labels(_only(referenced, case, references), scheme, is_reference=True)
             found = score_pair(prediction, reference, num_classes=len(names), tolerance_mm=tolerance_mm)
-            if regions:
-                of_regions[case] = score_regions(prediction, reference, regions, tolerance_mm=tolerance_mm)
+            of_regions[case] = score_regions(prediction, reference, regions, tolerance_mm=tolerance_mm)
             scores[case] = found
             without_spacing += [case] if reference.affine is None else []
             if case in scans:
