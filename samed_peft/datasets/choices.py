@@ -18,6 +18,9 @@ T = TypeVar("T")
 ORIENTATIONS = {"axial": "LPS", "coronal": "LIP", "sagittal": "PIL"}
 """Axis codes of the (x, y, z) axes that slices of each plane are brought to, as on a light box; z is across them."""
 
+CT_NAMES = ("ct", "computed tomography")
+"""Names of a CT's modality, in lower case."""
+
 
 def describe_folder(
     folder: LabelledFolder,
@@ -91,7 +94,7 @@ def _world_spacing_mm(affine: np.ndarray) -> np.ndarray:
 
 def choose_window(folder: LabelledFolder) -> tuple[float, float] | None:
     """The window that fits a folder: SAMed's for CT, 0..255 for 8-bit pictures, None (each scan's percentiles) else."""
-    if folder.modality is not None and folder.modality.lower() in ("ct", "computed tomography"):
+    if folder.modality is not None and folder.modality.lower() in CT_NAMES:
         return CT_WINDOW_HU
     if is_picture(next(iter(folder.images.values()))):
         # Decided by all of them: one 16-bit picture among 8-bit ones would be cut off.
