@@ -75,7 +75,7 @@ class Fingerprint(JsonFields):
     foreground: tuple[float, ...] | None = described(
         "0.5, 5, 50, 95 and 99.5 percentiles of labelled voxels in each scan, medians over scans"
     )
-    body: tuple[float, ...] | None = described("the same of the voxels above their scan's mean: the body in CT and MR")
+    body: tuple[float, ...] | None = described("the same of the voxels above Otsu's threshold: the body in CT and MR")
     class_voxels: dict[str, int] = described("voxels of each class")  # noqa: RUF009
     class_slices: dict[str, int] = described("slices with each class")  # noqa: RUF009
     class_cases: dict[str, int] = described("cases with each class")  # noqa: RUF009
@@ -179,7 +179,7 @@ def _examine(case: Case, *, num_classes: int, orientation: str | None) -> CaseFa
         transform, _ = reorientation(scan, orientation)
         label = reoriented(labels.array, transform)
         counts = np.stack([np.bincount(one.ravel(), minlength=num_classes + 1) for one in label])
-        voxels = scan.array[labels.array > 0]
+        everywhere = _sample(scan.array)
         return CaseFacts(
             counts=counts,
             slice_hw=(label.shape[1], label.shape[2]),
@@ -188,13 +188,27 @@ def _examine(case: Case, *, num_classes: int, orientation: str | None) -> CaseFa
             colour=scan.array.ndim == 4,
             normalized=scan.normalized,
             intensity_range=(float(scan.array.min()), float(scan.array.max())),
-            foreground=_percentiles(voxels),
-            body=_percentiles(scan.array[scan.array > scan.array.mean(dtype=np.float64)]),
+            foreground=_percentiles(_sample(scan.array[labels.array > 0])),
+            body=_percentiles(everywhere[everywhere > _otsu(everywhere)]),
         )
 
 
-def _percentiles(voxels: np.ndarray) -> tuple[float, ...] | None:
-    sample = voxels.reshape(-1)[:: max(1, voxels.size // _SAMPLE)]
+def _sample(voxels: np.ndarray) -> np.ndarray:
+    # An odd step, so that the sample never comes from a few columns of an even width alone.
+    return voxels.reshape(-1)[:: max(1, voxels.size // _SAMPLE) | 1]
+
+
+def _otsu(sample: np.ndarray) -> float:
+    """Threshold that parts intensities best in two (Otsu 1979), outliers left out."""
+    low, high = np.percentile(sample, (INTENSITY_PERCENTILES[0], INTENSITY_PERCENTILES[-1]))
+    counts, edges = np.histogram(sample, 256, (low, high)) if low < high else (np.ones(256), np.full(257, low))
+    below, middles = np.cumsum(counts), (edges[:-1] + edges[1:]) / 2
+    sums, total = np.cumsum(counts * middles), below[-1]
+    between = (total * sums - sums[-1] * below) ** 2 / np.maximum(below * (total - below), 1)
+    return float(edges[np.argmax(between) + 1])
+
+
+def _percentiles(sample: np.ndarray) -> tuple[float, ...] | None:
     return tuple(np.percentile(sample, INTENSITY_PERCENTILES).tolist()) if sample.size else None
 
 

@@ -1,24 +1,30 @@
 """Refuse data that no training can use, and options that contradict the data, before anything is planned."""
 
+import dataclasses
+import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.datasets.fingerprint import Fingerprint
 from samed_peft.errors import InputError
 from samed_peft.models.geometry import BaseGeometry
 
 _DIVIDING = ("folds", "fold", "test_cases", "split_file", "validation_cases")
-_LENGTHS = ("epochs", "max_steps", "max_minutes")
+LENGTHS = ("epochs", "max_steps", "max_minutes")
+"""Options of which one decides how long a training is."""
 
 
 def require_plannable(data: Fingerprint, base: BaseGeometry, given: Mapping[str, Any]) -> None:
     """Refuse what cannot be met.
 
     Raises:
-        InputError: no voxel is labelled, or those of one patient alone; one patient is to be divided; a window, a
-            distance of neighbours, a plane, an image size or a number of folds does not fit data or base; or two
-            options decide the length of the training.
+        InputError: a value is out of range; no voxel is labelled, or those of one patient alone; one patient is to be
+            divided; a window, a distance of neighbours, a plane, an image size or a number of folds does not fit data
+            or base; or two options decide the length of the training.
     """
+    _require_in_range(base, given)
     _require_foreground(data, given)
     _require_patients(data, given)
     _require_window(data, given.get("window"))
@@ -34,9 +40,29 @@ def require_plannable(data: Fingerprint, base: BaseGeometry, given: Mapping[str,
         raise InputError(
             f"expected image_size to be a multiple of {patch}, the patch size of {base.base}, found {size}; give {near}"
         )
-    lengths = [f"{name} {given[name]}" for name in _LENGTHS if given.get(name) is not None]
+    lengths = [f"{name} {given[name]}" for name in LENGTHS if given.get(name) is not None]
     if len(lengths) > 1:
         raise InputError(f"{' and '.join(lengths)} each decide how long the training is; give one of them")
+
+
+def require_time(name: str, value: float | None, unit: str) -> None:
+    """Refuse a time that is not positive and finite."""
+    if value is not None and not 0 < value < math.inf:
+        raise InputError(f"{name} must be a positive number of {unit}; found {value}")
+
+
+def _require_in_range(base: BaseGeometry, given: Mapping[str, Any]) -> None:
+    """Refuse values that the configs refuse, before rules calculate with them."""
+    require_time("max_minutes", given.get("max_minutes"), "minutes")
+    of_training, of_adapter = (
+        {field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
+        for kind in (TrainingConfig, SamedConfig)
+    )
+    if "epochs" in of_training:
+        of_training.setdefault("stop_epoch", of_training["epochs"])
+    TrainingConfig(**of_training)
+    with warnings.catch_warnings(action="ignore"):  # they come with the config that is used
+        SamedConfig(**{"base": base.base, "class_names": ("any",)} | of_adapter)
 
 
 def _require_foreground(data: Fingerprint, given: Mapping[str, Any]) -> None:

@@ -17,6 +17,8 @@ from samed_peft.training.situation import CONSTANTS, Situation
 Decided = tuple[Any, str]
 """A value and its reason, one line."""
 
+_SIDE = re.compile(r"(?<![a-z])(left|right|lt|rt|l|r)(?![a-z])")
+
 _EACH_SLICE = "the slice itself in all three channels"
 
 
@@ -43,16 +45,10 @@ def _window(s: Situation) -> Decided:
     first, lower, _, upper, last = data.foreground
     inside = min(upper, CT_WINDOW_HU[1]) - max(lower, CT_WINDOW_HU[0])
     if inside >= CONSTANTS.inside_window * (upper - lower):
-        return (
-            CT_WINDOW_HU,
-            f"SAMed's, for soft tissue: 90 % of the labelled voxels are {lower:g} to {upper:g} HU",
-        )
+        return CT_WINDOW_HU, f"SAMed's, for soft tissue: most labelled voxels are {lower:g} to {upper:g} HU"
     margin = max(CONSTANTS.window_margin * (last - first), (CONSTANTS.least_window_hu - (last - first)) / 2)
     wide = (5.0 * math.floor((first - margin) / 5), 5.0 * math.ceil((last + margin) / 5))
-    return (
-        wide,
-        f"labelled voxels are {first:g} to {last:g} HU (99 %), which SAMed's window would cut off; with a margin",
-    )
+    return wide, f"labelled voxels are {first:g} to {last:g} HU, beyond SAMed's window; with a margin"
 
 
 def _neighbour_mm(s: Situation) -> Decided:
@@ -155,6 +151,11 @@ def _accumulation_steps(s: Situation) -> Decided:
     return steps, f"an optimizer step every {steps * batch} slices"
 
 
+def _epochs(s: Situation) -> Decided | None:
+    del s
+    return None  # unless they are given, steps or minutes decide
+
+
 def _stop_epoch(s: Situation) -> Decided | None:
     if "epochs" not in s.given:
         return None
@@ -196,10 +197,8 @@ def _warmup_steps(s: Situation) -> Decided:
 def _learning_rate(s: Situation) -> Decided:
     share = min(1.0, s.slices_per_step / CONSTANTS.batch_of_rate)
     rate = float(f"{CONSTANTS.learning_rate * math.sqrt(share):.2g}")
-    return (
-        rate,
-        f"SAMed's {CONSTANTS.learning_rate} at {CONSTANTS.batch_of_rate} slices a step, by the root of the batch",
-    )
+    full, batch = CONSTANTS.learning_rate, CONSTANTS.batch_of_rate
+    return rate, f"SAMed's {full:g} at {batch} slices a step, falling with the square root of the batch"
 
 
 def _schedule(s: Situation) -> Decided:
@@ -227,7 +226,7 @@ def _augmentation(s: Situation) -> Decided:
 
 
 def _mirror(s: Situation) -> Decided:
-    sided = [name for name in s.data.class_voxels if re.search(r"\b(left|right|lt|rt|l|r)\b", name.lower())]
+    sided = [name for name in s.data.class_voxels if _SIDE.search(name.lower())]
     if sided:
         return (), f"{sided[0]} is told from its counterpart by its side"
     if s.data.modality == "picture":
@@ -250,9 +249,8 @@ def _weight_average(s: Situation) -> Decided:
     back = int(CONSTANTS.averaged_share * s.steps)
     if back < CONSTANTS.least_averaged_steps:
         return 0.0, f"{s.steps} steps are too few to average"
-    return min(
-        CONSTANTS.most_average, round(1 - 1 / back, 4)
-    ), f"an average over about {back} steps, less noisy than one"
+    decay = min(CONSTANTS.most_average, round(1 - 1 / back, 4))
+    return decay, f"an average over about {round(1 / (1 - decay))} steps, less noisy than the last one"
 
 
 def _validate_epochs(s: Situation) -> Decided:
@@ -274,9 +272,9 @@ def _patience(s: Situation) -> Decided:
 RULES: Mapping[str, Callable[[Situation], Decided | None]] = MappingProxyType(
     {rule.__name__.removeprefix("_"): rule for rule in (
         _plane, _window, _neighbour_mm, _resampling, _image_size, _gradient_checkpointing,
-        _fold, _folds, _validation_share, _batch_size, _accumulation_steps, _stop_epoch, _max_steps, _max_minutes,
-        _warmup_steps, _learning_rate, _schedule, _lora_plus_ratio, _rank, _targets, _augmentation, _mirror,
-        _foreground_share, _weight_average, _validate_epochs, _patience,
+        _fold, _folds, _validation_share, _batch_size, _accumulation_steps, _epochs, _stop_epoch, _max_steps,
+        _max_minutes, _warmup_steps, _learning_rate, _schedule, _lora_plus_ratio, _rank, _targets, _augmentation,
+        _mirror, _foreground_share, _weight_average, _validate_epochs, _patience,
     )}
 )  # fmt: skip
 """Name of a field or option -> its rule, which gives None where nothing has to be decided."""

@@ -14,7 +14,7 @@ from samed_peft.datasets.folder import LabelledFolder
 from samed_peft.errors import InputError
 from samed_peft.io import read_json, write_json
 from samed_peft.models.geometry import BaseGeometry, base_geometry
-from samed_peft.training.contradictions import require_plannable
+from samed_peft.training.contradictions import LENGTHS, require_plannable, require_time
 from samed_peft.training.decisions import RULES
 from samed_peft.training.machine import Machine, this_machine
 from samed_peft.training.situation import Situation
@@ -72,11 +72,26 @@ class Plan:
         listed = values["decisions"]
         if not isinstance(listed, list) or not all(map(_is_decision, listed)):
             raise InputError(
-                f"expected name, value and reason of each decision of a plan, found {short(listed)}; plan again. Was it "
-                "written by a newer samed_peft?"
+                f"expected name, value and reason of each decision of a plan, found {short(listed)}; plan again. Was "
+                "it written by a newer samed_peft?"
             )
         decisions = [Decision(d["name"], _tuple(d["value"]), d["reason"]) for d in listed]
         return cls(tuple(decisions), **{name: kind.from_dict(values[name]) for name, kind in _PARTS.items()})
+
+    def with_given(self, given: Mapping[str, Any]) -> "Plan":
+        """This plan with what users give in place of its decisions; those that follow from the length are made anew.
+
+        Raises:
+            InputError: see `make_plan`.
+        """
+        if not given.keys() & {*RULES, *LENGTHS}:
+            return self
+        kept = self.values
+        if given.keys() & set(LENGTHS):
+            kept = {name: value for name, value in kept.items() if name not in _OF_LENGTH}
+        made = make_plan(self.fingerprint, self.machine, base=self.base, given=kept | dict(given))
+        before = {decision.name: decision for decision in self.decisions if decision.name in kept.keys() - given.keys()}
+        return dataclasses.replace(self, decisions=tuple(before.get(new.name, new) for new in made.decisions))
 
     def require_data(self, fingerprint: Fingerprint) -> None:
         """Refuse a plan of other data.
@@ -110,6 +125,9 @@ class Plan:
         lines = [f"{name:<{first}}  {value:<{second}}  {reason}" for name, value, reason in rows]
         return "\n".join([*header, "", *lines])
 
+
+_OF_LENGTH = (*LENGTHS, "stop_epoch", "warmup_steps", "weight_average", "validate_epochs", "patience")
+"""Decisions that depend on the number of steps."""
 
 _PARTS: Mapping[str, Any] = {"fingerprint": Fingerprint, "machine": Machine, "base": BaseGeometry}
 
@@ -161,9 +179,10 @@ def make_plan(
             and unknown for other devices.
 
     Raises:
-        InputError: the data cannot be used, an option contradicts them, one slice does not fit in memory, or the time
-            is shorter than a step.
+        InputError: a value is out of range, the data cannot be used, an option contradicts them, one slice does not fit
+            in memory, or the time is shorter than a step.
     """
+    require_time("seconds_per_step", seconds_per_step, "seconds")
     minutes = given.get("max_minutes") if max_minutes is None else max_minutes
     given = {name: value for name, value in given.items() if name != "max_minutes"}
     require_plannable(fingerprint, base, given | {"max_minutes": minutes})
