@@ -60,9 +60,11 @@ def _require_in_range(base: BaseGeometry, given: Mapping[str, Any]) -> None:
     )
     if "epochs" in of_training:
         of_training.setdefault("stop_epoch", of_training["epochs"])
-    TrainingConfig(**of_training)
-    with warnings.catch_warnings(action="ignore"):  # they come with the config that is used
-        SamedConfig(**{"base": base.base, "class_names": ("any",)} | of_adapter)
+    if of_training:
+        TrainingConfig(**of_training)
+    if of_adapter:
+        with warnings.catch_warnings(action="ignore"):  # they come with the config that is used
+            SamedConfig(**{"base": base.base, "class_names": ("any",)} | of_adapter)
 
 
 def _require_foreground(data: Fingerprint, given: Mapping[str, Any]) -> None:

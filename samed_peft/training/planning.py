@@ -109,6 +109,17 @@ class Plan:
                 f"found {fingerprint.data}; plan again with samed plan, or give the data that it was made from"
             )
 
+    def require_base(self, base: BaseGeometry) -> None:
+        """Refuse a plan for a base of other measures, wherever it lies.
+
+        Raises:
+            InputError: naming both.
+        """
+        if dataclasses.replace(base, base="") != dataclasses.replace(self.base, base=""):
+            raise InputError(
+                f"the plan was made for another base ({self.base}), found {base}; plan again, or give its --base"
+            )
+
     def table(self) -> str:
         """Decisions, values and reasons in three columns, to be printed."""
         data, machine = self.fingerprint, self.machine

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from samed_peft.training import Machine, Plan, make_plan, options_of, planned_op
 from samed_peft.training.decisions import RULES
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "finetune.py"
+PAGE = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
 TINY = BaseGeometry("tiny-sam", 64, 8, 6, 128)
 VIT_B = PUBLISHED["facebook/sam-vit-base"]
 CPU = Machine("cpu", "x86_64", 20.0, 2)
@@ -66,6 +68,12 @@ def test_each_decision_is_a_field_or_an_option_of_the_recipe():
     options = set(vars(parser.parse_args(["--data_dir", "a", "--output_dir", "b"])))
     fields = {field.name for kind in (SamedConfig, TrainingConfig) for field in dataclasses.fields(kind)}
     assert RULES.keys() <= fields | options
+
+
+def test_the_documentation_has_each_decision():
+    rows = [line.split(" | ")[0] for line in PAGE.splitlines() if line.startswith("| `")]
+    listed = re.findall(r"`(\w+)`", " ".join(rows))
+    assert sorted(listed) == sorted(RULES)
 
 
 def test_scans_like_the_hippocampus():
@@ -153,17 +161,17 @@ def test_far_slices_are_no_neighbours():
 
 def test_memory_decides_batch_checkpointing_and_size():
     data = fingerprint(cases=100)
-    by_memory = [values_of(data, base=VIT_B, machine=Machine("cuda", "", gb, 8)) for gb in (40.0, 8.0, 2.4, 2.0)]
+    by_memory = [values_of(data, base=VIT_B, machine=Machine("cuda", "", gb, 8)) for gb in (40.0, 8.0, 2.4, 1.7)]
     assert [plan["batch_size"] for plan in by_memory] == sorted((p["batch_size"] for p in by_memory), reverse=True)
     assert [plan["image_size"] for plan in by_memory[:3]] == [512, 512, 512]
     assert [plan["gradient_checkpointing"] for plan in by_memory] == [False, False, True, True]
     assert by_memory[1]["batch_size"] * by_memory[1]["accumulation_steps"] in range(12, 17)
     assert by_memory[3]["image_size"] < 512
-    message = r"memory for one slice of 256 pixels, about 1\.7 GB free .* found 0\.5 GB on cuda \(\); free memory"
+    message = r"memory for one slice of 256 pixels, about 1\.6 GB free .* found 0\.5 GB on cuda \(\); free memory"
     with pytest.raises(InputError, match=message):
         values_of(data, base=VIT_B, machine=Machine("cuda", "", 0.5, 8))
     with pytest.raises(InputError, match="memory for one slice of 512 pixels"):
-        values_of(data, base=VIT_B, machine=Machine("cuda", "", 2.0, 8), given={"image_size": 512})
+        values_of(data, base=VIT_B, machine=Machine("cuda", "", 1.7, 8), given={"image_size": 512})
 
 
 def test_estimates_of_memory_are_those_that_were_measured():
@@ -187,10 +195,8 @@ def test_minutes_decide_the_steps():
         values_of(data, machine=dataclasses.replace(CPU, cores=n), max_minutes=10)["warmup_steps"] for n in (2, 4)
     )
     assert four == pytest.approx(2 * two, abs=1)
-    assert values_of(data, machine=GPU, max_minutes=10)["warmup_steps"] == 250
-    message = (
-        r"one step at least, found 0\.01 minutes \(0\.6 seconds\); one step of 16 slices at 128 pixels takes 2 sec"
-    )
+    assert values_of(data, machine=GPU, max_minutes=10)["warmup_steps"] == 200  # of 20 passes
+    message = r"one step at least, found 0\.01 minutes \(0\.6 seconds\); one step of 16 slices at 128 pixels takes"
     with pytest.raises(InputError, match=message):
         values_of(data, max_minutes=0.01, seconds_per_step=2.0)
     with pytest.raises(InputError, match=r"takes by estimate .*give --max_minutes"):
@@ -229,7 +235,7 @@ def test_what_is_given_overrules_that_decision_and_later_ones_go_by_it():
         (
             {"modality": "picture", "slices": 1},
             {"window": (-125.0, 275.0)},
-            "pictures' intensities, 0 to 255, found -125",
+            "intensities, 0 to 255, found -125 to 275",
         ),
         ({}, {"window": (4000.0, 5000.0)}, "scans' intensities, -1024 to 3071, found 4000 to 5000; leave --window out"),
         ({"spacing_mm": None}, {"neighbour_mm": 2.0}, "neighbours at 2 mm, found scans without spacing; leave"),
@@ -264,6 +270,9 @@ def test_a_plan_is_kept_as_json_and_refused_for_other_data(tmp_path):
         plan.require_data(other)
     with pytest.raises(InputError, match=r"\(data '0123456789abcdef' there, 'ffff"):
         plan.require_data(dataclasses.replace(data, data="f" * 16))
+    plan.require_base(dataclasses.replace(TINY, base="copy of it"))
+    with pytest.raises(InputError, match=r"another base \(.*tiny-sam.*\), found .*sam-vit-base.*; plan again"):
+        plan.require_base(VIT_B)
     for damage in ({"decisions": [{"name": "mood", "value": 1, "reason": ""}]}, {"machine": None}, {"more": 1}):
         (tmp_path / "bad.json").write_text(json.dumps(plan.to_dict() | damage))
         with pytest.raises(InputError, match=r"bad\.json: .*"):
@@ -337,7 +346,7 @@ def test_two_thousand_random_plans_are_valid():
     rng = np.random.default_rng(0)
     fields = [{field.name for field in dataclasses.fields(kind)} for kind in (SamedConfig, TrainingConfig)]
     refused = []
-    for _ in range(2000):
+    for number in range(2000):
         data, machine, options = _random_situation(rng)
         try:
             plan = make_plan(data, machine, **options)
@@ -354,7 +363,8 @@ def test_two_thousand_random_plans_are_valid():
         assert per_step == 1 or 4 * per_step <= data.slices
         assert values.get("folds", 2) in range(2, data.patients + 1) or values["fold"] == "all"
         assert all(len(decision.reason.splitlines()) == 1 for decision in plan.decisions)
-        assert json.dumps(plan.to_dict(), allow_nan=False)
+        if number % 20 == 0:
+            assert Plan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))) == plan
     assert len(refused) < 400
     assert all("memory for one slice" in text or "time for one step" in text for text in refused)
 
