@@ -255,15 +255,15 @@ def _weight_average(s: Situation) -> Decided:
 
 def _validate_epochs(s: Situation) -> Decided:
     if not s.held_out_patients[1]:
-        return 0, "there are no cases to validate on"
+        return 0, "no case is left to validate on"
     epochs = math.ceil(s.steps / s.steps_per_epoch)
-    every = max(1, epochs // CONSTANTS.validations)
+    every = math.ceil(epochs / CONSTANTS.validations)
     return every, f"about {math.ceil(epochs / every)} validations in {epochs} epochs"
 
 
 def _patience(s: Situation) -> Decided:
     every = s.chosen["validate_epochs"]
-    validations = math.ceil(s.steps / s.steps_per_epoch) // every if every else 0
+    validations = math.ceil(math.ceil(s.steps / s.steps_per_epoch) / every) if every else 0
     if validations < CONSTANTS.least_validations_for_patience:
         return 0, f"{validations} validations are too few to stop early" if every else "nothing is validated"
     return validations // 2, f"stops after {validations // 2} validations without a better Dice, half of all"

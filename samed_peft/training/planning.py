@@ -129,7 +129,7 @@ class Plan:
         labelled = data.slices - data.empty_slices
         header = [
             f"data: {data.cases} cases of {data.patients} patients, {data.modality}; {data.slices} slices, {labelled} "
-            f"of them labelled, typically {height} x {width}; {len(data.class_voxels)} classes",
+            f"of them labelled, typically {height} x {width}; classes: {', '.join(data.class_voxels):.60}",
             f"base: {self.base.base}, trained at {self.base.image_size} pixels; machine: {machine.device} "
             f"({machine.name}), {machine.memory_gb:g} GB free, {machine.cores} cores",
         ]

@@ -1,4 +1,4 @@
-"""What a plan is decided from: the data, the machine, the base, what users give, and what was decided before."""
+"""The inputs of a decision: data, machine, base, options that users give, and earlier decisions."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ class Constants:
     # The data.
     inside_window: float = 0.5  # of the span of nine tenths of the labelled voxels, for SAMed's window to do
     least_window_hu: float = 400.0  # width of SAMed's window
-    window_margin: float = 0.25  # on each side, of the span of labelled voxels, so that what is around them shows
+    window_margin: float = 0.25  # on each side, of the span of labelled voxels, so that their surroundings show
     most_slice_distance_mm: float = 4.0  # beyond it, neighbouring slices show other anatomy
     neighbour_mm: float = 2.0  # distance of the slices in the outer channels; at least the next ones
     rare: float = 0.1  # share of the slices below which a class is rare
@@ -58,7 +58,7 @@ class Constants:
     least_validations_for_patience: int = 10
 
     # Memory and time.
-    share_of_memory: float = 0.8  # of what is free
+    share_of_memory: float = 0.8  # of the free memory
     share_of_time: float = 0.9  # the rest is for validation and saving
     token_us: float = 23.0  # of a training step on two cores of a Xeon in float32, for each token of a layer
     token_us_per_square_width: float = 2.0e-4  # the same, in proportion to the square of its width

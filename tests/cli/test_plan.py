@@ -35,7 +35,7 @@ def test_the_plan_is_printed_with_reasons_and_written(balls, tmp_path, capsys):
         (line,) = [line for line in printed.splitlines() if line.startswith(f"{decision.name} ")]
         assert line.endswith(decision.reason)
     assert printed.startswith(
-        "data: 4 cases of 3 patients, MR; 24 slices, 12 of them labelled, typically 24 x 20; 1 cl"
+        "data: 4 cases of 3 patients, MR; 24 slices, 12 of them labelled, typically 24 x 20; classes: ball\n"
     )
     assert (plan.values["plane"], plan.values["folds"], plan.values["max_minutes"]) == ("axial", 3, 2.0)
     plan.require_data(take_fingerprint(open_folder(balls), patient_pattern="(p.)_."))
