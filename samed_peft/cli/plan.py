@@ -30,7 +30,7 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     add("--output", type=Path, metavar="FILE", help="also write the plan and what it was made from, as JSON")
     add("--channel", help="name or number, if dataset.json lists several")
     add("--class_names", type=names, metavar="A,B,C", help="by default dataset.json's")
-    add("--plane", choices=("axial", "coronal", "sagittal"), help="of the slices; by default across the coarsest axis")
+    add("--plane", choices=("axial", "coronal", "sagittal"), help="of the slices; by default from spacings and labels")
     add("--patient_pattern", help="expression whose group is a case's patient, such as '(.+)_scan[0-9]+'")
     parser.set_defaults(run=run)
 

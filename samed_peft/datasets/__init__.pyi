@@ -3,6 +3,7 @@ from .cases import CaseVolumes as CaseVolumes
 from .cases import check_cases as check_cases
 from .choices import ORIENTATIONS as ORIENTATIONS
 from .choices import choose_orientation as choose_orientation
+from .choices import choose_plane as choose_plane
 from .choices import choose_window as choose_window
 from .choices import class_names_for as class_names_for
 from .choices import describe_folder as describe_folder

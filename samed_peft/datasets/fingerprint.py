@@ -12,7 +12,7 @@ import numpy as np
 
 from samed_peft.config.fields import AT_LEAST_1, NOT_NEGATIVE, JsonFields, described, documented
 from samed_peft.datasets.cases import CASES_AT_ONCE, naming_files, read_pair
-from samed_peft.datasets.choices import CT_NAMES, ORIENTATIONS, choose_orientation, class_names_for
+from samed_peft.datasets.choices import CT_NAMES, ORIENTATIONS, choose_orientation, choose_plane, class_names_for
 from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.preprocessing import reorientation, reoriented
 from samed_peft.datasets.splits import Splits, patients_of
@@ -115,7 +115,7 @@ def take_fingerprint(
         folder: from `open_folder`.
         cases: names of its cases; by default all.
         class_names: see `class_names_for`.
-        plane: "axial", "coronal" or "sagittal"; by default as `choose_orientation` chooses.
+        plane: "axial", "coronal" or "sagittal"; by default as `choose_plane` chooses.
         patient_pattern: see `choose_splits`.
 
     Raises:
@@ -126,7 +126,8 @@ def take_fingerprint(
         raise InputError(
             f"expected cases of {folder.root} to describe, found none; name one at least, or leave cases out"
         )
-    names, orientation = class_names_for(folder, class_names), choose_orientation(folder, plane=plane)
+    names = class_names_for(folder, class_names)
+    orientation = choose_orientation(folder, plane=plane or choose_plane(folder, cases))
     patients = patients_of(cases, patient_pattern)
     facts = examine_cases(folder, cases, num_classes=len(names), orientation=orientation)
     if not any(fact.has_foreground for fact in facts.values()):

@@ -26,9 +26,11 @@ def _plane(s: Situation) -> Decided:
     if s.data.plane is None or s.data.spacing_mm is None:
         return None, "slices as they are stored: the files tell no orientation"
     through, row, column = s.data.spacing_mm
-    coarsest = through > 1.1 * max(row, column)
-    why = "across the coarsest axis" if coarsest else "the usual plane, since no axis is the coarsest by a tenth"
-    return s.data.plane, f"{why}: slices {through:g} mm apart, pixels of {row:g} x {column:g} mm"
+    if through > 1.1 * min(row, column):
+        return s.data.plane, f"across the coarsest axis: slices {through:g} mm apart, pixels of {row:g} x {column:g} mm"
+    if s.data.plane == "axial":
+        return s.data.plane, "no axis is the coarsest, and labels fill about as many slices in other planes"
+    return s.data.plane, "no axis is the coarsest, and labels fill the fewest slices in this plane, each with more"
 
 
 def _window(s: Situation) -> Decided:
@@ -198,7 +200,7 @@ def _learning_rate(s: Situation) -> Decided:
     share = min(1.0, s.slices_per_step / CONSTANTS.batch_of_rate)
     rate = float(f"{CONSTANTS.learning_rate * math.sqrt(share):.2g}")
     full, batch = CONSTANTS.learning_rate, CONSTANTS.batch_of_rate
-    return rate, f"SAMed's {full:g} at {batch} slices a step, falling with the square root of the batch"
+    return rate, f"{full:g} at {batch} slices a step, falling with the square root of the batch"
 
 
 def _schedule(s: Situation) -> Decided:

@@ -55,6 +55,19 @@ def test_slices_are_those_of_the_plane(balls):
     assert found.cases == 2
 
 
+def test_the_plane_of_isotropic_scans_is_that_with_the_fewest_labelled_slices(balls, tmp_path):
+    """The label is 9 voxels long from left to right; the third axis of an array that nibabel writes is the last."""
+    shutil.copytree(balls, tmp_path / "data")
+    for (across, up), plane in (((9, 9), "axial"), ((9, 20), "sagittal"), ((10, 11), "axial"), ((9, 10), "sagittal")):
+        for path in (tmp_path / "data").glob("*/*.nii.gz"):
+            array = np.zeros((24, 30, 24), np.uint8)
+            array[:across, 2:17, :up] = 1
+            nibabel.save(nibabel.Nifti1Image(array, np.diag([-1, 1, 1, 1])), path)
+        found = take_fingerprint(open_folder(tmp_path / "data"))
+        assert (found.plane, found.slices) == (plane, 4 * 24)
+        assert found.class_slices == {"ball": 4 * (up if plane == "axial" else across)}
+
+
 def test_a_fingerprint_survives_json_and_a_move_but_no_edit(balls, tmp_path):
     found = take_fingerprint(open_folder(balls))
     assert Fingerprint.from_dict(json.loads(json.dumps(found.to_dict()))) == found

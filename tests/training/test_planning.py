@@ -86,7 +86,7 @@ def test_scans_like_the_hippocampus():
     assert (plan["folds"], plan["validation_share"], plan["batch_size"], plan["accumulation_steps"]) == (5, 0.2, 16, 1)
     # Of 160 patients 32 are tested and 26 of 128 validated; 102 * 36 slices are 230 steps of 16, 20 times.
     assert (plan["max_steps"], plan["warmup_steps"], plan["validate_epochs"], plan["patience"]) == (4600, 230, 1, 10)
-    assert plan["learning_rate"] == 0.0041  # 0.005 * sqrt(16 / 24)
+    assert plan["learning_rate"] == 0.0021  # 0.003 * sqrt(16 / 32)
     assert plan["targets"] == ("q_proj", "k_proj", "v_proj", "lin1", "lin2")
 
 
@@ -114,7 +114,7 @@ def test_twenty_slices_are_not_spent_in_the_warm_up():
     assert plan["batch_size"] == 2  # a quarter of 10
     assert plan["max_steps"] == 1500
     assert plan["warmup_steps"] == 75
-    assert plan["learning_rate"] == 0.0014  # 0.005 * sqrt(2 / 24)
+    assert plan["learning_rate"] == 0.00075  # 0.003 * sqrt(2 / 32)
 
 
 def test_pictures_are_mirrored_both_ways_and_have_no_neighbours():
