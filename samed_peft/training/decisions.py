@@ -26,7 +26,7 @@ def _plane(s: Situation) -> Decided:
     if s.data.plane is None or s.data.spacing_mm is None:
         return None, "slices as they are stored: the files tell no orientation"
     through, row, column = s.data.spacing_mm
-    if through > 1.1 * min(row, column):
+    if through > 1.1 * sorted(s.data.spacing_mm)[1]:
         return s.data.plane, f"across the coarsest axis: slices {through:g} mm apart, pixels of {row:g} x {column:g} mm"
     if s.data.plane == "axial":
         return s.data.plane, "no axis is the coarsest, and labels fill about as many slices in other planes"

@@ -129,7 +129,7 @@ class Plan:
         labelled = data.slices - data.empty_slices
         header = [
             f"data: {data.cases} cases of {data.patients} patients, {data.modality}; {data.slices} slices, {labelled} "
-            f"of them labelled, typically {height} x {width}; classes: {', '.join(data.class_voxels):.60}",
+            f"of them labelled, typically {height} x {width}; {_classes(data)}",
             f"base: {self.base.base}, trained at {self.base.image_size} pixels; machine: {machine.device} "
             f"({machine.name}), {machine.memory_gb:g} GB free, {machine.cores} cores",
         ]
@@ -160,6 +160,11 @@ def _jsonable(decision: Decision) -> dict[str, Any]:
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _classes(data: Fingerprint) -> str:
+    names = list(data.class_voxels)
+    return f"classes: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _text(value: Any) -> str:

@@ -132,3 +132,17 @@ def test_data_without_foreground_are_refused_with_their_numbers(balls, tmp_path)
         take_fingerprint(folder, ["p1_a", "p1_b", "p2_a"])
     with pytest.raises(InputError, match="found none; name one at least"):
         take_fingerprint(folder, [])
+
+
+def test_real_scans(real_scans):
+    hippocampus = open_folder(real_scans / "Task04_Hippocampus")
+    found = take_fingerprint(hippocampus, hippocampus.cases[:20])
+    assert (found.cases, found.modality, found.spacing_mm, found.plane) == (20, "MR", (1.0, 1.0, 1.0), "sagittal")
+    assert found.class_cases == {"Anterior": 20, "Posterior": 20}
+    ct = take_fingerprint(open_folder(real_scans / "btcv_like"))
+    # 20 slices of 2 mm and 112 of 3 mm; only spleen, liver, stomach, aorta and pancreas are in both scans.
+    assert (ct.modality, ct.plane, ct.patient_slices, ct.largest_hw) == ("CT", "axial", (20, 20, 112), (512, 512))
+    assert {name for name, cases in ct.class_cases.items() if cases == 2} == {
+        *("spleen", "liver", "stomach", "aorta", "pancreas")
+    }
+    assert ct.intensity_range[0] == -1024
