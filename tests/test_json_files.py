@@ -17,13 +17,15 @@ from samed_peft.adapters.folder import find_report, read_config
 from samed_peft.adapters.info import adapter_info, info_text
 from samed_peft.adapters.save_load import add_lora, load_adapter, save_adapter, write_card
 from samed_peft.config import SamedConfig
-from samed_peft.datasets import choose_splits, describe_folder, open_folder
+from samed_peft.datasets import choose_splits, describe_folder, open_folder, take_fingerprint
 from samed_peft.datasets.dataset_json import scheme_of_dataset
 from samed_peft.errors import InputError, printable
 from samed_peft.evaluation import evaluate_cases, format_table, write_report
 from samed_peft.hub.content import published_files
 from samed_peft.io import tensor_shapes
 from samed_peft.models.bases import TINY_SAM_DIR, load_sam, open_sam
+from samed_peft.models.geometry import base_geometry
+from samed_peft.training import Machine, make_plan, options_of, read_plan, write_plan
 from samed_peft.training.claims import _claim
 from samed_peft.training.state import Progress, load_checkpoint, save_checkpoint
 
@@ -122,6 +124,12 @@ def read_base(folder):
     open_sam(str(folder))
 
 
+def read_planned(folder):
+    plan = read_plan(folder / "plan.json")
+    printable(plan.table()).encode()
+    options_of(plan.with_given({"epochs": 2}), open_folder(folder, channel="T1"))
+
+
 KINDS = {
     "adapter/samed_config.json": read_adapter,
     "adapter/adapter_config.json": read_weights,
@@ -130,6 +138,7 @@ KINDS = {
     "run/run.json": read_run,
     "labelled/dataset.json": read_labelled,
     "decathlon/dataset.json": read_labelled,
+    "labelled/plan.json": read_planned,
     "split/splits.json": read_split,
     "base/config.json": read_base,
     "base/model.safetensors.index.json": read_base,
@@ -166,6 +175,9 @@ def written(tmp_path_factory):
     state.write_text(json.dumps({"progress": json.loads(state.read_text())["progress"], "scaler": scaler}))
     (root / "run" / "run.json").write_text(json.dumps({"rank": 4, "data": ["a"], "window": [0.0, 1.0]}))
     write_labelled(root / "labelled", root / "decathlon")
+    found = take_fingerprint(open_folder(root / "labelled", channel="T1"))
+    plan = make_plan(found, Machine("cpu", "any", 9.0, 2), base=base_geometry("tiny-sam"))
+    write_plan(plan, root / "labelled" / "plan.json")
     (root / "split").mkdir()
     (root / "split" / "splits.json").write_text(json.dumps([{"train": ["a", "b"], "val": ["c"]}] * 2))
     (root / "base").mkdir()

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from samed_peft.cli import convert, evaluate, export, info, predict, push
+from samed_peft.cli import convert, evaluate, export, info, plan, predict, push
 from samed_peft.errors import exit_on_error
 
 
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog="exit codes: 0 done, 1 some cases failed, 2 wrong input or disk, 70 fault, 130 Ctrl-C, 143 SIGTERM",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (predict, evaluate, convert, export, push, info):
+    for command in (plan, predict, evaluate, convert, export, push, info):
         command.add_parser(commands)
     args = parser.parse_args(arguments)
     args.run(args)

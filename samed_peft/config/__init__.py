@@ -11,6 +11,7 @@ from samed_peft.config.adapter import is_hub_id as is_hub_id
 from samed_peft.config.methods import METHODS as METHODS
 from samed_peft.config.methods import Storage as Storage
 from samed_peft.config.options import add_run_options as add_run_options
+from samed_peft.config.options import given_options as given_options
 from samed_peft.config.options import parse_run_options as parse_run_options
 from samed_peft.config.presets import DEMO as DEMO
 from samed_peft.config.presets import PRESETS as PRESETS

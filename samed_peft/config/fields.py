@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import UnionType
 from typing import Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -62,19 +63,25 @@ def _is_of(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
+_types_of = cache(get_type_hints)
+"""Types of a config's fields by name."""
+
+
 class JsonFields:
     """Checked fields, and conversion to and from plain JSON values."""
 
     def __post_init__(self) -> None:
-        types = get_type_hints(type(self))
+        types = _types_of(type(self))  # type: ignore[arg-type] # mypy takes the instances' __hash__
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             name, value, kind = field.name, vars(self)[field.name], types[field.name]
             shown = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
-            require(_is_of(value, kind), f"{name} must be {shown}; found {short(value)}")
+            if not _is_of(value, kind):
+                raise InputError(f"{name} must be {shown}; found {short(value)}")
             if field.metadata["must"] is not None and value is not None:
                 text, is_met = field.metadata["must"]
                 or_none = ", or None" if type(None) in get_args(kind) else ""
-                require(is_met(value), f"{name} must {text}{or_none}; found {short(value)}")
+                if not is_met(value):
+                    raise InputError(f"{name} must {text}{or_none}; found {short(value)}")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values (tuples become lists)."""

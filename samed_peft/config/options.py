@@ -69,6 +69,20 @@ def add_run_options(parser: argparse.ArgumentParser, *, base: str | None = None)
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the adapter, as name/repository")
 
 
+def given_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse the options that a command line gives, without those that are left to their defaults.
+
+    Args:
+        parser: with all options.
+        arguments: the command line; by default that of the program.
+    """
+    unset = object()
+    names = vars(parser.parse_args(arguments))
+    # The parser sets defaults only where the namespace has nothing yet.
+    parsed = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(names, unset)))
+    return {name: value for name, value in vars(parsed).items() if value is not unset}
+
+
 def parse_run_options(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, dict[str, Any], TrainingConfig]:

@@ -3,9 +3,14 @@ from .cases import CaseVolumes as CaseVolumes
 from .cases import check_cases as check_cases
 from .choices import ORIENTATIONS as ORIENTATIONS
 from .choices import choose_orientation as choose_orientation
+from .choices import choose_plane as choose_plane
 from .choices import choose_window as choose_window
 from .choices import class_names_for as class_names_for
 from .choices import describe_folder as describe_folder
+from .fingerprint import Fingerprint as Fingerprint
+from .fingerprint import examine_cases as examine_cases
+from .fingerprint import require_foreground as require_foreground
+from .fingerprint import take_fingerprint as take_fingerprint
 from .folder import LabelledFolder as LabelledFolder
 from .layouts import LAYOUTS as LAYOUTS
 from .layouts import open_folder as open_folder

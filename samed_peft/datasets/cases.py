@@ -31,7 +31,7 @@ from samed_peft.io import (
 
 _NAMING_ADVICE = "name all of them in dataset.json or with class_names, or is it the scan itself?"
 
-_CASES_AT_ONCE = 4
+CASES_AT_ONCE = 4
 """Scans that are checked at the same time, each a few hundred megabytes."""
 
 
@@ -134,7 +134,7 @@ def check_cases(
             normalized_array(scan, window)
 
     files = [folder.case(case) for case in cases]
-    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, _CASES_AT_ONCE)) as pool:
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, CASES_AT_ONCE)) as pool:
         list(pool.map(check, files))
 
 

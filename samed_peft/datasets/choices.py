@@ -1,15 +1,18 @@
 """How the scans of a folder should be sliced, scaled and named: chosen from its headers, modality and labels."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from samed_peft.config import CT_WINDOW_HU
-from samed_peft.datasets.cases import naming_files
+from samed_peft.datasets.cases import naming_files, read_reference
 from samed_peft.datasets.dataset_json import DATASET_FILE
 from samed_peft.datasets.folder import LabelledFolder
+from samed_peft.datasets.preprocessing import reorientation, reoriented
 from samed_peft.errors import InputError
 from samed_peft.io import is_picture, numbered_names, read_affine, read_labels, read_volume
 
@@ -17,6 +20,12 @@ T = TypeVar("T")
 
 ORIENTATIONS = {"axial": "LPS", "coronal": "LIP", "sagittal": "PIL"}
 """Axis codes of the (x, y, z) axes that slices of each plane are brought to, as on a light box; z is across them."""
+
+_CASES_FOR_PLANE = 16
+"""Label maps that are read to choose a plane."""
+
+CT_NAMES = ("ct", "computed tomography")
+"""Names of a CT's modality, in lower case."""
 
 
 def describe_folder(
@@ -75,12 +84,46 @@ def choose_orientation(folder: LabelledFolder, *, plane: str | None = None) -> s
             f"expected all scans of {folder.root} with an orientation or none, found {', '.join(silent[:5])} without"
         )
     if plane is None:
-        spacings = np.array([_world_spacing_mm(affine) for affine in affines.values() if affine is not None])
-        typical = np.median(spacings, axis=0)
-        # A tenth more than the others: otherwise the scans count as isotropic.
-        if typical.max() > 1.1 * np.median(typical):
-            return next(codes for codes in ORIENTATIONS.values() if codes[-1] == "LPS"[np.argmax(typical)])
+        plane = _plane_across_the_coarsest([affine for affine in affines.values() if affine is not None])
     return ORIENTATIONS[plane or "axial"]
+
+
+def choose_plane(folder: LabelledFolder, cases: Sequence[str]) -> str | None:
+    """Choose the plane of slices from headers and labels.
+
+    Args:
+        folder: from `open_folder`; all its headers are read.
+        cases: of these, the label maps of at most 16, evenly spread, are read if no axis is the coarsest.
+
+    Returns:
+        The plane across the coarsest axis. If all are alike, the one with the fewest labelled slices, which show the
+        most of each object, if it saves a tenth of those of axial slices, or else axial. None if no scan has an affine.
+
+    Raises:
+        InputError: as `choose_orientation`, or a label map is damaged.
+    """
+    if choose_orientation(folder) is None:
+        return None
+    affines = [_read(read_affine, path) for path in folder.images.values()]
+    if plane := _plane_across_the_coarsest([affine for affine in affines if affine is not None]):
+        return plane
+    labelled = np.zeros(3, np.int64)  # slices of each plane, in the order of `ORIENTATIONS`
+    for case in (folder.case(name) for name in cases[:: math.ceil(len(cases) / _CASES_FOR_PLANE)]):
+        with naming_files(*case.labels):
+            labels, affine = read_reference(case), read_affine(case.scans[0])
+            there, _ = reorientation(replace(labels, affine=affine), ORIENTATIONS["axial"])
+            mask = reoriented(labels.array > 0, there)
+            labelled += [int(mask.any(axis=axes).sum()) for axes in ((1, 2), (0, 2), (0, 1))]
+    fewest = int(np.argmin(labelled))
+    return tuple(ORIENTATIONS)[fewest] if labelled[fewest] <= 0.9 * labelled[0] else "axial"
+
+
+def _plane_across_the_coarsest(affines: Sequence[np.ndarray]) -> str | None:
+    """By the median of the spacings; None if no axis is coarser than the others by a tenth."""
+    typical = np.median([_world_spacing_mm(affine) for affine in affines], axis=0)
+    if typical.max() <= 1.1 * np.median(typical):
+        return None
+    return next(plane for plane, codes in ORIENTATIONS.items() if codes[-1] == "LPS"[np.argmax(typical)])
 
 
 def _world_spacing_mm(affine: np.ndarray) -> np.ndarray:
@@ -93,7 +136,7 @@ def _world_spacing_mm(affine: np.ndarray) -> np.ndarray:
 
 def choose_window(folder: LabelledFolder) -> tuple[float, float] | None:
     """The window that fits a folder: SAMed's for CT, 0..255 for 8-bit pictures, None (each scan's percentiles) else."""
-    if folder.modality is not None and folder.modality.lower() in ("ct", "computed tomography"):
+    if folder.modality is not None and folder.modality.lower() in CT_NAMES:
         return CT_WINDOW_HU
     if is_picture(next(iter(folder.images.values()))):
         # Decided by all of them: one 16-bit picture among 8-bit ones would be cut off.

@@ -61,15 +61,15 @@ def require_base(base: str, name: str = "base") -> None:
         raise InputError(f"{name} {base} is neither a file, nor a folder, nor a Hub id such as facebook/sam-vit-base")
 
 
-def open_sam(base: str, revision: str | None = None) -> SamModel:
-    """Open a SAM by any name that `load_sam` takes, unchanged.
+def base_config(base: str, revision: str | None = None) -> SamConfig:
+    """Read the settings of a base, any that `load_sam` takes; of Meta's files alone, the weights are read too.
 
     Raises:
         InputError: it is missing, damaged or not a SAM.
     """
-    path = TINY_SAM_DIR if base == TINY_SAM else Path(base)
+    path = _path_of(base)
     if path.is_file():
-        return load_meta_checkpoint(path)
+        return load_meta_checkpoint(path).config
     require_base(base)
     source = str(path) if path.is_dir() else base
     if path.is_dir():
@@ -86,6 +86,24 @@ def open_sam(base: str, revision: str | None = None) -> SamModel:
         raise InputError(
             f"base {base} is a {config.model_type} model, not a SAM; use facebook/sam-vit-base, -large or -huge"
         )
+    return config
+
+
+def _path_of(base: str) -> Path:
+    return TINY_SAM_DIR if base == TINY_SAM else Path(base)
+
+
+def open_sam(base: str, revision: str | None = None) -> SamModel:
+    """Open a SAM by any name that `load_sam` takes, unchanged.
+
+    Raises:
+        InputError: it is missing, damaged or not a SAM.
+    """
+    path = _path_of(base)
+    if path.is_file():
+        return load_meta_checkpoint(path)
+    base_config(base, revision)
+    source = str(path) if path.is_dir() else base
     check_no_adapter(source, revision)
     try:
         check_shards(source, revision)

@@ -240,7 +240,7 @@ def _run(*arguments):
     ).stdout
 
 
-@pytest.mark.parametrize("command", [(), ("predict",), ("evaluate",), ("convert",), ("export",)])
+@pytest.mark.parametrize("command", [(), ("plan",), ("predict",), ("evaluate",), ("convert",), ("export",)])
 def test_help_names_the_exit_codes(command):
     text = _run("-m", "samed_peft", *command, "--help")
     assert text.startswith(" ".join(("usage: samed", *command)))

@@ -1,0 +1,37 @@
+"""The machine that a training is planned for."""
+
+import platform
+from dataclasses import dataclass
+
+from samed_peft.config.fields import AT_LEAST_1, POSITIVE, JsonFields, described, documented
+
+
+@documented
+@dataclass(frozen=True)
+class Machine(JsonFields):
+    """One device to train on, and the cores that load slices.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    device: str = described("cpu, cuda or mps")
+    name: str = described("of the GPU, or of the processor's architecture")
+    memory_gb: float = described("free memory of the device in GB (1e9 bytes)", must=POSITIVE)
+    cores: int = described("cores that the process may use", must=AT_LEAST_1)
+
+
+def this_machine() -> Machine:
+    """The device that Accelerate will choose by default, with the memory that is free now."""
+    import psutil
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    from samed_peft.training.batches import available_cores
+
+    free_gb, cores = psutil.virtual_memory().available / 1e9, available_cores()
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        free_gb = torch.cuda.mem_get_info()[0] / 1e9
+        return Machine("cuda", torch.cuda.get_device_name(), round(free_gb, 1), cores)
+    is_mps = torch.backends.mps.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    return Machine("mps" if is_mps else "cpu", platform.machine(), round(free_gb, 1), cores)
