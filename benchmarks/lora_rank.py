@@ -147,6 +147,7 @@ def command(run: Planned, args: argparse.Namespace) -> list[str]:
     resume = ["--resume"] if (run.output / "run.json").is_file() else []
     # All cases that are not tested on are trained on, and the last adapter counts, whatever the recipe's default is.
     whole = ["--validation_share", "0"] if args.recipe == "finetune" else []
+    resume += ["--preset", "samed"] if args.recipe == "finetune" else []
     options = ["--base", base, "--seed", str(run.seed), *whole, *run.variant.options, *args.options]
     return [*launch, *recipe, *options, *resume]
 

@@ -1,14 +1,15 @@
 """SAMed on your own scans: from a folder of labelled scans to an adapter, its scores and pictures.
 
-    accelerate launch recipes/finetune.py --data_dir Task04_Hippocampus --output_dir runs/hippocampus --plane sagittal
+    accelerate launch recipes/finetune.py --data_dir Task04_Hippocampus --output_dir runs/hippocampus --max_minutes 60
     accelerate launch recipes/finetune.py --data_dir polyps --output_dir runs/polyps --class_names polyp
 
-DATA holds dataset.json, imagesTr and labelsTr, or images and masks. One of five folds of cases is left out of training
-and scored; a fifth of the other patients chooses the best epoch. --fold each trains and scores all folds, then a final
-adapter on every case. Slices are those across the coarsest axis, CT is windowed as in SAMed, MR scaled by each scan's
-percentiles. With --base tiny-sam --image_size 64 it runs on two CPU cores in minutes, to try things; its scores say
-nothing about SAM. With SAM's ViT-B (the default) use a GPU of 24 GB. A stopped or killed run goes on with --resume.
-Exit codes: 0 done, 1 some held-out cases failed, 2 wrong input, 3 loss diverged, 75 stopped by a signal.
+DATA holds dataset.json, imagesTr and labelsTr, or another layout of docs/data.md. Settings are planned from data and
+machine, as by `samed plan`, and printed with their reasons; each option overrules its own decision, and --preset samed
+takes SAMed's published settings instead. One of five folds of cases is left out of training and scored; a fifth
+of the other patients chooses the best epoch. --fold each trains and scores all folds, then a final adapter on every
+case. With --base tiny-sam it runs on two CPU cores in minutes, to try things; its scores say nothing about SAM. With
+SAM's ViT-B (the default) use a GPU of 24 GB. A stopped or killed run goes on with --resume. Exit codes: 0 done, 1 some
+held-out cases failed, 2 wrong input, 3 loss diverged, 75 stopped by a signal.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 # Its names are imported on first use, so that help is printed and Ctrl-C is heeded from the start.
 import samed_peft as sp
 
+PRESETS = ("plan", "samed")
 SPLIT = ("patient_pattern", "split_file", "test_cases", "validation_cases", "validation_share", "folds")
 
 
@@ -32,6 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data_dir", type=Path, required=True, help="dataset.json layout, or images and masks")
+    add("--preset", choices=PRESETS, default="plan", help="plan settings from the data, or take SAMed's; default: plan")
+    add("--plan", type=Path, metavar="FILE", help="of samed plan --output, in place of a new plan")
     add("--channel", help="name or number, if dataset.json lists several")
     add("--class_names", type=lambda text: text.split(","), help="a,b,c; by default dataset.json's")
     add("--plane", choices=("axial", "coronal", "sagittal"), help="of the slices; by default across the coarsest axis")
@@ -57,24 +61,34 @@ def build_parser() -> argparse.ArgumentParser:
 @sp.exit_resumable
 def main() -> None:
     """Train an adapter, test it on held-out cases and report its scores."""
-    args, adapter_options, training = sp.config.parse_run_options(build_parser())
+    parser = build_parser()
+    args, adapter_options, training = sp.config.parse_run_options(parser)
     out, hub = args.output_dir, {"repo_id": args.push_to_hub}
     accelerator = sp.training.start_run(out, mixed_precision=args.mixed_precision, **hub)
 
-    # 1. Cases: find the scans and their label maps, and decide which are held out.
+    # 1. Plan: find the scans and their label maps, and decide how to train on them.
     folder = sp.datasets.open_folder(args.data_dir, channel=args.channel, class_names=args.class_names)
+    plan = None
+    if args.preset == "plan":
+        given, options = sp.config.given_options(parser), {"base": args.base, "plan_file": args.plan}
+        adapter_options, training, others, plan = sp.training.plan_of_run(
+            folder, out, given=given, accelerator=accelerator, **options
+        )
+        vars(args).update(others)
+
+    # 2. Cases: decide which are held out.
     split = {name: vars(args)[name] for name in SPLIT}
     folds = sp.datasets.choose_folds(folder.cases, **split) if args.fold == "each" else []
     cases = sp.datasets.choose_splits(folder.cases, **split, fold="all" if folds else args.fold)
 
-    # 2. What the adapter will be: classes, window, orientation and channel follow from the data.
+    # 3. What the adapter will be: classes, window, orientation and channel follow from the data.
     described = sp.datasets.describe_folder(folder, class_names=args.class_names, plane=args.plane, window=args.window)
-    config = sp.SamedConfig(args.base, **described, **adapter_options)
+    config = sp.SamedConfig(args.base, **described | adapter_options)
 
     def train(cases: "sp.datasets.Splits", directory: Path) -> tuple["sp.training.Run", Path, dict[str, object]]:
         accelerator.print(f"{directory.name}: {cases.summary(validation_share=args.validation_share)}")
 
-        # 3. Rows: slices of the training scans. One process prepares them, and reads the held-out scans so that a bad
+        # 4. Rows: slices of the training scans. One process prepares them, and reads the held-out scans so that a bad
         # file stops the run now and not after the training; the other processes find the verified cache.
         with accelerator.main_process_first():
             rows = sp.datasets.load_slices(
@@ -88,13 +102,15 @@ def main() -> None:
                 verify=sp.training.verifies_rows(accelerator),
             )
 
-        # 4. Training: the base with LoRA, optimizer steps, validation, checkpoints.
-        run = sp.training.Run(config, training, rows, directory, folder, cases, args.init)
+        # 5. Training: the base with LoRA, optimizer steps, validation, checkpoints.
+        run = sp.training.Run(config, training, rows, directory, folder, cases, args.init, plan)
         resume = args.resume and (directory == out or directory.exists())  # later folds may not have begun
         adapter, settings = sp.training.fit(run, accelerator=accelerator, resume=resume)
+        if plan is not None:
+            sp.training.record_postprocessing(run, adapter, accelerator=accelerator)
         return run, adapter, settings | ({"dataset": folder.name} if folder.name else {})
 
-    # 5. Prediction and scores, with the adapter as it was saved. With all folds, the final adapter, trained on every
+    # 6. Prediction and scores, with the adapter as it was saved. With all folds, the final adapter, trained on every
     # case, comes first, so that all that could stop it does so early; it gets the scores of the folds' adapters.
     run, adapter, settings = train(cases, out)
     report = None
@@ -107,7 +123,7 @@ def main() -> None:
     elif cases.test:
         report = sp.score_held_out(adapter, *run.test, out, accelerator=accelerator, settings=settings)
 
-    # 6. Sharing: scores go into the adapter's card, and all of it to the Hub if asked to.
+    # 7. Sharing: scores go into the adapter's card, and all of it to the Hub if asked to.
     sp.training.finish_run(run, adapter, report, accelerator=accelerator, **hub)
 
 

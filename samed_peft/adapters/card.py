@@ -53,6 +53,7 @@ def model_card(config: SamedConfig, *, report: Report | None = None, training: M
         **_scores(report),
         window=config.window and list(config.window),
         orientation=config.orientation,
+        neighbour_mm=None if config.neighbour_mm is None else f"{config.neighbour_mm:g}",
         settings_table=_table(["Setting", "Value"], _settings(config)),
         training_table=_table(["Setting", "Value"], training) if training else "",
     )

@@ -16,12 +16,12 @@ from samed_peft.io import FolderKind, read_json, tensor_shapes
 from samed_peft.models.bases import require_base
 
 _OWN_FILES = "|".join(re.escape(name) for name in (WEIGHTS_FILE, PEFT_FILE, CONFIG_FILE, CARD_FILE))
-_OWN_FILES += r"|report\.(json|csv|html|md)|pictures"
+_OWN_FILES += r"|report\.(json|csv|html|md)|pictures|plan\.json"
 _SYSTEM_FILES = r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs.*|\.ipynb_checkpoints"
 """Files that file managers, NFS and Jupyter leave in folders that they show."""
 
 ADAPTER_FOLDER = FolderKind(markers=(CONFIG_FILE,), allowed=f"{_OWN_FILES}|{_SYSTEM_FILES}")
-"""An adapter, alone or with its report."""
+"""An adapter, alone or with its report and plan."""
 
 _PEFT_TYPES = [kind.value for kind in PeftType]
 PEFT_ERRORS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ImportError, re.error)

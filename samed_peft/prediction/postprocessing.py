@@ -44,8 +44,6 @@ def choose_postprocessing(
     masks: Mapping[str, Volume],
     references: Mapping[str, Volume],
     class_names: Sequence[str],
-    *,
-    ignore_label: int | None = None,
 ) -> tuple[str, ...]:
     """Choose the classes of which the largest part alone is kept, for `SamedConfig.keep_largest`, as nnU-Net does.
 
@@ -54,9 +52,8 @@ def choose_postprocessing(
 
     Args:
         masks: case -> mask (D, H, W) of a validation case, segmented without post-processing; read one at a time.
-        references: case -> label map of the same cases, on the same grids.
+        references: case -> label map of the same cases, on the same grids; their `ignored_label` counts nowhere.
         class_names: of labels 1..K.
-        ignore_label: voxels with this label in a reference count nowhere; None for no such label.
 
     Returns:
         The chosen classes in their order.
@@ -74,7 +71,8 @@ def choose_postprocessing(
         mask, reference = masks[case], references[case]
         _require_one_grid(case, mask, reference)
         kept = largest_parts(mask.array)
-        counts = reference.array != ignore_label if ignore_label is not None else np.ones(kept.shape, bool)
+        ignored = reference.ignored_label
+        counts = np.ones(kept.shape, bool) if ignored is None else reference.array != ignored
         for label in {int(label) for label in np.unique(mask.array[kept != mask.array])}:
             is_label = (reference.array == label) & counts
             before, after = (_dice((array == label) & counts, is_label) for array in (mask.array, kept))

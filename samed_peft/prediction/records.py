@@ -58,6 +58,11 @@ def find_adapters(sources: Sequence[str | Path], *, revision: str | None = None)
                 f"in {first.source} and {', '.join(config.class_names)} in {source}; average adapters of one task, or "
                 "segment with one after the other"
             )
+        if config.label_values != first.config.label_values:
+            raise InputError(
+                f"expected adapters that write the same numbers into masks, found {first.config.label_values} in "
+                f"{first.source} and {config.label_values} in {source}; average adapters of one task"
+            )
         for other in found[:-1]:
             if other.weights_sha256 == found[-1].weights_sha256:
                 raise InputError(

@@ -18,7 +18,7 @@ from samed_peft.datasets.preprocessing import resize_label, slice_to_pixels
 from samed_peft.errors import InputError
 from samed_peft.io import IGNORED
 from samed_peft.models.losses import IGNORED_LABEL
-from samed_peft.models.resizing import resize_aligned
+from samed_peft.models.resizing import pad_to, resize_aligned
 from samed_peft.training.augmentation import augment
 from samed_peft.training.sampling import ClassBalance, neighbour_rows
 from samed_peft.training.strong_augmentation import augment_strongly
@@ -38,6 +38,7 @@ class SlicePreparation:
         image_size: S, pixels per side that the encoder sees.
         label_size: of the labels in SAMed's geometry, that of the logits.
         aligned: resize image and labels to S x S in one geometry, and keep the labels at that size.
+        tile: with `aligned`, cut S x S pixels out at random in place of resizing.
         augmentation: None, "samed" or "strong".
         mirror: axes that the strong augmentation mirrors.
         seed: of the augmentation.
@@ -47,6 +48,7 @@ class SlicePreparation:
     image_size: int
     label_size: int
     aligned: bool = False
+    tile: bool = False
     augmentation: str | None = None
     mirror: tuple[str, ...] = ()
     seed: int = 0
@@ -65,7 +67,10 @@ class SlicePreparation:
         aspect = image.shape[1] / image.shape[0]
         if rng is not None and self.augmentation == "samed":
             image, label = augment(image, label, rng=rng)
-        if self.aligned:
+        if self.tile:
+            places = None if draw is None else np.random.default_rng((self.seed, *draw, 1))
+            pixels, labels = cut_tile(image, label, self.image_size, rng=places)
+        elif self.aligned:
             pixels, labels = aligned_slice(image, label, self.image_size)
         else:
             pixels = _channels_first(slice_to_pixels(image, image_size=self.image_size))
@@ -82,6 +87,21 @@ def aligned_slice(image: np.ndarray, label: np.ndarray, size: int) -> tuple[Tens
     pixels = resize_aligned(_channels_first(image)[None], size)[0]
     labels = torch.from_numpy(np.ascontiguousarray(label))[None, None]
     return pixels, F.interpolate(labels.float(), size=(size, size), mode="nearest-exact")[0, 0].to(labels.dtype)
+
+
+def cut_tile(
+    image: np.ndarray, label: np.ndarray, size: int, *, rng: np.random.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Cut a square out of a slice (H, W) or (H, W, 3) and its labels, padded with zeros where they are smaller.
+
+    It lies anywhere within the slice, or without `rng` in the middle.
+    """
+    pixels = pad_to(_channels_first(image), size)
+    labels = pad_to(torch.from_numpy(np.ascontiguousarray(label))[None], size)[0]
+    rooms = [side - size for side in labels.shape]
+    top, left = (room // 2 if rng is None else int(rng.integers(room + 1)) for room in rooms)
+    window = slice(top, top + size), slice(left, left + size)
+    return pixels[:, *window].contiguous(), labels[window].contiguous()
 
 
 def _channels_first(array: np.ndarray) -> Tensor:
@@ -145,6 +165,7 @@ def training_slices(rows: Any, config: SamedConfig, training: TrainingConfig, *,
         config.image_size,
         label_size,
         aligned=config.resampling == "aligned",
+        tile=config.tile,
         augmentation=training.augmentation if training.augment else None,
         mirror=training.mirror,
         seed=training.seed,

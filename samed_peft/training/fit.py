@@ -32,6 +32,7 @@ from samed_peft.training.claims import claim_run_folder, only_run_in
 from samed_peft.training.length import Clock, LengthRecord, Timing, settle_length, steps_that_fit
 from samed_peft.training.log import EventLog
 from samed_peft.training.loop import Step, build_optimizer, step_counts, steps_per_epoch, training_steps, warn_of_warmup
+from samed_peft.training.planning import PLAN_FILE, write_plan
 from samed_peft.training.progress import Progress
 from samed_peft.training.rehearsal import TIMED_STEPS, WARM_STEPS, kept_scaler, kept_state, seconds_per_step
 from samed_peft.training.resources import write_resources
@@ -66,6 +67,8 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     if run.init is not None:
         settings["init"] = go_on_from(model, run.init)
     exceeded = claim_run_folder(run.output_dir, settings, resume=resume, accelerator=accelerator)
+    if run.plan is not None and accelerator.is_main_process:
+        write_plan(run.plan, run.output_dir / PLAN_FILE)
     # Several trainings of one process, such as folds, must neither share a loss scaler nor fill the memory.
     with only_run_in(run.output_dir, accelerator=accelerator), kept_scaler(accelerator):
         prepared, stepping = accelerator.prepare(model, optimizer)

@@ -49,10 +49,13 @@ class LengthRecord:
         return {name: value for entry in self.extended for name, value in entry["after"].items()}
 
     def settled(self, training: TrainingConfig) -> TrainingConfig:
-        """The training with steps in place of minutes."""
+        """The training with steps in place of minutes; the warm-up takes a tenth of them at most."""
         if training.max_minutes is None:
             return training
-        return dataclasses.replace(training, max_minutes=None, max_steps=self.max_steps, stop_step=self.stop_step)
+        warmup = training.warmup_steps if self.max_steps is None else min(training.warmup_steps, self.max_steps // 10)
+        return dataclasses.replace(
+            training, max_minutes=None, max_steps=self.max_steps, stop_step=self.stop_step, warmup_steps=warmup
+        )
 
     def decided(self) -> dict[str, Any]:
         """What settings of a finished run add to those it was started with."""

@@ -19,6 +19,7 @@ from samed_peft.io import Volume, require_replaceable
 from samed_peft.models.launch import check_launch
 from samed_peft.training.claims import RUN_FOLDER
 from samed_peft.training.length import LengthRecord
+from samed_peft.training.planning import PLAN_FILE, Plan, write_plan
 from samed_peft.training.state import stop_on_any_process
 
 _WITHOUT_EFFECT = ("num_workers", "checkpoint_steps", "channel_files")
@@ -38,6 +39,7 @@ class Run:
         folder: the labelled scans.
         cases: names of its cases to train, test and validate on.
         init: folder or Hub id of an adapter whose training goes on, in place of a fresh one; None for none.
+        plan: that config and training follow, kept with run and adapter; None for none.
     """
 
     config: SamedConfig
@@ -47,6 +49,7 @@ class Run:
     folder: LabelledFolder
     cases: Splits
     init: str | Path | None = None
+    plan: Plan | None = None
 
     @property
     def data(self) -> tuple[str, ...]:
@@ -111,6 +114,8 @@ def finish_run(
     """
     refusal = None
     if accelerator.is_main_process:
+        if run.plan is not None:
+            write_plan(run.plan, adapter / PLAN_FILE)
         if report is not None:
             training = LengthRecord.read(run.output_dir).settled(run.training)
             write_card(adapter, report=report, training=training)

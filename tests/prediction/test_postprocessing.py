@@ -54,7 +54,8 @@ def test_a_class_that_no_reference_has_gains_nothing():
 def test_ignored_voxels_do_not_count():
     masks = {"a": rows("110100")}
     assert choose_postprocessing(masks, {"a": rows("110900")}, ("one",)) == ("one",)
-    assert choose_postprocessing(masks, {"a": rows("110900")}, ("one",), ignore_label=9) == ()
+    sparse = dataclasses.replace(rows("110900"), ignored_label=9)
+    assert choose_postprocessing(masks, {"a": sparse}, ("one",)) == ()
 
 
 def test_labels_beyond_the_classes_are_no_one_s():

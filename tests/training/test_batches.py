@@ -50,6 +50,22 @@ def test_one_geometry_for_image_and_labels():
         np.testing.assert_array_equal(pixels[line] > 0.5, expected[line[1:]])
 
 
+def test_tiles_are_cut_at_the_scale_of_the_slice():
+    label = np.arange(48 * 20, dtype=np.int64).reshape(48, 20) % 251
+    options = SlicePreparation(32, 8, aligned=True, tile=True, seed=4)
+    starts = set()
+    for index in range(20):
+        pixels, labels = options.example((label / 251).astype(np.float32), label.astype(np.uint8), draw=(0, index))
+        assert labels.shape == pixels.shape[1:] == (32, 32)
+        np.testing.assert_allclose(pixels[0], labels / 251, atol=1e-6)
+        columns = np.flatnonzero(labels.any(0))
+        assert np.ptp(columns) == 19  # all of it, in the middle of what was padded
+        starts.add(int(labels[0, columns[0]]))
+    assert len(starts) > 5
+    middle = options.example((label / 251).astype(np.float32), label.astype(np.uint8), draw=None)[1]
+    np.testing.assert_array_equal(middle[:, columns], label[8:40])
+
+
 @pytest.mark.parametrize("aligned", [False, True])
 def test_strong_augmentation_in_both_geometries(rows, aligned):
     size = 32 if aligned else 8
