@@ -88,7 +88,10 @@ class LengthRecord:
         found = read_json(file)
         if not isinstance(found, dict) or not found.keys() <= {field.name for field in dataclasses.fields(cls)}:
             raise _damaged(file, found)
-        record = cls(**found | {"extended": tuple(found.get("extended") or ())})
+        extended = found.get("extended", [])
+        if not isinstance(extended, list):
+            raise _damaged(file, found)
+        record = cls(**found | {"extended": tuple(extended)})
         steps = [number for number in (record.max_steps, record.stop_step) if number is not None]
         is_sound = all(type(number) is int and 0 < number < 10**9 for number in steps)
         if not is_sound or not all(map(_is_extension, record.extended)):

@@ -223,7 +223,10 @@ def test_a_killed_run_goes_on_for_longer_and_to_the_bit(train, tmp_path, capsys)
             train(tmp_path / "two", resume=True, **longer | fewer)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}x", '{"colour": 1}', '{"max_steps": 0}', '{"extended": [{"step": 1}]}'])
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}x", '{"colour": 1}', '{"max_steps": 0}', '{"extended": 5}', '{"extended": [{"step": 1}]}'],
+)
 def test_a_damaged_record_of_the_length_is_named(tmp_path, content):
     (tmp_path / "length.json").write_text(content)
     with pytest.raises(InputError, match=r"length\.json"):
