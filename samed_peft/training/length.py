@@ -91,7 +91,10 @@ class LengthRecord:
         found = read_json(file)
         if not isinstance(found, dict) or not found.keys() <= {field.name for field in dataclasses.fields(cls)}:
             raise _damaged(file, found)
-        record = cls(**found | {"extended": tuple(found.get("extended") or ())})
+        extended = found.get("extended", [])
+        if not isinstance(extended, list):
+            raise _damaged(file, found)
+        record = cls(**found | {"extended": tuple(extended)})
         steps = [number for number in (record.max_steps, record.stop_step) if number is not None]
         is_sound = all(type(number) is int and 0 < number < 10**9 for number in steps)
         if not is_sound or not all(map(_is_extension, record.extended)):
@@ -179,15 +182,17 @@ def steps_that_fit(training: TrainingConfig, timing: Timing, *, used_s: float, p
         InputError: not one does.
     """
     assert training.max_minutes is not None
-    left_s = _PLANNED_SHARE * (60 * training.max_minutes - used_s) - timing.epoch_end_s
-    steps = math.floor(left_s / (timing.step_s + timing.epoch_end_s / per_epoch))
+    left_s = max(_PLANNED_SHARE * (60 * training.max_minutes - used_s), 0.0)
+    epochs, rest_s = divmod(left_s, per_epoch * timing.step_s + timing.epoch_end_s)
+    # An epoch that is not finished ends like the others.
+    steps = int(epochs) * per_epoch + max(math.floor((rest_s - timing.epoch_end_s) / timing.step_s), 0)
     if steps < 1:
-        needed = used_s + (timing.step_s + timing.epoch_end_s * (1 + 1 / per_epoch)) / _PLANNED_SHARE
+        needed = used_s + (timing.step_s + timing.epoch_end_s) / _PLANNED_SHARE
         raise InputError(
             f"expected minutes for one step more at least, found max_minutes {training.max_minutes:g} "
             f"({60 * training.max_minutes:.3g} s): here a step takes {timing.step_s:.2g} s, validating and saving "
             f"{timing.epoch_end_s:.2g} s, and {used_s:.2g} s are used, {timing.spent_s:.2g} s of them for timing; give "
-            f"--max_minutes {math.ceil(needed / 0.6) / 100:g} or more"
+            f"--max_minutes {math.ceil(needed / 0.6) / 100:g} or more, and --resume, since the folder is this run's now"
         )
     return steps
 

@@ -17,7 +17,7 @@ from samed_peft.datasets import Splits, describe_folder, load_slices, open_folde
 from samed_peft.errors import InputError
 from samed_peft.io import file_sha256, load_tensors
 from samed_peft.training import Progress, Run, fit
-from samed_peft.training.length import LengthRecord
+from samed_peft.training.length import LengthRecord, Timing, steps_that_fit
 from samed_peft.training.progress import PARTING
 
 SHORT = {"batch_size": 2, "warmup_steps": 1, "learning_rate": 0.003, "num_workers": 0, "epochs": 3, "stop_epoch": 3}
@@ -193,8 +193,24 @@ def test_minutes_that_are_used_up_end_a_run_which_its_recorded_steps_repeat_to_t
     assert weights(repeated) == weights(adapter)
 
 
+@pytest.mark.parametrize(
+    ("minutes", "steps"),
+    # Epochs of ten steps of 1 s, whose end takes 2 s; 3 s are used, and a margin of 3 % is left.
+    [(0.11, 1), (0.2, 6), (0.25, 9), (0.27, 10), (0.31, 11), (1.0, 45)],
+)
+def test_steps_are_fitted_to_minutes_with_the_ends_of_their_epochs(minutes, steps):
+    timing, training = Timing(step_s=1.0, epoch_end_s=2.0, spent_s=3.0), TrainingConfig(max_minutes=minutes)
+    assert steps_that_fit(training, timing, used_s=3.0, per_epoch=10) == steps
+    # One more would take longer than the minutes, less the margin.
+    left_s = 0.97 * (60 * minutes - 3)
+    takes = [count + 2 * -(-count // 10) for count in (steps, steps + 1)]
+    assert takes[0] <= left_s < takes[1]
+
+
 def test_minutes_for_less_than_a_step_are_refused_with_numbers(train, tmp_path):
-    with pytest.raises(InputError, match=r"max_minutes 0\.0001 \(0\.006 s\): here a step takes .* give --max_minutes "):
+    with pytest.raises(
+        InputError, match=r"max_minutes 0\.0001 \(0\.006 s\): here a step takes .* give --max_minutes .* and --resume"
+    ):
         train(tmp_path / "run", max_minutes=0.0001)
 
 
@@ -223,7 +239,10 @@ def test_a_killed_run_goes_on_for_longer_and_to_the_bit(train, tmp_path, capsys)
             train(tmp_path / "two", resume=True, **longer | fewer)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}x", '{"colour": 1}', '{"max_steps": 0}', '{"extended": [{"step": 1}]}'])
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}x", '{"colour": 1}', '{"max_steps": 0}', '{"extended": 5}', '{"extended": [{"step": 1}]}'],
+)
 def test_a_damaged_record_of_the_length_is_named(tmp_path, content):
     (tmp_path / "length.json").write_text(content)
     with pytest.raises(InputError, match=r"length\.json"):
