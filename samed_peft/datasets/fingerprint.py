@@ -179,7 +179,9 @@ def _examine(case: Case, *, num_classes: int, orientation: str | None) -> CaseFa
         scan, labels = read_pair(case, num_classes=num_classes)
         transform, _ = reorientation(scan, orientation)
         label = reoriented(labels.array, transform)
-        counts = np.stack([np.bincount(one.ravel(), minlength=num_classes + 1) for one in label])
+        # Labels above K count nowhere.
+        counts = np.stack([np.bincount(one.ravel(), minlength=num_classes + 1)[: num_classes + 1] for one in label])
+        is_foreground = (labels.array > 0) & (labels.array <= num_classes)
         everywhere = _sample(scan.array)
         return CaseFacts(
             counts=counts,
@@ -189,7 +191,7 @@ def _examine(case: Case, *, num_classes: int, orientation: str | None) -> CaseFa
             colour=scan.array.ndim == 4,
             normalized=scan.normalized,
             intensity_range=(float(scan.array.min()), float(scan.array.max())),
-            foreground=_percentiles(_sample(scan.array[labels.array > 0])),
+            foreground=_percentiles(_sample(scan.array[is_foreground])),
             body=_percentiles(everywhere[everywhere > _otsu(everywhere)]),
         )
 

@@ -47,6 +47,17 @@ def test_numbers_are_those_that_can_be_counted(balls):
     assert found.intensity_range[0] < 100 < 800 < found.intensity_range[1]
 
 
+def test_voxels_to_ignore_are_no_foreground(balls, tmp_path):
+    shutil.copytree(balls, tmp_path / "data")
+    file = tmp_path / "data" / "dataset.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"labels": {"background": 0, "ball": 1, "ignore": 2}}))
+    _rewrite(tmp_path / "data" / "labelsTr" / "p1_a.nii.gz", lambda array: array * 2)
+    found = take_fingerprint(open_folder(tmp_path / "data"))
+    assert (found.class_voxels, found.class_cases, found.empty_slices) == ({"ball": 3 * _BALL}, {"ball": 3}, 15)
+    assert found.foreground[0] > 350  # the darkest scan's ball is not among them
+
+
 def test_slices_are_those_of_the_plane(balls):
     found = take_fingerprint(open_folder(balls), ["p1_a", "p2_a"], plane="sagittal")
     assert (found.slices, found.slice_hw, found.spacing_mm) == (40, (6, 24), (1.0, 4.0, 1.0))

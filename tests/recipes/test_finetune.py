@@ -14,6 +14,7 @@ import pytest
 from conftest import recipes_in_process, write_balls
 from PIL import Image
 
+from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.datasets.dataset_json import scheme_of_dataset
 from samed_peft.evaluation.folders import evaluate_folders
 from samed_peft.io import read_labels
@@ -86,7 +87,7 @@ def test_gaps_regions_and_a_label_to_ignore(run, scans, tmp_path):
         array[:, 12:][array[:, 12:] == 2] = 5
         array[:, :2] = 7
         nibabel.save(nibabel.Nifti1Image(array, stored.affine), path)
-    options = ("--data_dir", data, "--output_dir", out, *SMALL)
+    options = ("--data_dir", data, "--output_dir", out, *SMALL, "--preset", "samed")
     code, stdout, stderr = run(*options, "--test_cases", "p1_b", "p3_a")
     assert code == 0, stderr
     assert "region ball" in stdout
@@ -233,8 +234,52 @@ def test_an_adapter_of_every_case_has_no_scores_and_says_so(scans, tmp_path, cap
         code = run(RECIPE, "--data_dir", scans, "--output_dir", out, *QUICK, "--fold", "all")
     stdout, stderr = capsys.readouterr()
     assert code == 0, stderr
-    first, *_, last = stdout.splitlines()
-    assert first.startswith("out: cases: 4 to train on, 0 to validate on, 0 to test on; fewer than 4 patients are left")
+    *lines, last = stdout.splitlines()
+    assert "out: cases: 4 to train on, 0 to validate on, 0 to test on" in lines
+    assert any(re.match(r"validation_share +0 +no validation, .*: 3 to train on, fewer than 4", line) for line in lines), stdout
     assert last == f"the adapter is in {out / 'adapter'}; it has no scores, since no case was held out"
     assert not (out / "report.json").exists()
     assert "model-index" not in (out / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_without_options_is_planned_and_goes_on_by_its_plan(scans, tmp_path, capsys):
+    out, options = tmp_path / "out", ("--data_dir", scans, "--base", "tiny-sam", "--num_workers", "0")
+    short = ("--max_steps", "2", "--image_size", "64", "--validation_cases", "p3_a")
+    with recipes_in_process(tmp_path / "cache") as run:
+        assert run(RECIPE, *options, "--output_dir", out, *short) == 0
+        stdout, _ = capsys.readouterr()
+        assert re.search(r"image_size +64 +as given", stdout)
+        plan = json.loads((out / "plan.json").read_text())
+        assert plan == json.loads((out / "adapter_best" / "plan.json").read_text())
+        decided = {decision["name"]: decision["value"] for decision in plan["decisions"]}
+        config = json.loads((out / "adapter_best" / "samed_config.json").read_text())
+        record = json.loads((out / "run.json").read_text())
+        for name in ("resampling", "neighbour_mm", "rank", "image_size", "targets", "augmentation", "schedule"):
+            assert decided[name] == (config | record)[name]
+        assert (record["max_steps"], record["rank"], record["resampling"]) == (2, 8, "aligned")
+        assert [path.name for path in (out / "validation").iterdir()] == ["p3_a.nii.gz"]
+        # Another machine would plan otherwise; the run's own plan counts.
+        plan["machine"]["memory_gb"] = 1.0
+        (out / "plan.json").write_text(json.dumps(plan))
+        assert run(RECIPE, *options, "--output_dir", out, *short, "--resume") == 0
+        assert "1 GB free" in capsys.readouterr().out
+
+        other = shutil.copytree(scans, tmp_path / "other")
+        (other / "imagesTr" / "p3_a_0000.nii.gz").unlink()
+        (other / "labelsTr" / "p3_a.nii.gz").unlink()
+        given = ("--data_dir", other, "--base", "tiny-sam", "--output_dir", tmp_path / "new")
+        assert run(RECIPE, *given, "--plan", out / "plan.json") == 2
+        assert "the plan was made from other data (cases 4 there, 3 now" in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+
+
+def test_samed_s_settings_are_one_option_away(scans, tmp_path):
+    with recipes_in_process(tmp_path / "cache") as run:
+        assert run(RECIPE, "--data_dir", scans, "--output_dir", tmp_path / "out", *QUICK, "--preset", "samed", "--folds", "3") == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    samed = SamedConfig("tiny-sam", ("ball",)).to_dict() | TrainingConfig().to_dict()
+    for name in ("resampling", "neighbour_mm", "rank", "targets", "augmentation", "schedule", "weight_decay"):
+        assert record[name] == samed[name]
+    assert not (tmp_path / "out" / "plan.json").exists()
+    assert not (tmp_path / "out" / "validation").exists()

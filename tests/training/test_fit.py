@@ -162,6 +162,7 @@ def test_steps_in_place_of_epochs_end_within_one_and_are_validated_there(train, 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:training and validation part ways")  # as they may, in times that vary
 def test_minutes_become_steps_that_are_recorded_and_more_minutes_more_steps(train, tmp_path):
     out, minutes = tmp_path / "run", {**VALIDATED, "max_minutes": 0.06}
     adapter, settings = train(out, **minutes)
