@@ -41,7 +41,7 @@ from samed_peft.prediction.files import PredictionOptions, predict_files
 from samed_peft.prediction.held_out import score_held_out
 from samed_peft.prediction.scans import plan_masks
 from samed_peft.training.batches import SlicePreparation, TrainingSlices
-from samed_peft.training.validation import mean_dice
+from samed_peft.training.validation import validation_dice
 
 BRATS = {
     "labels": {"background": 0, "whole tumour": [1, 2, 3], "core": [2, 3], "enhancing": 3},
@@ -343,7 +343,7 @@ def test_validation_leaves_out_what_is_not_annotated(golden_model):
     half[:, :20] = IGNORED
     accelerator = Accelerator(cpu=True)
     dices = {
-        name: mean_dice(golden_model, {"a": scan}, {"a": reference}, accelerator=accelerator)
+        name: validation_dice(golden_model, {"a": scan}, {"a": reference}, accelerator=accelerator)[0]
         for name, reference in {"all": Volume(labels), "half": Volume(half, ignored_label=IGNORED)}.items()
     }
     assert dices["all"] != dices["half"]

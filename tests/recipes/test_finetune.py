@@ -236,7 +236,9 @@ def test_an_adapter_of_every_case_has_no_scores_and_says_so(scans, tmp_path, cap
     assert code == 0, stderr
     *lines, last = stdout.splitlines()
     assert "out: cases: 4 to train on, 0 to validate on, 0 to test on" in lines
-    assert any(re.match(r"validation_share +0 +no validation, .*: 3 to train on, fewer than 4", line) for line in lines), stdout
+    assert any(
+        re.match(r"validation_share +0 +no validation, .*: 3 to train on, fewer than 4", line) for line in lines
+    ), stdout
     assert last == f"the adapter is in {out / 'adapter'}; it has no scores, since no case was held out"
     assert not (out / "report.json").exists()
     assert "model-index" not in (out / "adapter" / "README.md").read_text()
@@ -276,7 +278,21 @@ def test_a_run_without_options_is_planned_and_goes_on_by_its_plan(scans, tmp_pat
 
 def test_samed_s_settings_are_one_option_away(scans, tmp_path):
     with recipes_in_process(tmp_path / "cache") as run:
-        assert run(RECIPE, "--data_dir", scans, "--output_dir", tmp_path / "out", *QUICK, "--preset", "samed", "--folds", "3") == 0
+        assert (
+            run(
+                RECIPE,
+                "--data_dir",
+                scans,
+                "--output_dir",
+                tmp_path / "out",
+                *QUICK,
+                "--preset",
+                "samed",
+                "--folds",
+                "3",
+            )
+            == 0
+        )
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     samed = SamedConfig("tiny-sam", ("ball",)).to_dict() | TrainingConfig().to_dict()
     for name in ("resampling", "neighbour_mm", "rank", "targets", "augmentation", "schedule", "weight_decay"):

@@ -378,7 +378,7 @@ def test_a_run_whose_test_failed_in_part_is_done_but_not_pushed(golden_model, tm
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_signal_stops_a_run_until_its_results_are_whole(when, tmp_path, accelerator, monkeypatch):
     """The wait for all processes is where their ways part: this one gets a signal in it, or right after it."""
-    run = SimpleNamespace(output_dir=tmp_path)
+    run = SimpleNamespace(output_dir=tmp_path, plan=None)
     waits_until = runs.stop_on_any_process
     if when == "before":
         monkeypatch.setattr(
