@@ -63,6 +63,8 @@ def main() -> None:
     """Train an adapter, test it on held-out cases and report its scores."""
     parser = build_parser()
     args, adapter_options, training = sp.config.parse_run_options(parser)
+    if args.preset == "samed" and args.plan is not None:
+        parser.error("--preset samed takes SAMed's settings and --plan those of a file; give one of them")
     out, hub = args.output_dir, {"repo_id": args.push_to_hub}
     accelerator = sp.training.start_run(out, mixed_precision=args.mixed_precision, **hub)
 

@@ -121,6 +121,8 @@ def _agree_on_length(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     given = [f"--{name} {vars(args)[name]}" for name in ("max_minutes", "max_steps") if vars(args)[name] is not None]
     if args.epochs != parser.get_default("epochs"):
         given.insert(0, f"--epochs {args.epochs}")
+    if given and args.epochs == parser.get_default("epochs") and args.stop_epoch != parser.get_default("stop_epoch"):
+        parser.error(f"--stop_epoch {args.stop_epoch} ends a training of --epochs, not one of {given[0]}; leave it out")
     if len(given) > 1:
         parser.error(f"{' and '.join(given)} each decide how long the training is; give one of them")
 

@@ -112,7 +112,8 @@ def choose_plane(folder: LabelledFolder, cases: Sequence[str]) -> str | None:
         with naming_files(*case.labels):
             labels, affine = read_reference(case), read_affine(case.scans[0])
             there, _ = reorientation(replace(labels, affine=affine), ORIENTATIONS["axial"])
-            mask = reoriented(labels.array > 0, there)
+            is_labelled = (labels.array > 0) & (labels.array != labels.ignored_label)
+            mask = reoriented(is_labelled, there)
             labelled += [int(mask.any(axis=axes).sum()) for axes in ((1, 2), (0, 2), (0, 1))]
     fewest = int(np.argmin(labelled))
     return tuple(ORIENTATIONS)[fewest] if labelled[fewest] <= 0.9 * labelled[0] else "axial"

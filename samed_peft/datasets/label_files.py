@@ -10,6 +10,9 @@ import numpy as np
 from samed_peft.errors import InputError, printable
 from samed_peft.io import IGNORED, Volume, grids_apart_mm, read_colours, read_labels
 
+BACKGROUND = ("background", "_background_", "__background__")
+"""Names of label 0 in lists of names and colours, in capitals or not."""
+
 Colour = tuple[int, int, int, int]
 """Red, green and blue from 0 to 255, and the label that they stand for."""
 
@@ -152,12 +155,12 @@ def colour_table(content: object, path: Path) -> tuple[tuple[str, ...], tuple[Co
     for name, colour in content.items():
         if (other := name_of.setdefault(tuple(colour), name)) != name:
             raise InputError(f"expected a colour for each name in {path}, found {colour} for {other!r} and {name!r}")
-    special = {"background": 0, "ignore": IGNORED}
+    special = {name: 0 for name in content if name.lower() in BACKGROUND} | {"ignore": IGNORED}
     names = tuple(name for name in content if name not in special)
     labels = special | {name: label for label, name in enumerate(names, start=1)}
     if not 1 <= len(names) < IGNORED:
         raise InputError(f"expected 1 to {IGNORED - 1} classes in {path}, background left out, found {len(names)}")
     colours = [(*colour, labels[name]) for name, colour in content.items()]
-    if "background" not in content and [0, 0, 0] not in content.values():
+    if not any(label == 0 for label in special.values()) and [0, 0, 0] not in content.values():
         colours.append((0, 0, 0, 0))
     return names, tuple(colours)

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from samed_peft.datasets.folder import LabelledFolder, files_by_case, require_pairs
-from samed_peft.datasets.label_files import colour_table
+from samed_peft.datasets.label_files import BACKGROUND, colour_table
 from samed_peft.datasets.label_scheme import scheme_of
 from samed_peft.errors import InputError
 from samed_peft.io import list_folder, modality_of, read_json, read_text, suffix_of
 
 _COLOUR_FILES, _NAME_FILES = ("colours.json", "colors.json"), ("labels.txt",)
-_BACKGROUND = ("background", "_background_", "__background__")
 _LABELME_IGNORE, _LABELME_IGNORED = "__ignore__", 255
 
 _SCANS = {"ct.nii.gz": "CT", "mri.nii.gz": "MRI"}
@@ -83,10 +82,15 @@ def _numbered(text: str, path: Path) -> dict[str, int]:
             'as {"name": [red, green, blue]}'
         )
     names = [line for line in lines if line != _LABELME_IGNORE]
+    if names and all(re.match(r"\d+\s*[:,;=\s]\s*\S", name) for name in names):
+        raise InputError(
+            f"expected one class name a line in {path}, found numbers before the names, such as {names[0]!r:.80}; "
+            "leave the numbers out, and name the labels in their order, from background or from label 1 on"
+        )
     if len(set(names)) != len(names):
         doubled = next(name for place, name in enumerate(names) if name in names[:place])
         raise InputError(f"expected different names in {path}, found {doubled!r:.80} twice; mend the file")
-    start = 0 if names and names[0].lower() in _BACKGROUND else 1
+    start = 0 if names and names[0].lower() in BACKGROUND else 1
     numbers = {name: number for number, name in enumerate(names, start=start)}
     return numbers | ({"ignore": _LABELME_IGNORED} if _LABELME_IGNORE in lines else {})
 
@@ -154,11 +158,16 @@ def open_totalsegmentator(root: Path, class_names: Sequence[str] | None) -> Labe
 
     `class_names` choose some of the classes; by default all of the first subject. Every subject must have each.
     """
-    if not any(os.path.isdir(path / _SEGMENTATIONS) for path in list_folder(root)):
+    # One subject that has both at least: other folders may have a subfolder of that name.
+    if not any(
+        os.path.isdir(path / _SEGMENTATIONS) and any(os.path.isfile(path / name) for name in _SCANS)
+        for path in list_folder(root)
+    ):
         return None
     images, modality = _scans_of_subjects(root)
     first_subject = next(iter(images.values())).parent
-    there = sorted(_class_of(name) for name in os.listdir(first_subject / _SEGMENTATIONS) if name.endswith(_SUFFIX))
+    listed = [name for name in os.listdir(first_subject / _SEGMENTATIONS) if name[0] != "."]
+    there = sorted(_class_of(name) for name in listed if name.endswith(_SUFFIX))
     if not there:
         raise InputError(f"expected CLASS{_SUFFIX} in {first_subject / _SEGMENTATIONS}, found none; unpack it again")
     names = tuple(class_names or there)

@@ -93,7 +93,8 @@ def choose_splits(
     if validation_cases:
         train, _ = named_split({case: patients[case] for case in train}, validation_cases)
         return Splits(train, test, list(validation_cases))
-    train, validation = share_split({case: patients[case] for case in train}, share=validation_share)
+    share = 0.0 if fold == "all" else validation_share
+    train, validation = share_split({case: patients[case] for case in train}, share=share)
     return Splits(train, test, validation)
 
 

@@ -175,6 +175,8 @@ def read_colours(path: str | Path) -> Volume:
     if volume.array.dtype.kind == "f" or volume.array.min() < 0 or volume.array.max() > 255:
         raise InputError(f"expected colours of 8 bits, found {volume.array.dtype} in {path}; save it as RGB of 8 bits")
     array = volume.array if volume.array.ndim == 4 else np.stack([volume.array] * 3, axis=-1)
+    if array.dtype == bool:  # black and white in one bit
+        array = array * np.uint8(255)
     return Volume(array.astype(np.uint8), None, path)
 
 

@@ -43,7 +43,7 @@ def as_models(model: Segmenters) -> tuple[Segmenter, ...]:
                 f"expected models of the same classes in the same order, found {', '.join(classes[0])} in the first "
                 f"and {', '.join(names)} in model {number}; average those of one task"
             )
-    stored = [config_of(one).label_values or tuple(range(1, len(classes[0]) + 1)) for one in models]
+    stored = [tuple(config_of(one).label_values or range(1, len(classes[0]) + 1)) for one in models]
     if len(set(stored)) > 1:
         found = " and ".join(str(list(values)) for values in stored)
         raise InputError(

@@ -218,7 +218,7 @@ def _predict_all(
         with _failures_noted(failed, scan, options):
             if options.overlay:
                 _write_overlay(scan, image, mask, config_of(models[0]))
-            if options.overwrite and not options.save_probabilities:
+            if probabilities is None:
                 scan.probabilities.unlink(missing_ok=True)  # of the mask that is replaced now
             _write_results(scan, image, mask, probabilities, config=config_of(models[0]))
             written.append(scan.case)

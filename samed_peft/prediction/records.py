@@ -58,10 +58,10 @@ def find_adapters(sources: Sequence[str | Path], *, revision: str | None = None)
                 f"in {first.source} and {', '.join(config.class_names)} in {source}; average adapters of one task, or "
                 "segment with one after the other"
             )
-        if config.label_values != first.config.label_values:
+        if _stored(config) != _stored(first.config):
             raise InputError(
-                f"expected adapters that write the same numbers into masks, found {first.config.label_values} in "
-                f"{first.source} and {config.label_values} in {source}; average adapters of one task"
+                f"expected adapters that write the same numbers into masks, found {_stored(first.config)} in "
+                f"{first.source} and {_stored(config)} in {source}; average adapters of one task"
             )
         for other in found[:-1]:
             if other.weights_sha256 == found[-1].weights_sha256:
@@ -70,6 +70,11 @@ def find_adapters(sources: Sequence[str | Path], *, revision: str | None = None)
                     "give each adapter once"
                 )
     return tuple(found)
+
+
+def _stored(config: SamedConfig) -> list[int]:
+    """Numbers of the classes in masks."""
+    return list(config.label_values or range(1, config.num_labels))
 
 
 def common_channel(adapters: Sequence[AdapterSource], given: int | None) -> tuple[int | None, bool | None]:
@@ -118,6 +123,7 @@ def record_adapters(folder: Path, adapters: Sequence[AdapterSource]) -> None:
     """Write `RECORD_FILE` for several adapters, and replace one that is there for a single adapter."""
     path = folder / RECORD_FILE
     if len(adapters) > 1 or path.is_file():
+        _recorded(path)  # refuses a file of another kind
         values = [{"adapter": a.source, "weights_sha256": a.weights_sha256} for a in adapters]
         write_json(path, {"averaged": values})
 

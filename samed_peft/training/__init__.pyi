@@ -8,11 +8,11 @@ from .loop import train_step as train_step
 from .loop import training_steps as training_steps
 from .machine import Machine as Machine
 from .machine import this_machine as this_machine
+from .planned_runs import options_of as options_of
 from .planned_runs import plan_of_run as plan_of_run
+from .planned_runs import planned_options as planned_options
 from .planning import Plan as Plan
 from .planning import make_plan as make_plan
-from .planning import options_of as options_of
-from .planning import planned_options as planned_options
 from .planning import read_plan as read_plan
 from .planning import write_plan as write_plan
 from .postprocessing import record_postprocessing as record_postprocessing

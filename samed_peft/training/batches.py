@@ -64,7 +64,7 @@ class SlicePreparation:
         """
         rng = np.random.default_rng((self.seed, *draw)) if draw and self.augmentation else None
         full, low = (self.image_size, self.image_size), (self.label_size, self.label_size)
-        aspect = image.shape[1] / image.shape[0]
+        aspect = 1.0 if self.tile else image.shape[1] / image.shape[0]  # of what is made square; tiles are cut
         if rng is not None and self.augmentation == "samed":
             image, label = augment(image, label, rng=rng)
         if self.tile:

@@ -54,6 +54,9 @@ def require_time(name: str, value: float | None, unit: str) -> None:
 def _require_in_range(base: BaseGeometry, given: Mapping[str, Any]) -> None:
     """Refuse values that the configs refuse, before rules calculate with them."""
     require_time("max_minutes", given.get("max_minutes"), "minutes")
+    for name in ("validation_share", "empty_share"):
+        if given.get(name) is not None and not 0 <= given[name] <= 1:
+            raise InputError(f"{name} must be in [0, 1]; found {given[name]}")
     of_training, of_adapter = (
         {field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
         for kind in (TrainingConfig, SamedConfig)

@@ -125,6 +125,8 @@ def _folds(s: Situation) -> Decided | None:
 def _validation_share(s: Situation) -> Decided | None:
     if s.given.get("validation_cases"):
         return None
+    if s.given.get("validate_epochs") == 0:
+        return 0.0, "no validation, as validate_epochs 0 says"
     s.chosen["validation_share"] = CONSTANTS.validation_share
     test, validation = s.held_out_patients
     left = s.data.patients - test
@@ -204,7 +206,8 @@ def _learning_rate(s: Situation) -> Decided:
 
 
 def _schedule(s: Situation) -> Decided:
-    del s
+    if "decay_power" in s.given:
+        return "polynomial", "the decay whose exponent, decay_power, is given"
     return "cosine", "reaches zero at the last step, so that the last adapter is a settled one"
 
 
@@ -265,6 +268,8 @@ def _validate_epochs(s: Situation) -> Decided:
 
 def _patience(s: Situation) -> Decided:
     every = s.chosen["validate_epochs"]
+    if every and s.max_minutes is not None and s.step_seconds is None:
+        return 0, "how many validations fit into the minutes is not known before the first steps"
     validations = math.ceil(math.ceil(s.steps / s.steps_per_epoch) / every) if every else 0
     if validations < CONSTANTS.least_validations_for_patience:
         return 0, f"{validations} validations are too few to stop early" if every else "nothing is validated"

@@ -66,13 +66,16 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     settings = run_settings(config_of(model), training, data=run.data, accelerator=accelerator)
     if run.init is not None:
         settings["init"] = go_on_from(model, run.init)
+    average = _average(model, training)
+    # Refuses what rows and config do not allow, before the folder is claimed.
+    training_slices(run.rows, run.config, training, label_size=model.logits_size)
     exceeded = claim_run_folder(run.output_dir, settings, resume=resume, accelerator=accelerator)
     if run.plan is not None and accelerator.is_main_process:
         write_plan(run.plan, run.output_dir / PLAN_FILE)
     # Several trainings of one process, such as folds, must neither share a loss scaler nor fill the memory.
     with only_run_in(run.output_dir, accelerator=accelerator), kept_scaler(accelerator):
         prepared, stepping = accelerator.prepare(model, optimizer)
-        parts = _Parts(run, model, prepared, stepping, accelerator, _average(model, training))
+        parts = _Parts(run, model, prepared, stepping, accelerator, average)
         progress, length = _train(parts, resume=resume, exceeded=exceeded)
         accelerator.free_memory()
     adapter = run.output_dir / ("adapter" if progress.best_epoch is None else "adapter_best")
@@ -193,10 +196,9 @@ def _fit_steps(parts: _Parts, progress: Progress, clock: Clock) -> tuple[int, fl
     before_saving = time.perf_counter()
     parts.save(progress)
     epoch_end_s = 2 * (time.perf_counter() - before_saving)  # checkpoint and adapter
-    if run.validation is not None:
-        epoch_end_s += seconds_to_validate(parts.model, *run.validation, accelerator=accelerator) / max(
-            run.training.validate_epochs, 1
-        )
+    if run.validation is not None and run.training.validate_epochs:
+        seconds = seconds_to_validate(parts.model, *run.validation, accelerator=accelerator)
+        epoch_end_s += seconds / run.training.validate_epochs
     timing = Timing(step_s, epoch_end_s, time.perf_counter() - begun)
     (timing, used_s) = broadcast_object_list([timing, clock.seconds()])
     per_epoch = steps_per_epoch(len(run.rows), run.training, accelerator)
@@ -245,7 +247,7 @@ def _validate_and_save(parts: _Parts, step: Step, progress: Progress, *, log: Ev
             progress = dataclasses.replace(progress, has_parted=True)
             if accelerator.is_main_process:
                 warnings.warn(parting, stacklevel=4)
-        if accelerator.is_main_process and progress.best_epoch == step.epoch:
+        if accelerator.is_main_process and progress.since_best == 0:
             save_adapter(parts.model, run.output_dir / "adapter_best", training=training)
     if accelerator.is_main_process:
         save_adapter(parts.model, run.output_dir / "adapter", training=training)

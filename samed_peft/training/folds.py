@@ -83,6 +83,7 @@ def join_folds(
     report = Report(
         parts[0].class_names,
         {case: scores for part in parts for case, scores in part.cases.items()},
+        regions=_joined_regions(parts),
         settings={
             **settings,
             "note": f"{settings.get('note', '')} {note}".strip(),
@@ -94,3 +95,11 @@ def join_folds(
     )
     write_report(report, directory)
     return report
+
+
+def _joined_regions(parts: Sequence[Report]) -> Report | None:
+    """Scores of regions over the cases of all folds, if there are regions."""
+    found = [part.regions for part in parts if part.regions is not None]
+    if not found:
+        return None
+    return Report(found[0].class_names, {case: scores for part in found for case, scores in part.cases.items()})

@@ -1,22 +1,19 @@
 """Plan a training from the data, the machine and the base: every decision with its reason."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.config.fields import short
-from samed_peft.datasets.choices import class_names_for
-from samed_peft.datasets.fingerprint import Fingerprint, take_fingerprint
-from samed_peft.datasets.folder import LabelledFolder
+from samed_peft.datasets.fingerprint import Fingerprint
 from samed_peft.errors import InputError
 from samed_peft.io import read_json, write_json
-from samed_peft.models.geometry import BaseGeometry, base_geometry
+from samed_peft.models.geometry import BaseGeometry
 from samed_peft.training.contradictions import LENGTHS, require_plannable, require_time
 from samed_peft.training.decisions import RULES
-from samed_peft.training.machine import Machine, this_machine
+from samed_peft.training.machine import Machine
 from samed_peft.training.situation import Situation
 
 PLAN_FILE = "plan.json"
@@ -92,6 +89,18 @@ class Plan:
         made = make_plan(self.fingerprint, self.machine, base=self.base, given=kept | dict(given))
         before = {decision.name: decision for decision in self.decisions if decision.name in kept.keys() - given.keys()}
         return dataclasses.replace(self, decisions=tuple(before.get(new.name, new) for new in made.decisions))
+
+    def prolonged(self, given: Mapping[str, Any]) -> "Plan":
+        """This plan for a run that goes on: what users give replaces decisions, and no other is made anew.
+
+        Of the options that decide the length, one that is given replaces the other.
+        """
+        lengths = set(LENGTHS) if given.keys() & set(LENGTHS) else set()
+        kept = {decision.name: decision for decision in self.decisions if decision.name not in lengths}
+        for name in given.keys() & {*kept, *lengths}:
+            if name not in kept or kept[name].value != _tuple(given[name]):
+                kept[name] = Decision(name, _tuple(given[name]), _GIVEN)
+        return dataclasses.replace(self, decisions=tuple(kept[name] for name in RULES if name in kept))
 
     def require_data(self, fingerprint: Fingerprint) -> None:
         """Refuse a plan of other data.
@@ -227,72 +236,3 @@ def read_plan(path: str | Path) -> Plan:
 def write_plan(plan: Plan, path: str | Path) -> None:
     """Write a plan as JSON, atomically."""
     write_json(path, plan.to_dict())
-
-
-class PlannedOptions(NamedTuple):
-    """What a recipe needs of a plan."""
-
-    adapter: dict[str, Any]  # fields of `SamedConfig`, without the base
-    training: TrainingConfig
-    options: dict[str, Any]  # decisions that are options of the recipe alone: folds, fold, validation_share, plane
-    plan: Plan
-
-
-def planned_options(
-    folder: LabelledFolder,
-    cases: Sequence[str] | None = None,
-    *,
-    base: str,
-    given: Mapping[str, Any] = {},
-    machine: Machine | None = None,
-    seconds_per_step: float | None = None,
-) -> PlannedOptions:
-    """Take the fingerprint of a folder and plan a training on it.
-
-    Args:
-        folder: from `open_folder`.
-        cases: names of its cases; by default all.
-        base: Hub id, local folder, Meta `.pth` or tiny-sam.
-        given: the options that users gave, which overrule the plan's; `given_options` finds them. `class_names`,
-            `plane`, `patient_pattern` and `max_minutes` count too.
-        machine: by default the one that this process runs on.
-        seconds_per_step: see `make_plan`.
-
-    Raises:
-        InputError: see `take_fingerprint` and `make_plan`.
-    """
-    given = {name: value for name, value in given.items() if value is not None}
-    reading = {name: given.get(name) for name in ("class_names", "plane", "patient_pattern")}
-    fingerprint = take_fingerprint(folder, cases, **reading)
-    plan = make_plan(
-        fingerprint,
-        machine or this_machine(),
-        base=base_geometry(base),
-        given=given,
-        seconds_per_step=seconds_per_step,
-    )
-    return options_of(plan, folder, given=given)
-
-
-def options_of(plan: Plan, folder: LabelledFolder, *, given: Mapping[str, Any] = {}) -> PlannedOptions:
-    """The configs of a plan, made now or read from a file, with what users gave in place of its decisions.
-
-    Raises:
-        InputError: a value is out of range.
-    """
-    values = {**plan.values, **given}
-    adapter_names, training_names = (
-        {field.name for field in dataclasses.fields(kind)} for kind in (SamedConfig, TrainingConfig)
-    )
-    of_data = {
-        "class_names": class_names_for(folder, given.get("class_names")),
-        "orientation": plan.fingerprint.orientation,
-        "channel": folder.channel,
-        "channel_files": folder.channel_files,
-    }
-    adapter = {name: _tuple(value) for name, value in values.items() if name in adapter_names - {"base"}} | of_data
-    training = TrainingConfig(**{name: _tuple(value) for name, value in values.items() if name in training_names})
-    known = adapter_names | training_names
-    return PlannedOptions(
-        adapter, training, {name: value for name, value in values.items() if name in RULES and name not in known}, plan
-    )

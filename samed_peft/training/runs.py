@@ -125,6 +125,7 @@ def finish_run(
                 sep="\n",
             )
         else:
+            write_card(adapter, training=LengthRecord.read(run.output_dir).settled(run.training))
             print(printable(f"the adapter is in {adapter}; it has no scores, since no case was held out"))
         if repo_id and not (report and report.settings.get("failed_cases")):
             try:

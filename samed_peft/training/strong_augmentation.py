@@ -69,7 +69,7 @@ def _with_other_intensities(pixels: Tensor, *, rng: np.random.Generator) -> Tens
     if rng.random() < 0.25:
         pixels = pixels * rng.uniform(0.75, 1.25)
     if rng.random() < 0.25:
-        mean = pixels.mean()
+        mean = float(pixels.numpy().mean(dtype=np.float64))  # PyTorch's sum depends on the number of threads
         pixels = (pixels - mean) * rng.uniform(0.75, 1.25) + mean
     if rng.random() < 0.15:
         small = [max(1, round(side * rng.uniform(0.5, 1.0))) for side in size]

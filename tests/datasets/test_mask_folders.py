@@ -339,3 +339,40 @@ def test_class_files_that_do_not_fit(tmp_path, options, value, message):
     nibabel.save(nibabel.Nifti1Image(array, stored.affine), tmp_path / "d" / "s0" / "segmentations" / "liver.nii.gz")
     with pytest.raises(InputError, match=message):
         read_reference(open_folder(tmp_path / "d").case("s0"))
+
+
+@pytest.mark.parametrize("text", ["0 background\n1 liver\n", "0: background\n1: liver\n"])
+def test_numbers_before_names_are_refused(tmp_path, text):
+    """Read as names, they would move every class by one."""
+    images(tmp_path, "a", "b")
+    for case in "ab":
+        picture(tmp_path / "masks" / f"{case}.png", LABELS % 2)
+    (tmp_path / "labels.txt").write_text(text)
+    with pytest.raises(InputError, match=r"numbers before the names, such as '0.* background'; leave the numbers"):
+        open_folder(tmp_path)
+
+
+def test_background_is_no_class_however_it_is_spelled(tmp_path):
+    images(tmp_path, "a", "b")
+    for case in "ab":
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(LABELS == 1).save(tmp_path / "masks" / f"{case}.png")  # of one bit
+    (tmp_path / "colours.json").write_text(json.dumps({"Background": [0, 0, 0], "cell": [255, 255, 255]}))
+    folder = open_folder(tmp_path)
+    assert folder.class_names == ("cell",)
+    np.testing.assert_array_equal(read_reference(folder.case("a")).array[0], LABELS == 1)
+
+
+def test_a_folder_called_segmentations_alone_is_no_subject(tmp_path):
+    images(tmp_path, "a", "b")
+    for case in "ab":
+        picture(tmp_path / "masks" / f"{case}.png", LABELS % 2)
+    (tmp_path / "old" / "segmentations").mkdir(parents=True)
+    assert open_folder(tmp_path).layout == "pictures"
+
+
+def test_files_of_macos_are_no_classes(tmp_path):
+    for name in ("s1", "s2"):
+        subject(tmp_path, name, ("liver",))
+        (tmp_path / name / "segmentations" / "._liver.nii.gz").write_bytes(b"x")
+    assert open_folder(tmp_path).class_names == ("liver",)

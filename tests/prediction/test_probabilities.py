@@ -199,6 +199,11 @@ def test_mask_and_probabilities_are_one_result(predict, tmp_path, capsys):
     assert "1 finished earlier" in printed
     assert predict(["first"], "--overwrite") == 0
     assert files_of(tmp_path / "masks") == ["a.nii.gz", "b.nii.gz"]  # those of earlier masks are gone
+    assert predict(["first"], "--save_probabilities") == 0  # not again: the masks are there
+    (tmp_path / "masks" / "a.nii.gz").unlink()
+    assert predict(["first"]) == 0  # of a mask that was removed, probabilities go with the new one
+    assert not (tmp_path / "masks" / "probabilities" / "a.nii.gz").exists()
+    capsys.readouterr()
     assert predict(["first"], "--probability_bits", 16) == 2
     assert "probability_bits means nothing without save_probabilities" in capsys.readouterr().err
 

@@ -266,6 +266,10 @@ def test_a_run_without_options_is_planned_and_goes_on_by_its_plan(scans, tmp_pat
         (out / "plan.json").write_text(json.dumps(plan))
         assert run(RECIPE, *options, "--output_dir", out, *short, "--resume") == 0
         assert "1 GB free" in capsys.readouterr().out
+        # For longer, too, by the plan that is there: a new one would have another warm-up.
+        longer = ("--max_steps", "40", *short[2:])
+        assert run(RECIPE, *options, "--output_dir", out, *longer, "--resume") == 0
+        assert "with max_steps 40 in place of 2" in capsys.readouterr().out
 
         other = shutil.copytree(scans, tmp_path / "other")
         (other / "imagesTr" / "p3_a_0000.nii.gz").unlink()

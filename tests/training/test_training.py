@@ -376,9 +376,10 @@ def test_a_run_whose_test_failed_in_part_is_done_but_not_pushed(golden_model, tm
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_signal_stops_a_run_until_its_results_are_whole(when, tmp_path, accelerator, monkeypatch):
+def test_a_signal_stops_a_run_until_its_results_are_whole(when, golden_model, tmp_path, accelerator, monkeypatch):
     """The wait for all processes is where their ways part: this one gets a signal in it, or right after it."""
-    run = SimpleNamespace(output_dir=tmp_path, plan=None)
+    save_adapter(golden_model, tmp_path / "adapter")
+    run = SimpleNamespace(output_dir=tmp_path, plan=None, training=TrainingConfig())
     waits_until = runs.stop_on_any_process
     if when == "before":
         monkeypatch.setattr(
@@ -386,7 +387,7 @@ def test_a_signal_stops_a_run_until_its_results_are_whole(when, tmp_path, accele
         )
     else:
         monkeypatch.setattr(accelerator, "end_training", lambda: os.kill(os.getpid(), signal.SIGTERM))
-    program = exit_resumable(partial(finish_run, run, tmp_path, None, accelerator=accelerator))
+    program = exit_resumable(partial(finish_run, run, tmp_path / "adapter", None, accelerator=accelerator))
     with pytest.raises(SystemExit, match="75") if when == "before" else nullcontext():
         program()
 
