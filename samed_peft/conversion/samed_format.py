@@ -7,6 +7,7 @@ LoRA matrices for it.
 
 import itertools
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,7 @@ def write_tensors(source: str | Path, *, base: str | None = None) -> dict[str, T
             f"SAMed's code resizes from corner to corner and shows each slice alone, but the adapter in {source} was "
             f"trained with {seen}, so its masks would differ there; export it with --format merged"
         )
+    _warn_of_lost(config)
     # SAMed's code has no scaling: it is multiplied into B.
     pairs = {name: dict(zip("AB", lora_pair(layer), strict=True)) for name, layer in lora_layers(adapted).items()}
     keys = _lora_keys(sam_config, config.decoder)
@@ -276,3 +278,14 @@ def require_plain_lora(adapted: PeftModel, source: str | Path, *, targets: Seque
             f"this format holds LoRA of one rank on {', '.join(targets)}, found {found} in {source}; "
             "export it with --format merged"
         )
+
+
+def _warn_of_lost(config: SamedConfig) -> None:
+    """Warn of what SAMed's format cannot record, so that masks differ there."""
+    lost = []
+    if config.label_values is not None:
+        lost.append(f"labels 1 to {len(config.class_names)} in place of {list(config.label_values)}")
+    if config.keep_largest:
+        lost.append(f"all parts of {', '.join(config.keep_largest)}, not the largest alone")
+    if lost:
+        warnings.warn(f"SAMed's code will write {' and '.join(lost)}: its format does not record it", stacklevel=4)

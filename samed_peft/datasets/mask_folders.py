@@ -10,7 +10,7 @@ from samed_peft.datasets.folder import LabelledFolder, files_by_case, require_pa
 from samed_peft.datasets.label_files import BACKGROUND, colour_table
 from samed_peft.datasets.label_scheme import scheme_of
 from samed_peft.errors import InputError
-from samed_peft.io import list_folder, modality_of, read_json, read_text, suffix_of
+from samed_peft.io import INSTANCE_ADVICE, list_folder, modality_of, read_json, read_text, suffix_of
 
 _COLOUR_FILES, _NAME_FILES = ("colours.json", "colors.json"), ("labels.txt",)
 _LABELME_IGNORE, _LABELME_IGNORED = "__ignore__", 255
@@ -131,6 +131,11 @@ def _of_class_files(
     """Cases with a file for each class; a class that has no file in a case is not in it."""
     there = sorted({name for of_case in files.values() for name in of_case})
     names = tuple(class_names or there)
+    if class_names is None and len(there) > 1 and all(name.isdecimal() for name in there):
+        raise InputError(
+            f"expected class names as names of the files below {root / 'masks'}, found {len(there)} numbers "
+            f"({', '.join(there[:5])}), as of one file for each object; {INSTANCE_ADVICE}"
+        )
     _require_known(names, there, root)
     chosen: dict[str, dict[int, Path]] = {}
     for case, of_case in files.items():

@@ -113,7 +113,7 @@ def choose_folds(
         cases: all names.
         split_file: see `choose_splits`.
         folds: see `choose_splits`.
-        test_cases: refused, since folds decide what is tested on.
+        test_cases: refused, since folds decide which cases are tested on.
         validation_cases: refused, since each is tested on in one of the folds.
         options: further ones of `choose_splits`.
 

@@ -163,7 +163,7 @@ def read_colours(path: str | Path) -> Volume:
         Volume with an array (1, H, W, 3) of uint8; grey counts as three equal colours.
 
     Raises:
-        InputError: as `read_labels`, or the file is no picture or has more than 8 bits a colour.
+        InputError: as `read_labels`, or the file is not a picture or has more than 8 bits a colour.
     """
     path = Path(path)
     file_format = format_of(path)

@@ -31,7 +31,7 @@ def as_models(model: Segmenters) -> tuple[Segmenter, ...]:
     """The models of a single one or of several.
 
     Raises:
-        InputError: there is none, or they have other classes, or other numbers for them in masks, than the first.
+        InputError: no model is given, or they have other classes, or other numbers for them in masks, than the first.
     """
     models = (model,) if isinstance(model, nn.Module) else tuple(model)
     if not models:

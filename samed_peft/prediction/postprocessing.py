@@ -47,8 +47,8 @@ def choose_postprocessing(
 ) -> tuple[str, ...]:
     """Choose the classes of which the largest part alone is kept, for `SamedConfig.keep_largest`, as nnU-Net does.
 
-    A class is chosen if that raises its mean Dice over the cases in which mask or reference has it; a tie is no reason.
-    The parts that are removed become background, so no other class's Dice can fall.
+    A class is chosen if that raises its mean Dice over the cases in which mask or reference has it;
+    ties do not count. The parts that are removed become background, so no other class's Dice can fall.
 
     Args:
         masks: case -> mask (D, H, W) of a validation case, segmented without post-processing; read one at a time.

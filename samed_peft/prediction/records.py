@@ -105,7 +105,7 @@ def require_same_adapters(folder: Path, adapters: Sequence[AdapterSource]) -> No
         adapters: from `find_adapters`.
 
     Raises:
-        InputError: `RECORD_FILE` names others, or there is none and several are averaged.
+        InputError: `RECORD_FILE` names others, or it is missing and several are averaged.
     """
     path = folder / RECORD_FILE
     if len(adapters) == 1 and not path.is_file():

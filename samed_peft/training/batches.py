@@ -64,7 +64,7 @@ class SlicePreparation:
         """
         rng = np.random.default_rng((self.seed, *draw)) if draw and self.augmentation else None
         full, low = (self.image_size, self.image_size), (self.label_size, self.label_size)
-        aspect = 1.0 if self.tile else image.shape[1] / image.shape[0]  # of what is made square; tiles are cut
+        aspect = 1.0 if self.tile else image.shape[1] / image.shape[0]  # of the part that is made square
         if rng is not None and self.augmentation == "samed":
             image, label = augment(image, label, rng=rng)
         if self.tile:
@@ -92,7 +92,7 @@ def aligned_slice(image: np.ndarray, label: np.ndarray, size: int) -> tuple[Tens
 def cut_tile(
     image: np.ndarray, label: np.ndarray, size: int, *, rng: np.random.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Cut a square out of a slice (H, W) or (H, W, 3) and its labels, padded with zeros where they are smaller.
+    """Cut a square out of a slice (H, W) or (H, W, 3) and its labels, padded with zeros if smaller.
 
     It lies anywhere within the slice, or without `rng` in the middle.
     """

@@ -137,12 +137,15 @@ def _validation_share(s: Situation) -> Decided | None:
 
 
 def _batch_size(s: Situation) -> Decided:
-    of_data = max(1, int(CONSTANTS.most_of_data * s.least_training_slices))
+    processes = s.machine.processes
+    wanted = max(1, CONSTANTS.slices_per_step // processes)
+    of_data = max(1, int(CONSTANTS.most_of_data * s.least_training_slices) // processes)
     each = s.slice_gb(s.chosen["image_size"], checkpointed=s.chosen["gradient_checkpointing"])
     fits = max(1, int(s.free_gb / each))
-    size = min(CONSTANTS.slices_per_step, of_data, fits)
-    if size == CONSTANTS.slices_per_step:
-        return size, f"{size} slices need about {size * each:.2g} GB of {s.machine.memory_gb:g}"
+    size = min(wanted, of_data, fits)
+    if size == wanted:
+        of_each = f" in each of {processes} processes" if processes > 1 else ""
+        return size, f"{size} slices{of_each} need about {size * each:.2g} GB of {s.machine.memory_gb:g}"
     if of_data <= fits:
         return size, f"at most a quarter of the {s.least_training_slices} training slices, so that batches differ"
     return size, f"what {s.machine.memory_gb:g} GB hold at about {each:.2g} GB a slice"
@@ -150,7 +153,7 @@ def _batch_size(s: Situation) -> Decided:
 
 def _accumulation_steps(s: Situation) -> Decided:
     wanted = min(CONSTANTS.slices_per_step, max(1, int(CONSTANTS.most_of_data * s.least_training_slices)))
-    batch = s.chosen["batch_size"]
+    batch = s.chosen["batch_size"] * s.machine.processes
     steps = max(1, wanted // batch)
     return steps, f"an optimizer step every {steps * batch} slices"
 

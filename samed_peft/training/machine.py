@@ -19,10 +19,15 @@ class Machine(JsonFields):
     name: str = described("of the GPU, or of the processor's architecture")
     memory_gb: float = described("free memory of the device in GB (1e9 bytes)", must=POSITIVE)
     cores: int = described("cores that the process may use", must=AT_LEAST_1)
+    processes: int = described("processes that train together, each with a batch of its own", 1, AT_LEAST_1)
 
 
-def this_machine() -> Machine:
-    """The device that Accelerate will choose by default, with the memory that is free now."""
+def this_machine(*, processes: int = 1) -> Machine:
+    """The device that Accelerate will choose by default, with the memory that is free now.
+
+    Args:
+        processes: that train together; on CPUs they share cores and memory.
+    """
     import psutil
     import torch
     from accelerate.utils import parse_flag_from_env
@@ -32,6 +37,7 @@ def this_machine() -> Machine:
     free_gb, cores = psutil.virtual_memory().available / 1e9, available_cores()
     if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         free_gb = torch.cuda.mem_get_info()[0] / 1e9
-        return Machine("cuda", torch.cuda.get_device_name(), round(free_gb, 1), cores)
+        return Machine("cuda", torch.cuda.get_device_name(), round(free_gb, 1), cores, processes)
     is_mps = torch.backends.mps.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    return Machine("mps" if is_mps else "cpu", platform.machine(), round(free_gb, 1), cores)
+    each_gb, each_cores = round(free_gb / processes, 1), max(1, cores // processes)
+    return Machine("mps" if is_mps else "cpu", platform.machine(), each_gb, each_cores, processes)

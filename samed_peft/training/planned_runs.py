@@ -116,7 +116,8 @@ def plan_of_run(
     shared: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            plan = _plan(folder, output_dir, base=base, given=given, plan_file=plan_file)
+            machine = this_machine(processes=accelerator.num_processes)
+            plan = _plan(folder, output_dir, base=base, given=given, plan_file=plan_file, machine=machine)
             print(printable(plan.table()))
             shared = [plan.to_dict(), None]
         except InputError as error:
@@ -128,12 +129,18 @@ def plan_of_run(
 
 
 def _plan(
-    folder: LabelledFolder, output_dir: Path, *, base: str, given: Mapping[str, Any], plan_file: Path | None
+    folder: LabelledFolder,
+    output_dir: Path,
+    *,
+    base: str,
+    given: Mapping[str, Any],
+    plan_file: Path | None,
+    machine: Machine,
 ) -> Plan:
     if (output_dir / PLAN_FILE).is_file():  # whose data and base the record of the run checks
         return read_plan(output_dir / PLAN_FILE).prolonged(given)
     if plan_file is None:
-        return planned_options(folder, base=base, given=given).plan
+        return planned_options(folder, base=base, given=given, machine=machine).plan
     plan = read_plan(plan_file)
     reading = {name: given.get(name) for name in ("class_names", "patient_pattern")}
     reading["plane"] = given.get("plane") or plan.fingerprint.plane

@@ -127,8 +127,8 @@ class Situation:
 
     @property
     def slices_per_step(self) -> int:
-        """Slices of an optimizer step."""
-        return int(self.chosen["batch_size"] * self.chosen["accumulation_steps"])
+        """Slices of an optimizer step, of all processes together."""
+        return int(self.chosen["batch_size"] * self.chosen["accumulation_steps"]) * self.machine.processes
 
     @property
     def steps_per_epoch(self) -> int:
@@ -143,7 +143,7 @@ class Situation:
         cores = CONSTANTS.cores_of_time / min(self.machine.cores, CONSTANTS.most_cores)
         tokens = (self.chosen["image_size"] / self.base.patch_size) ** 2 * self.base.depth
         token_us = CONSTANTS.token_us + CONSTANTS.token_us_per_square_width * self.base.width**2
-        return tokens * token_us * 1e-6 * self.slices_per_step * cores
+        return tokens * token_us * 1e-6 * self.slices_per_step / self.machine.processes * cores
 
     @property
     def steps(self) -> int:

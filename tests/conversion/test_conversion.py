@@ -1,5 +1,6 @@
 """SAMed's and Meta's formats in, SAMed's, plain SAM's, PEFT's and ONNX out; golden logits and equal bits."""
 
+import dataclasses
 import json
 import pickle
 import re
@@ -17,6 +18,7 @@ from segment_anything import sam_model_registry
 from transformers import SamConfig, SamModel
 
 from samed_peft import SamedConfig, load_adapter, save_adapter
+from samed_peft.adapters.folder import read_config, write_config
 from samed_peft.adapters.info import adapter_info
 from samed_peft.adapters.save_load import add_lora
 from samed_peft.cli import main
@@ -558,3 +560,20 @@ def test_each_command_says_what_it_wrote(samed_adapter, tmp_path, capsys):
     main(["export", "--adapter", adapter, "--output", samed, "--format", "samed"])
     lines = [f"SAM written to {sam}", f"adapter written to {adapter}", f"samed written to {samed}"]
     assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_what_samed_s_format_cannot_record_is_told_or_refused(samed_adapter, tmp_path):
+    def changed(name, **values):
+        folder = shutil.copytree(samed_adapter, tmp_path / name)
+        write_config(dataclasses.replace(read_config(folder), **values), folder)
+        return folder
+
+    classes = read_config(samed_adapter).class_names
+    numbers = tuple(range(2, 2 + len(classes)))
+    with pytest.warns(
+        UserWarning, match=rf"labels 1 to {len(classes)} in place of \[2, .*all parts of {classes[0]}, not"
+    ):
+        export_samed(changed("one", label_values=numbers, keep_largest=classes[:1]), tmp_path / "one.pth")
+    for name, values in (("two", {"neighbour_mm": 2.0}), ("three", {"resampling": "aligned", "input_size": None})):
+        with pytest.raises(InputError, match="its masks would differ there; export it with --format merged"):
+            export_samed(changed(name, **values), tmp_path / f"{name}.pth")

@@ -376,3 +376,13 @@ def test_files_of_macos_are_no_classes(tmp_path):
         subject(tmp_path, name, ("liver",))
         (tmp_path / name / "segmentations" / "._liver.nii.gz").write_bytes(b"x")
     assert open_folder(tmp_path).class_names == ("liver",)
+
+
+def test_a_file_for_each_object_is_refused(tmp_path):
+    images(tmp_path, "a", "b")
+    for case, count in (("a", 3), ("b", 2)):
+        for number in range(count):
+            picture(tmp_path / "masks" / case / f"{number}.png", (number == LABELS) * np.uint8(255))
+    with pytest.raises(InputError, match=r"found 3 numbers \(0, 1, 2\), as of one file for each object; each number"):
+        open_folder(tmp_path)
+    assert open_folder(tmp_path, class_names=("1", "0")).class_names == ("1", "0")

@@ -378,3 +378,10 @@ def _steps(values, options, data):
     if options["seconds_per_step"] is None:
         return math.inf
     return options["max_minutes"] * 60 / options["seconds_per_step"]
+
+
+def test_several_processes_share_a_step():
+    one, four = (values_of(fingerprint(), machine=Machine("cuda", "A100", 78.0, 16, n)) for n in (1, 4))
+    assert (one["batch_size"], four["batch_size"]) == (16, 4)
+    for name in ("accumulation_steps", "learning_rate", "max_steps", "validate_epochs", "patience"):
+        assert one[name] == four[name]
