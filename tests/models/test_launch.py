@@ -57,7 +57,8 @@ def test_accelerate_launch_of_two_on_a_cpu_is_told(tmp_path):
     script = tmp_path / "one.py"
     script.write_text(
         "from accelerate import Accelerator\nfrom samed_peft.models.launch import check_launch\n"
-        "accelerator = Accelerator()\ncheck_launch(accelerator)\nprint(accelerator.num_processes)\n"
+        "accelerator = Accelerator()\ncheck_launch(accelerator)\n"
+        "print(f'{accelerator.num_processes}\\n', end='', flush=True)\n"  # in one write, as both write at once
     )
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     for launcher, count, told in (
