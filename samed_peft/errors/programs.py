@@ -111,8 +111,12 @@ def _print_final_message(error: BaseException, received: int | None, resumable: 
 
 def _has_open_bar() -> bool:
     """Whether a progress bar is left that could not end its line, as where the signal came while it was drawn."""
-    bars = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
-    return any(not getattr(bar, "disable", True) for bar in getattr(bars, "_instances", ()))
+    if "tqdm.std" not in sys.modules:
+        return False
+    from tqdm import tqdm
+
+    # One that the signal left half made has no fields yet.
+    return any(not vars(bar).get("disable", True) for bar in list(tqdm._instances))
 
 
 def _end_children(began_s: float) -> None:
