@@ -19,6 +19,9 @@ class TrainingConfig(JsonFields):
         "learning rate of LoRA's B over that of all else (LoRA+, arXiv 2402.12354); 1 for none", 1.0, POSITIVE
     )
     weight_decay: float = described("decoupled weight decay", 0.1, NOT_NEGATIVE)
+    max_grad_norm: float = described(
+        "norm to which the gradient of all weights together is clipped; 0 for no clipping", 0.0, NOT_NEGATIVE
+    )
     warmup_steps: int = described("optimizer steps of linear warm-up; 0 for none", 250, NOT_NEGATIVE)
     decay_power: float = described("exponent of the polynomial decay", 0.9)
     epochs: int = described("horizon of the decay", 200, AT_LEAST_1)

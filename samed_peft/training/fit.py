@@ -62,7 +62,12 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     """
     training = run.training
     model = _fresh_model(run, accelerator)
-    optimizer = build_optimizer(model, weight_decay=training.weight_decay, lora_plus_ratio=training.lora_plus_ratio)
+    optimizer = build_optimizer(
+        model,
+        weight_decay=training.weight_decay,
+        lora_plus_ratio=training.lora_plus_ratio,
+        max_grad_norm=training.max_grad_norm,
+    )
     settings = run_settings(config_of(model), training, data=run.data, accelerator=accelerator)
     if run.init is not None:
         settings["init"] = go_on_from(model, run.init)

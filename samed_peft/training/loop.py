@@ -62,13 +62,16 @@ class Step:
         }
 
 
-def build_optimizer(model: nn.Module, *, weight_decay: float, lora_plus_ratio: float = 1.0) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, *, weight_decay: float, lora_plus_ratio: float = 1.0, max_grad_norm: float = 0.0
+) -> torch.optim.AdamW:
     """SAMed's AdamW over the trainable weights; `train_step` sets the learning rate before each step.
 
     Args:
         model: with an adapter.
         weight_decay: decoupled weight decay.
         lora_plus_ratio: learning rate of LoRA's B relative to all other weights (LoRA+, arXiv 2402.12354).
+        max_grad_norm: norm to which `train_step` clips the gradient of all weights together; 0 for no clipping.
 
     Raises:
         InputError: `lora_plus_ratio` is set, but the method has no B.
@@ -81,6 +84,8 @@ def build_optimizer(model: nn.Module, *, weight_decay: float, lora_plus_ratio: f
     groups = [{"params": [p for _, p in trainable if id(p) not in faster_ids], "lr_ratio": 1.0}]
     if faster:
         groups.append({"params": faster, "lr_ratio": lora_plus_ratio})
+    for group in groups:
+        group["max_grad_norm"] = max_grad_norm
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
 
@@ -198,6 +203,9 @@ def train_step(
             f"the loss is {parts[0]} at learning rate {learning_rate:g}; the last saved adapter and checkpoint are "
             "kept. Try a lower --learning_rate, or bf16 in place of fp16"
         )
+    if max_norm := optimizer.param_groups[0].get("max_grad_norm", 0.0):
+        weights = [weight for parameters in optimizer.param_groups for weight in parameters["params"]]
+        accelerator.clip_grad_norm_(weights, max_norm)
     optimizer.step()
     optimizer.zero_grad()
     return parts
