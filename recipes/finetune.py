@@ -53,6 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ADAPTER",
         help="folder or Hub id of an adapter whose training goes on, on new data or classes",
     )
+    refining = "decide on validation cases how prediction refines masks"
+    add("--refine", action=argparse.BooleanOptionalAction, default=True, help=refining)
     sp.config.add_run_options(parser, base="facebook/sam-vit-base")
     parser.set_defaults(validate_epochs=1)
     return parser
@@ -66,7 +68,10 @@ def main() -> None:
     if args.preset == "samed" and args.plan is not None:
         parser.error("--preset samed takes SAMed's settings and --plan those of a file; give one of them")
     out, hub = args.output_dir, {"repo_id": args.push_to_hub}
-    accelerator = sp.training.start_run(out, mixed_precision=args.mixed_precision, **hub)
+    precision = args.mixed_precision
+    if precision is None and args.preset == "plan":
+        precision = sp.training.planned_precision(out, plan_file=args.plan)
+    accelerator = sp.training.start_run(out, mixed_precision=precision, **hub)
 
     # 1. Plan: find the scans and their label maps, and decide how to train on them.
     folder = sp.datasets.open_folder(args.data_dir, channel=args.channel, class_names=args.class_names)
@@ -108,7 +113,7 @@ def main() -> None:
         run = sp.training.Run(config, training, rows, directory, folder, cases, args.init, plan)
         resume = args.resume and (directory == out or directory.exists())  # later folds may not have begun
         adapter, settings = sp.training.fit(run, accelerator=accelerator, resume=resume)
-        if plan is not None:
+        if plan is not None and args.refine:
             sp.training.record_postprocessing(run, adapter, accelerator=accelerator)
         return run, adapter, settings | ({"dataset": folder.name} if folder.name else {})
 

@@ -112,7 +112,10 @@ def _input(config: SamedConfig) -> str:
     number = len(config.keep_largest)
     largest = f", largest part alone of {number} class{'es' * (number > 1)}" if number else ""
     tiles = "tiles of " if config.tile else ""
-    return f"{tiles}{config.image_size} pixels{bottleneck}{resampling}, {window}{orientation}{largest}"
+    averaged = "" if config.tta == "none" else f", averaged over {config.tta}"
+    smoothed = f", smoothed over {config.smoothing_mm:g} mm" if config.smoothing_mm else ""
+    refined = f"{averaged}{smoothed}{largest}"
+    return f"{tiles}{config.image_size} pixels{bottleneck}{resampling}, {window}{orientation}{refined}"
 
 
 def _classes(info: Mapping[str, Any]) -> list[str]:

@@ -54,7 +54,7 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     add("--channel", type=int, metavar="N", help="of 4-D scans or nnU-Net's names, from 0; the adapter's by default")
     flag("--flips", help="average over flips of each slice, in four times the time")
     flag("--keep_largest", help="keep the largest connected part of each class")
-    recorded = "keep the largest part alone of the classes that the adapter records, as found on validation"
+    recorded = "average, smooth and clean up as the adapter records, as found on validation"
     add("--postprocess", action=argparse.BooleanOptionalAction, default=True, help=recorded)
     flag("--save_probabilities", help="also write probabilities/CASE.nii.gz, 4-D: one volume a class, background first")
     add("--probability_bits", type=int, choices=(8, 16), help="of each stored probability, 8 by default")

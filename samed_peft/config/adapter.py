@@ -75,6 +75,7 @@ _LABEL_VALUES: Rule = (
 )
 _METHOD: Rule = (f"be one of {', '.join(METHODS)}", METHODS.__contains__)
 _RESAMPLING: Rule = ("be samed or aligned", ("samed", "aligned").__contains__)
+_TTA: Rule = ("be none, shifts or flips", ("none", "shifts", "flips").__contains__)
 _LAYERS: Rule = ("be numbers from 0 on", lambda layers: bool(layers) and min(layers) >= 0)
 
 
@@ -122,6 +123,17 @@ class SamedConfig(JsonFields):
     channel_files: bool | None = described(
         "whether each channel of training scans was a file, named CASE_0000 and so on as nnU-Net's; None if unknown",
         None,
+    )
+    tta: str = described(
+        "test-time augmentation: none, or logits averaged in four times the time over shifts of each slice by a "
+        "quarter of a patch, or over its flips",
+        "none",
+        _TTA,
+    )
+    smoothing_mm: float = described(
+        "standard deviation of the Gaussian that smooths logits across slices in prediction; 0 for none",
+        0.0,
+        NOT_NEGATIVE,
     )
     keep_largest: tuple[str, ...] = described(
         "classes of which only the largest connected part is kept, as found on validation", ()

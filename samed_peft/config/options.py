@@ -13,7 +13,16 @@ from samed_peft.config.fields import JsonFields
 from samed_peft.config.methods import METHOD_FIELDS, METHODS
 from samed_peft.config.training import TrainingConfig
 
-_ADAPTER_FIELDS = ("image_size", "input_size", "resampling", "neighbour_mm", "tile", *METHOD_FIELDS)
+_ADAPTER_FIELDS = (
+    "image_size",
+    "input_size",
+    "resampling",
+    "neighbour_mm",
+    "tile",
+    "tta",
+    "smoothing_mm",
+    *METHOD_FIELDS,
+)
 """Fields of `SamedConfig` that the user chooses; others follow from the data."""
 
 

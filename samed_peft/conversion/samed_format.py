@@ -287,5 +287,7 @@ def _warn_of_lost(config: SamedConfig) -> None:
         lost.append(f"labels 1 to {len(config.class_names)} in place of {list(config.label_values)}")
     if config.keep_largest:
         lost.append(f"all parts of {', '.join(config.keep_largest)}, not the largest alone")
+    if config.tta != "none" or config.smoothing_mm:
+        lost.append("masks without test-time augmentation and smoothing")
     if lost:
         warnings.warn(f"SAMed's code will write {' and '.join(lost)}: its format does not record it", stacklevel=4)

@@ -8,7 +8,10 @@ from .inference import predict_volume as predict_volume
 from .inference import segment_cases as segment_cases
 from .postprocessing import choose_postprocessing as choose_postprocessing
 from .records import find_adapters as find_adapters
+from .refinement import Refinement as Refinement
+from .refinement import choose_refinement as choose_refinement
 from .scans import Scan as Scan
 from .scans import list_scans as list_scans
 from .scans import plan_masks as plan_masks
+from .slices import unrefined as unrefined
 from .slices import with_tiles as with_tiles

@@ -1,11 +1,11 @@
 """Segment a whole scan with one model or several, and add up their probabilities on the scan's own grid."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from samed_peft.config import SamedConfig
 from samed_peft.datasets.preprocessing import (
@@ -18,7 +18,7 @@ from samed_peft.datasets.preprocessing import (
 from samed_peft.errors import InputError
 from samed_peft.io import Volume
 from samed_peft.models.modeling import config_of
-from samed_peft.prediction.slices import Segmenter, segment_slices, slice_channels
+from samed_peft.prediction.slices import Segmenter, choose_labels, slice_channels, slice_logits, smoothed_logits
 
 Segmenters: TypeAlias = Segmenter | Sequence[Segmenter]
 """One model, or several of the same classes whose probabilities are averaged."""
@@ -72,23 +72,66 @@ def segmented(
     mask = np.empty(volume.array.shape[:3], np.uint8)
     for model in models:
         config = config_of(model)
-        there, _ = reorientation(volume, config.orientation)
-        array = reoriented(normalized_array(volume, config.window), there)
-        step = _neighbour_step(volume, slice_spacing_mm(volume, there), config)
+        seen = SeenScan.of(volume, config)
         # Views in the model's orientation, through which results reach the scan's grid without another copy.
-        labels, *totals = (reoriented(part, there) for part in (mask, *([] if sums is None else sums)))
-        with _evaluating(model):
-            for start in range(0, len(array), batch_size):
-                batch = slice(start, start + batch_size)
-                labels[batch], shares = segment_slices(
-                    model, slice_channels(array, batch, step), batch_size=batch_size, flips=flips, one=one
-                )
-                for number, total in enumerate(totals):
-                    total[batch] += shares[:, number].astype(total.dtype, copy=False)
+        labels, *totals = (reoriented(part, seen.transform) for part in (mask, *([] if sums is None else sums)))
+        views = {"flips": flips or config.tta == "flips", "shifts": config.tta == "shifts"}
+        logits = seen.logits(model, batch_size=batch_size, **views)
+        start = 0
+        for part in seen.smoothed(logits, config.smoothing_mm):
+            batch = slice(start, start + len(part))
+            labels[batch], shares = choose_labels(model, part, seen.size_hw, one=one)
+            for number, total in enumerate(totals):
+                total[batch] += shares[:, number].astype(total.dtype, copy=False)
+            start = batch.stop
     if sums is not None and len(models) > 1:
         for number in range(len(mask)):  # a slice at a time, as the index of the largest has 64 bits a voxel
             mask[number] = sums[:, number].argmax(axis=0)
     return mask
+
+
+class SeenScan(NamedTuple):
+    """A scan as a model sees it.
+
+    Attributes:
+        array: normalised, (D, H, W), or (1, H, W, 3) in colour, in the model's orientation.
+        transform: for `reoriented`, from the scan's orientation to the model's.
+        spacing_mm: distance of its slices; None if it is unknown.
+        step: slices to the neighbours that fill the outer channels; None if the slice itself does.
+    """
+
+    array: np.ndarray
+    transform: np.ndarray | None
+    spacing_mm: float | None
+    step: int | None
+
+    @classmethod
+    def of(cls, volume: Volume, config: SamedConfig) -> Self:
+        """Normalise and turn a scan as an adapter's config says."""
+        there, _ = reorientation(volume, config.orientation)
+        spacing = slice_spacing_mm(volume, there)
+        step = _neighbour_step(volume, spacing, config)
+        return cls(reoriented(normalized_array(volume, config.window), there), there, spacing, step)
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """Height and width of its slices."""
+        return self.array.shape[1], self.array.shape[2]
+
+    def logits(
+        self, model: Segmenter, *, batch_size: int, flips: bool = False, shifts: bool = False
+    ) -> Iterator[Tensor]:
+        """Logits of all slices in order, see `slice_logits`."""
+        with _evaluating(model):
+            for start in range(0, len(self.array), batch_size):
+                channels = slice_channels(self.array, slice(start, start + batch_size), self.step)
+                yield from slice_logits(model, channels, batch_size=batch_size, flips=flips, shifts=shifts)
+
+    def smoothed(self, logits: Iterable[Tensor], smoothing_mm: float) -> Iterable[Tensor]:
+        """The logits smoothed across slices, see `smoothed_logits`; as they are if the distance is unknown."""
+        if not smoothing_mm or self.spacing_mm is None or len(self.array) == 1:
+            return logits
+        return smoothed_logits(logits, smoothing_mm / self.spacing_mm)
 
 
 def _neighbour_step(volume: Volume, spacing_mm: float | None, config: SamedConfig) -> int | None:

@@ -28,7 +28,7 @@ class CompiledSegmenter(nn.Module):
         super().__init__()
         _require_compiler(next(model.parameters()).device)
         self.training = model.training
-        self.samed_config = model.samed_config
+        self.samed_config, self.config = model.samed_config, model.config
         self.batch_size = batch_size
         self.compiled = torch.compile(model, dynamic=False)
 

@@ -35,7 +35,7 @@ from samed_peft.prediction.compiled import CompiledSegmenter
 from samed_peft.prediction.inference import predict_probabilities, predict_volume
 from samed_peft.prediction.pipeline import process_in_order
 from samed_peft.prediction.scans import Scan
-from samed_peft.prediction.slices import Segmenter
+from samed_peft.prediction.slices import Segmenter, unrefined
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PredictionOptions:
         dtype: "float32", "bfloat16" or "float16" for autocast; None for Accelerate's precision.
         flips: average over flips of each slice (`predict_volume`).
         keep_largest: keep the largest connected part of each class (`predict_volume`).
-        postprocess: otherwise keep the largest part of the classes that the adapter records; False: of none.
+        postprocess: average, smooth and clean up as the adapter records; False for none of it.
         save_probabilities: also write the probabilities of all classes (`io.write_probabilities`).
         probability_bits: 8 or 16 for each of them; None for 8.
         overlay: also write a picture of each mask over its scan.
@@ -81,7 +81,9 @@ class PredictionOptions:
 
     def segment(self, model: Segmenters, image: Volume) -> tuple[np.ndarray, np.ndarray | None]:
         """The mask of a scan, and its probabilities if they are wanted."""
-        parts = True if self.keep_largest else (None if self.postprocess else False)
+        if not self.postprocess:
+            model = [unrefined(one) for one in as_models(model)]
+        parts = True if self.keep_largest else None
         if not self.save_probabilities:
             mask = predict_volume(model, image, batch_size=self.batch_size, flips=self.flips, keep_largest=parts)
             return mask, None

@@ -2,8 +2,11 @@
 
 import copy
 import dataclasses
+import itertools
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial, reduce
 from typing import TypeAlias
 
@@ -14,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from samed_peft.datasets.preprocessing import resize_label, spline_matrix
+from samed_peft.errors import InputError
 from samed_peft.models.modeling import SamForSemanticSegmentation, config_of
 from samed_peft.models.resizing import resize_aligned
 from samed_peft.prediction.compiled import CompiledSegmenter
@@ -60,39 +64,101 @@ def with_tiles(model: Segmenter) -> Segmenter:
     return tiled
 
 
+def unrefined(model: Segmenter) -> Segmenter:
+    """The same model, with shared weights, that predicts without what was found on validation."""
+    plain = copy.copy(model)
+    plain.samed_config = dataclasses.replace(config_of(model), tta="none", smoothing_mm=0.0, keep_largest=())
+    return plain
+
+
 @torch.inference_mode()
-def segment_slices(
-    model: Segmenter, channels: np.ndarray, *, batch_size: int, flips: bool = False, one: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Segment slices of one scan in one forward pass, or in tiles.
+def slice_logits(
+    model: Segmenter, channels: np.ndarray, *, batch_size: int, flips: bool = False, shifts: bool = False
+) -> Iterator[Tensor]:
+    """Logits of slices of one scan, from one forward pass, or from tiles.
 
     Args:
         model: in evaluation mode.
         channels: (B, 1 or 3, H, W) from `slice_channels`.
         batch_size: tiles per forward pass, for a model that segments in tiles.
         flips: average the logits over each slice, or tile, and its flips.
+        shifts: average the logits over four shifts of each slice, or tile.
+
+    Yields:
+        (B, K + 1, h, w) of all slices, or for a model of tiles (1, K + 1, H, W) of each.
+    """
+    config = config_of(model)
+    inputs = _encoder_inputs(model, channels)
+    forward: Callable[[Tensor], Tensor] = partial(_logits, model)
+    if shifts:
+        forward = partial(_mean_over_shifts, forward, patch=_patch_size(model))
+    if flips:
+        forward = partial(_mean_over_flips, forward)
+    if config.tile:
+        yield from tiled_logits(forward, inputs, size=config.image_size, batch_size=batch_size)
+    else:
+        yield forward(inputs)
+
+
+@torch.inference_mode()
+def smoothed_logits(parts: Iterable[Tensor], sigma: float) -> Iterator[Tensor]:
+    """Smooth logits across the slices of a scan by a Gaussian, cut off at three standard deviations.
+
+    Slices are segmented one by one, so their errors differ, but the organ goes on from one to the next. Beyond the ends
+    the first and last slice are repeated. As many slices are in memory as the Gaussian reaches.
+
+    Args:
+        parts: (B, K + 1, h, w) for any B, of all slices in order.
+        sigma: standard deviation in slices.
+
+    Yields:
+        Logits (1, K + 1, h, w) float32 of each slice.
+    """
+    reach = math.ceil(3 * sigma)
+    distances = torch.arange(-reach, reach + 1) / sigma
+    weights = torch.exp(-0.5 * distances.square())
+    weights /= weights.sum()
+    window: deque[Tensor] = deque(maxlen=2 * reach + 1)
+    for one in _with_ends_repeated((one.float() for part in parts for one in part.split(1)), reach):
+        window.append(one)
+        if len(window) == window.maxlen:
+            yield reduce(
+                torch.add, (weight * neighbour for weight, neighbour in zip(weights.tolist(), window, strict=True))
+            )
+
+
+def _with_ends_repeated(slices: Iterator[Tensor], times: int) -> Iterator[Tensor]:
+    last: Tensor | None = None
+    for one in slices:
+        yield from itertools.repeat(one, times + 1 if last is None else 1)
+        last = one
+    if last is not None:
+        yield from itertools.repeat(last, times)
+
+
+def choose_labels(
+    model: Segmenter, logits: Tensor, size_hw: tuple[int, int], *, one: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and probabilities on the slices' own grid, resized as the model's config says.
+
+    Args:
+        model: which the logits are from.
+        logits: (B, K + 1, h, w) from `slice_logits` or `smoothed_logits`.
+        size_hw: height and width (H, W) of the slices.
         one: the whole number, 65535 at most, that stands for a probability of 1; None for no probabilities.
 
     Returns:
         Labels (B, H, W) uint8, and rounded probabilities (B, K + 1, H, W) uint16, or (B, 0, H, W) without `one`.
     """
     config = config_of(model)
-    size_hw = (channels.shape[2], channels.shape[3])
-    inputs = _encoder_inputs(model, channels)
-    forward = partial(_mean_over_flips, model) if flips else partial(_logits, model)
-    if config.tile:
-        parts = tiled_logits(forward, inputs, size=config.image_size, batch_size=batch_size)
-        chosen = [_chosen(logits, size_hw, one) for logits in parts]
-        return np.concatenate([labels for labels, _ in chosen]), np.concatenate([shares for _, shares in chosen])
-    logits = forward(inputs)
-    if config.resampling == "aligned":
+    if config.tile or config.resampling == "aligned":
         return _chosen(logits, size_hw, one)
     labels, shares = _chosen(logits, (config.image_size, config.image_size), one)
     return resize_label(labels, size_hw), _nearest_shares(shares, size_hw, one)
 
 
 def _chosen(logits: Tensor, size_hw: tuple[int, int], one: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and rounded probabilities (`segment_slices`) of logits resized to one size."""
+    """Labels and rounded probabilities (`choose_labels`) of logits resized to one size."""
     if one is None:
         return upsampled_argmax(logits, size_hw).cpu().numpy(), np.empty((len(logits), 0, *size_hw), np.uint16)
     labels, shares = [], []
@@ -150,19 +216,47 @@ def _spline_matrix(old: int, new: int, device: torch.device) -> Tensor:
     return torch.from_numpy(spline_matrix(old, new)).to(device)
 
 
+def _patch_size(model: Segmenter) -> int:
+    size: int = model.config.vision_config.patch_size
+    if size % 4:
+        raise InputError(f"shifts need patches of a multiple of 4 pixels, found {size}; predict without them")
+    return size
+
+
 def _logits(model: Segmenter, inputs: Tensor) -> Tensor:
     return model(pixel_values=inputs).logits
 
 
-def _mean_over_flips(model: Segmenter, inputs: Tensor) -> Tensor:
+def _mean_over_flips(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     """Mean logits (B, K + 1, h, w) over four flips of (B, 3, S, S), each turned back.
 
     Logits and not probabilities, as in nnU-Net: averaging and resizing of logits commute, so a model that is invariant
     to flips gives the same mask as without them.
     """
     all_axes: tuple[tuple[int, ...], ...] = ((), (-2,), (-1,), (-2, -1))
-    turned = (torch.flip(_logits(model, torch.flip(inputs, axes)).float(), axes) for axes in all_axes)
+    turned = (torch.flip(forward(torch.flip(inputs, axes)).float(), axes) for axes in all_axes)
     return reduce(torch.add, turned) / len(all_axes)
+
+
+def _mean_over_shifts(forward: Callable[[Tensor], Tensor], inputs: Tensor, *, patch: int) -> Tensor:
+    """Mean logits (B, K + 1, h, w) over four diagonal shifts of (B, 3, S, S), each moved back.
+
+    Patches cut each shift in other places, which evens out errors at their borders. A quarter of a patch is one pixel
+    of the logits, so they are moved back without resampling. What leaves the picture comes back as a copy of the edge.
+    """
+    shifted = []
+    for down, right in itertools.product((1, -1), repeat=2):
+        logits = forward(_moved(inputs, down=down * patch // 4, right=right * patch // 4))
+        shifted.append(_moved(logits.float(), down=-down, right=-right))
+    return reduce(torch.add, shifted) / len(shifted)
+
+
+def _moved(pictures: Tensor, *, down: int, right: int) -> Tensor:
+    """Pictures (B, C, h, w) moved by some pixels; edges are repeated."""
+    reach = max(abs(down), abs(right))
+    height, width = pictures.shape[-2:]
+    padded = F.pad(pictures, (reach,) * 4, mode="replicate")
+    return padded[..., reach - down : reach - down + height, reach - right : reach - right + width]
 
 
 def upsampled_argmax(logits: Tensor, size: int | tuple[int, int]) -> Tensor:

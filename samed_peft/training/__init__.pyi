@@ -11,6 +11,7 @@ from .machine import this_machine as this_machine
 from .planned_runs import options_of as options_of
 from .planned_runs import plan_of_run as plan_of_run
 from .planned_runs import planned_options as planned_options
+from .planned_runs import planned_precision as planned_precision
 from .planning import Plan as Plan
 from .planning import make_plan as make_plan
 from .planning import read_plan as read_plan

@@ -12,6 +12,7 @@ from typing import Any
 
 from samed_peft.config import CT_WINDOW_HU
 from samed_peft.errors import InputError
+from samed_peft.training.machine import Machine
 from samed_peft.training.situation import CONSTANTS, Situation
 
 Decided = tuple[Any, str]
@@ -106,6 +107,20 @@ def _gradient_checkpointing(s: Situation) -> Decided:
     if plain > s.free_gb:
         return True, f"a slice needs about {plain:.2g} GB, and {checkpointed:.2g} if layers are computed twice"
     return False, f"a slice needs about {plain:.2g} GB of {s.machine.memory_gb:g}"
+
+
+def best_precision(machine: Machine) -> tuple[str, str]:
+    """Accelerate's name of the precision that a machine trains in best, and the reason."""
+    name = machine.name
+    if machine.bf16:
+        return "bf16", f"{name} multiplies bfloat16 in hardware; sums, and the weights that are trained, stay float32"
+    if machine.device == "cuda":
+        return "fp16", f"as SAMed: {name} does not multiply bfloat16 in hardware"
+    return "no", f"float32: {name} does not multiply bfloat16 in hardware"
+
+
+def _mixed_precision(s: Situation) -> Decided:
+    return best_precision(s.machine)
 
 
 def _fold(s: Situation) -> Decided | None:
@@ -208,6 +223,16 @@ def _learning_rate(s: Situation) -> Decided:
     return rate, f"{full:g} at {batch} slices a step, falling with the square root of the batch"
 
 
+def _max_grad_norm(s: Situation) -> Decided:
+    del s
+    return CONSTANTS.max_grad_norm, "clips the gradients of rare batches, which can undo a training at these rates"
+
+
+def _weight_decay(s: Situation) -> Decided:
+    del s
+    return CONSTANTS.weight_decay, "a tenth of SAMed's, whose trainings take ten times as many steps"
+
+
 def _schedule(s: Situation) -> Decided:
     if "decay_power" in s.given:
         return "polynomial", "the decay whose exponent, decay_power, is given"
@@ -281,10 +306,10 @@ def _patience(s: Situation) -> Decided:
 
 RULES: Mapping[str, Callable[[Situation], Decided | None]] = MappingProxyType(
     {rule.__name__.removeprefix("_"): rule for rule in (
-        _plane, _window, _neighbour_mm, _resampling, _image_size, _gradient_checkpointing,
+        _plane, _window, _neighbour_mm, _resampling, _image_size, _gradient_checkpointing, _mixed_precision,
         _fold, _folds, _validation_share, _batch_size, _accumulation_steps, _epochs, _stop_epoch, _max_steps,
-        _max_minutes, _warmup_steps, _learning_rate, _schedule, _lora_plus_ratio, _rank, _targets, _augmentation,
-        _mirror, _foreground_share, _weight_average, _validate_epochs, _patience,
+        _max_minutes, _warmup_steps, _learning_rate, _max_grad_norm, _weight_decay, _schedule, _lora_plus_ratio, _rank,
+        _targets, _augmentation, _mirror, _foreground_share, _weight_average, _validate_epochs, _patience,
     )}
 )  # fmt: skip
 """Name of a field or option -> its rule, which gives None where nothing has to be decided."""

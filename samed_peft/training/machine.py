@@ -20,6 +20,7 @@ class Machine(JsonFields):
     memory_gb: float = described("free memory of the device in GB (1e9 bytes)", must=POSITIVE)
     cores: int = described("cores that the process may use", must=AT_LEAST_1)
     processes: int = described("processes that train together, each with a batch of its own", 1, AT_LEAST_1)
+    bf16: bool = described("whether it multiplies bfloat16 in hardware", False)
 
 
 def this_machine(*, processes: int = 1) -> Machine:
@@ -37,7 +38,17 @@ def this_machine(*, processes: int = 1) -> Machine:
     free_gb, cores = psutil.virtual_memory().available / 1e9, available_cores()
     if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         free_gb = torch.cuda.mem_get_info()[0] / 1e9
-        return Machine("cuda", torch.cuda.get_device_name(), round(free_gb, 1), cores, processes)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Machine("cuda", torch.cuda.get_device_name(), round(free_gb, 1), cores, processes, bf16)
     is_mps = torch.backends.mps.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     each_gb, each_cores = round(free_gb / processes, 1), max(1, cores // processes)
-    return Machine("mps" if is_mps else "cpu", platform.machine(), each_gb, each_cores, processes)
+    if is_mps:
+        return Machine("mps", platform.machine(), each_gb, each_cores, processes)
+    return Machine("cpu", platform.machine(), each_gb, each_cores, processes, _cpu_has_bf16())
+
+
+def _cpu_has_bf16() -> bool:
+    import torch
+
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))

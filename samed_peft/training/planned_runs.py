@@ -1,6 +1,7 @@
 """The plan of a run and the settings that follow: made once, kept in its folder, used again when it is resumed."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from samed_peft.datasets.fingerprint import take_fingerprint
 from samed_peft.datasets.folder import LabelledFolder
 from samed_peft.errors import InputError, printable
 from samed_peft.models.geometry import base_geometry
-from samed_peft.training.decisions import RULES
+from samed_peft.training.decisions import RULES, best_precision
 from samed_peft.training.machine import Machine, this_machine
 from samed_peft.training.planning import PLAN_FILE, Plan, make_plan, read_plan
 
@@ -90,6 +91,27 @@ def options_of(plan: Plan, folder: LabelledFolder, *, given: Mapping[str, Any] =
     )
 
 
+def planned_precision(output_dir: Path, *, plan_file: Path | None = None) -> str | None:
+    """The mixed precision of a planned run, which its processes need before anything is planned.
+
+    That of the plan of the folder, or else of the file, or else the machine's best; None for Accelerate's setting, if
+    that is another than none.
+
+    Args:
+        output_dir: of the run.
+        plan_file: of `samed plan --output`, or None.
+
+    Raises:
+        InputError: a plan cannot be read.
+    """
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        return None
+    file = output_dir / PLAN_FILE if (output_dir / PLAN_FILE).is_file() else plan_file
+    if file is not None:
+        return str(read_plan(file).values.get("mixed_precision", "no"))
+    return best_precision(this_machine())[0]
+
+
 def plan_of_run(
     folder: LabelledFolder,
     output_dir: Path,
@@ -117,6 +139,8 @@ def plan_of_run(
     if accelerator.is_main_process:
         try:
             machine = this_machine(processes=accelerator.num_processes)
+            if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+                given = {"mixed_precision": accelerator.mixed_precision} | given
             plan = _plan(folder, output_dir, base=base, given=given, plan_file=plan_file, machine=machine)
             print(printable(plan.table()))
             shared = [plan.to_dict(), None]

@@ -21,7 +21,7 @@ class Constants:
     least_window_hu: float = 400.0  # width of SAMed's window
     window_margin: float = 0.25  # on each side, of the span of labelled voxels, so that their surroundings show
     most_slice_distance_mm: float = 4.0  # beyond it, neighbouring slices show other anatomy
-    neighbour_mm: float = 2.0  # distance of the slices in the outer channels; at least the next ones
+    neighbour_mm: float = 1.0  # distance of the slices in the outer channels; at least the next ones
     rare: float = 0.1  # share of the slices below which a class is rare
     foreground_share: float = 0.33  # of slices drawn by class, as nnU-Net draws patches
 
@@ -32,7 +32,7 @@ class Constants:
     step_in_patches: int = 4  # sizes are multiples of so many patches
 
     # Steps and batches.
-    slices_per_step: int = 16
+    slices_per_step: int = 32
     most_of_data: float = 0.25  # share of the training slices in a step, so that batches differ
     least_steps: int = 1500
     most_steps: int = 15_000  # SAMed takes 14,700
@@ -46,7 +46,9 @@ class Constants:
     # with 8; 0.27 at 0.004 without LoRA+.
     learning_rate: float = 0.003
     batch_of_rate: int = 32  # below it, the rate falls with the square root of the batch
-    lora_plus_ratio: float = 4.0
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.01
+    lora_plus_ratio: float = 8.0
     rank: int = 8
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "lin1", "lin2")
     averaged_share: float = 0.05  # share of the steps that the moving average of the weights looks back
@@ -65,6 +67,7 @@ class Constants:
     share_of_time: float = 0.9  # the rest is for validation and saving
     token_us: float = 23.0  # of a training step on two cores of a Xeon in float32, for each token of a layer
     token_us_per_square_width: float = 2.0e-4  # the same, in proportion to the square of its width
+    speed_of_bf16: float = 1.8  # over float32, on CPUs that have it
     cores_of_time: int = 2
     most_cores: int = 16  # more make such small products no faster
 
@@ -143,7 +146,8 @@ class Situation:
         cores = CONSTANTS.cores_of_time / min(self.machine.cores, CONSTANTS.most_cores)
         tokens = (self.chosen["image_size"] / self.base.patch_size) ** 2 * self.base.depth
         token_us = CONSTANTS.token_us + CONSTANTS.token_us_per_square_width * self.base.width**2
-        return tokens * token_us * 1e-6 * self.slices_per_step / self.machine.processes * cores
+        seconds = tokens * token_us * 1e-6 * self.slices_per_step / self.machine.processes * cores
+        return seconds / (CONSTANTS.speed_of_bf16 if self.chosen["mixed_precision"] == "bf16" else 1)
 
     @property
     def steps(self) -> int:
