@@ -34,6 +34,9 @@ INGREDIENTS = {
     "cosine decay": ("--schedule", "cosine"),
     "class balance": ("--foreground_share", "0.33"),
     "little weight decay": ("--weight_decay", "0.01"),
+    "clipped gradients": ("--max_grad_norm", "1"),
+    "shifts at prediction": ("--tta", "shifts"),
+    "smoothing across slices": ("--smoothing_mm", "1"),
 }
 """Options of recipes/finetune.py; without them, it has SAMed's."""
 

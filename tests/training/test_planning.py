@@ -18,8 +18,18 @@ from samed_peft.datasets.fingerprint import MODALITIES, Fingerprint
 from samed_peft.errors import InputError
 from samed_peft.models.bases import TINY_SAM_DIR
 from samed_peft.models.geometry import PUBLISHED, BaseGeometry, base_geometry
-from samed_peft.training import Machine, Plan, make_plan, options_of, planned_options, read_plan, write_plan
-from samed_peft.training.decisions import RULES
+from samed_peft.training import (
+    Machine,
+    Plan,
+    make_plan,
+    options_of,
+    planned_options,
+    planned_precision,
+    read_plan,
+    this_machine,
+    write_plan,
+)
+from samed_peft.training.decisions import RULES, best_precision
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "finetune.py"
 PAGE = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
@@ -385,3 +395,46 @@ def test_several_processes_share_a_step():
     assert (one["batch_size"], four["batch_size"]) == (16, 4)
     for name in ("accumulation_steps", "learning_rate", "max_steps", "validate_epochs", "patience"):
         assert one[name] == four[name]
+
+
+@pytest.mark.parametrize(
+    ("machine", "precision"),
+    [
+        (Machine("cuda", "A100", 78.0, 16, bf16=True), "bf16"),
+        (Machine("cuda", "T4", 15.0, 4), "fp16"),
+        (Machine("cpu", "x86_64", 20.0, 2, bf16=True), "bf16"),
+        (CPU, "no"),
+        (Machine("mps", "arm64", 20.0, 8), "no"),
+    ],
+)
+def test_precision_is_what_the_machine_multiplies_fast(machine, precision):
+    assert values_of(fingerprint(), machine=machine)["mixed_precision"] == precision
+    assert values_of(fingerprint(), machine=machine, given={"mixed_precision": "no"})["mixed_precision"] == "no"
+
+
+def test_bfloat16_is_expected_to_take_less_time():
+    steps = [
+        values_of(fingerprint(), machine=machine, max_minutes=100)["warmup_steps"]
+        for machine in (CPU, dataclasses.replace(CPU, bf16=True))
+    ]
+    assert steps[0] < steps[1]
+
+
+def test_a_run_takes_the_precision_of_its_plan_or_of_the_file_or_of_the_machine(tmp_path, monkeypatch):
+    """Its processes start in it before they plan; a setting of Accelerate goes before the machine."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    fp16 = make_plan(fingerprint(), Machine("cuda", "T4", 15.0, 4), base=TINY)
+    bf16 = make_plan(fingerprint(), CPU, base=TINY, given={"mixed_precision": "bf16"})
+    file, run = tmp_path / "plan.json", tmp_path / "run"
+    run.mkdir()
+    assert planned_precision(run) == best_precision(this_machine())[0]
+    write_plan(fp16, file)
+    assert planned_precision(run, plan_file=file) == "fp16"
+    write_plan(bf16, run / "plan.json")
+    assert planned_precision(run, plan_file=file) == "bf16"
+    older = bf16.to_dict()
+    older["decisions"] = [decision for decision in older["decisions"] if decision["name"] != "mixed_precision"]
+    (run / "plan.json").write_text(json.dumps(older))
+    assert planned_precision(run) == "no", "as runs of that time were trained"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert planned_precision(run) is None

@@ -224,6 +224,20 @@ def test_accumulated_gradients_are_the_mean(fresh_model, golden_batches, acceler
     assert loss == pytest.approx(np.mean(single), abs=1e-6)
 
 
+def test_gradients_are_clipped_to_their_common_norm(fresh_model, golden_batches, accelerator):
+    """AdamW's first moment after one step is a tenth of the gradient that it was given."""
+    moments = {}
+    for most in (0.0, 1e6, 1e-3):
+        optimizer = build_optimizer(fresh_model, weight_decay=0.0, lora_plus_ratio=4, max_grad_norm=most)
+        model, prepared = accelerator.prepare(fresh_model, optimizer)
+        train_step(model, golden_batches[:1], prepared, accelerator=accelerator, learning_rate=0.0)
+        moments[most] = torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()])
+    norm = 10 * moments[0.0].norm()
+    assert norm > 1e-3
+    torch.testing.assert_close(moments[1e6], moments[0.0])
+    torch.testing.assert_close(moments[1e-3], moments[0.0] * 1e-3 / norm)
+
+
 def test_validation_keeps_the_earlier_of_equals_and_no_nan():
     first = Progress(step=4).validated(float("nan"), epoch=1)
     assert first.best_epoch is None
