@@ -111,8 +111,10 @@ def parse_run_options(
     training = TrainingConfig(**{field.name: vars(args)[field.name] for field in dataclasses.fields(TrainingConfig)})
     adapter = {name: vars(args)[name] for name in _ADAPTER_FIELDS}
     # Refuse bad values now, not after scans were prepared; warnings come with the recipe's own config.
+    is_planned = vars(args).get("preset") == "plan"  # where tiles are resampled as they have to be
+    resampling = {"resampling": "aligned"} if is_planned and args.tile and args.input_size is None else {}
     with warnings.catch_warnings(action="ignore"):
-        SamedConfig(args.base or TINY_SAM, class_names=("any",), **adapter)
+        SamedConfig(args.base or TINY_SAM, class_names=("any",), **adapter | resampling)
     return args, adapter, training
 
 
@@ -138,7 +140,10 @@ def _agree_on_validation(parser: argparse.ArgumentParser, args: argparse.Namespa
     if bool(args.validate_epochs) != bool(args.validation_cases or share):
         parser.error("--validate_epochs and --validation_cases go together")
     if args.patience and not args.validate_epochs:
-        parser.error(f"--patience {args.patience} counts validations, of which there are none; leave it out")
+        parser.error(
+            f"--patience {args.patience} counts validations, but this run makes none; leave it out, or choose "
+            "--validation_cases"
+        )
     # Trainings of a given number of steps or minutes are validated at their end at the latest.
     if args.validate_epochs > args.stop_epoch and args.max_steps is None and args.max_minutes is None:
         parser.error(

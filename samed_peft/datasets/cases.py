@@ -45,7 +45,7 @@ def naming_files(*paths: Path) -> Iterator[None]:
     except Exception as error:  # libraries raise errors of many kinds for bad files
         advice = "or leave the case out"
         if not isinstance(error, MemoryError):
-            advice = "look at it in a viewer, and mend it or leave the case out"
+            advice = "look at it in a viewer, and correct it or leave the case out"
         raise InputError(
             f"{' and '.join(map(str, dict.fromkeys(paths)))} cannot be used: {reason_of(error)}; {advice}"
         ) from error

@@ -157,7 +157,9 @@ def patients_of(cases: Sequence[str], pattern: str | None = None) -> dict[str, s
         if match is None:
             raise InputError(f"the patient of case {case} cannot be told: {pattern!r} does not match its whole name")
         if not match[1]:
-            raise InputError(f"case {case} has no patient by {pattern!r}: the group matches nothing; mend it")
+            raise InputError(
+                f"case {case} has no patient by {pattern!r}: the group matches nothing; correct the expression"
+            )
         patients[case] = match[1]
     return patients
 

@@ -71,6 +71,12 @@ class Constants:
 
 CONSTANTS = Constants()
 
+OPTIONS = (
+    *("method", "input_size", "empty_share", "decay_power", "stop_step"),
+    *("test_cases", "split_file", "validation_cases"),
+)
+"""Options that rules read although no decision is about them."""
+
 
 @dataclass
 class Situation:
@@ -82,6 +88,7 @@ class Situation:
     given: Mapping[str, Any]
     max_minutes: float | None
     seconds_per_step: float | None
+    timed_work: float | None = None  # `step_work` of the step that took these seconds; None: that of this plan
     chosen: dict[str, Any] = field(default_factory=dict)
 
     def is_used(self, name: str) -> bool:
@@ -138,20 +145,27 @@ class Situation:
     @property
     def step_seconds(self) -> float | None:
         """Seconds that a step takes: as given, or estimated for CPUs; None for other devices."""
-        if self.seconds_per_step is not None or self.machine.device != "cpu":
-            return self.seconds_per_step
+        if self.seconds_per_step is not None:
+            return self.seconds_per_step * (self.step_work / self.timed_work if self.timed_work else 1.0)
+        if self.machine.device != "cpu":
+            return None
         cores = CONSTANTS.cores_of_time / min(self.machine.cores, CONSTANTS.most_cores)
-        tokens = (self.chosen["image_size"] / self.base.patch_size) ** 2 * self.base.depth
         token_us = CONSTANTS.token_us + CONSTANTS.token_us_per_square_width * self.base.width**2
-        return tokens * token_us * 1e-6 * self.slices_per_step / self.machine.processes * cores
+        return token_us * 1e-6 * self.step_work / self.machine.processes * cores
+
+    @property
+    def step_work(self) -> float:
+        """Tokens of all layers in an optimizer step, to which its time is in proportion."""
+        tokens: float = (self.chosen["image_size"] / self.base.patch_size) ** 2 * self.base.depth
+        return tokens * self.slices_per_step
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole training, as planned."""
         if "epochs" in self.given or "stop_epoch" in self.given:
             return int(self.given.get("stop_epoch", self.given.get("epochs"))) * self.steps_per_epoch
-        if self.given.get("max_steps"):
-            return int(self.given.get("stop_step") or self.given["max_steps"])
+        if max_steps := self.given.get("max_steps") or self.chosen.get("max_steps"):
+            return int(self.given.get("stop_step") or max_steps)
         of_data = self.steps_of_data
         if self.max_minutes is None or self.step_seconds is None:
             return of_data

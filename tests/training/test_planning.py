@@ -281,17 +281,6 @@ def test_a_plan_is_kept_as_json_and_refused_for_other_data(tmp_path):
             read_plan(tmp_path / "bad.json")
 
 
-def test_a_plan_that_is_read_heeds_what_is_given():
-    plan = make_plan(fingerprint(cases=100), CPU, base=TINY, max_minutes=10)
-    assert plan.with_given({"seed": 3}) is plan
-    changed = plan.with_given({"rank": 2})
-    assert {d.name for d, before in zip(changed.decisions, plan.decisions, strict=True) if d != before} == {"rank"}
-    shorter = plan.with_given({"epochs": 2}).values
-    assert shorter["stop_epoch"] == 2
-    assert "max_minutes" not in shorter
-    assert shorter["warmup_steps"] <= 0.1 * 2 * math.ceil(64 * 50 / 16)
-
-
 def test_options_for_a_recipe(tmp_path):
     write_balls(tmp_path / "data")
     folder = open_folder(tmp_path / "data")
