@@ -55,6 +55,7 @@ def fingerprint(*, cases=20, slices=50, modality="CT", classes=("liver", "left k
         "class_voxels": dict.fromkeys(classes, 1000),
         "class_slices": dict.fromkeys(classes, max(1, cases * slices // 2)),
         "class_cases": dict.fromkeys(classes, cases),
+        "empty_cases": (),
     }
     return Fingerprint(**values | changes)
 
