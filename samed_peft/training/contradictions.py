@@ -47,8 +47,8 @@ def require_plannable(data: Fingerprint, base: BaseGeometry, given: Mapping[str,
 
 def require_time(name: str, value: float | None, unit: str) -> None:
     """Refuse a time that is not positive and finite."""
-    if value is not None and not 0 < value < math.inf:
-        raise InputError(f"{name} must be a positive number of {unit}; found {value}")
+    if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+        raise InputError(f"{name} must be a positive number of {unit}; found {value!s:.200}")
 
 
 def _require_in_range(base: BaseGeometry, given: Mapping[str, Any]) -> None:

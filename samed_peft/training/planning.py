@@ -1,10 +1,10 @@
 """Plan a training from the data, the machine and the base: every decision with its reason."""
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple, Self
 
 from samed_peft.config.fields import short
@@ -85,17 +85,13 @@ class Plan:
                 "it written by a newer samed_peft?"
             )
         decisions = [Decision(d["name"], _tuple(d["value"]), d["reason"]) for d in listed]
-        if missing := _NEEDED - {decision.name for decision in decisions}:
-            raise InputError(f"expected a plan to decide on {', '.join(sorted(missing))}, found nothing; plan again")
-        options, seconds = values.get("options", {}), values.get("seconds_per_step")
-        if not isinstance(options, dict) or not options.keys() <= {*OPTIONS} or not _is_time(seconds):
-            raise InputError(
-                f"expected options of {', '.join(OPTIONS)} and seconds_per_step in a plan, found {short(options)} and "
-                f"{short(seconds)}; plan again. Was it written by a newer samed_peft?"
-            )
+        options, seconds = _read_options(values.get("options", {})), values.get("seconds_per_step")
+        require_time("seconds_per_step of a plan", seconds, "seconds")
         parts = {name: kind.from_dict(values[name]) for name, kind in _PARTS.items()}
-        plain = {name: _tuple(value) for name, value in options.items()}
-        return cls(tuple(decisions), **parts, options=plain, seconds_per_step=seconds)
+        plan = cls(tuple(decisions), **parts, options=options, seconds_per_step=seconds)
+        _require_decided(plan.values)
+        require_plannable(plan.fingerprint, plan.base, {**options, **plan.values})
+        return plan
 
     def prolonged(self, given: Mapping[str, Any]) -> "Plan":
         """This plan for a run that goes on: what users give replaces decisions, and no other is made anew.
@@ -169,6 +165,10 @@ class Plan:
 _NEEDED = {"image_size", "gradient_checkpointing", "batch_size", "accumulation_steps", "validate_epochs"}
 """Decisions that others go by."""
 
+_Types = Mapping[str, type | UnionType]
+_OF_RECIPE: _Types = {"plane": str | None, "fold": str | int, "folds": int, "validation_share": float | int}
+"""Decisions that are fields of no config, and what their values are."""
+
 _LATER = {"options", "seconds_per_step"}
 """Parts that earlier versions did not write."""
 
@@ -185,8 +185,28 @@ def _is_decision(value: object) -> bool:
     )
 
 
-def _is_time(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and 0 < value < math.inf and not isinstance(value, bool))
+def _require_decided(values: Mapping[str, Any]) -> None:
+    """Refuse a plan that lacks a decision that others go by, or has one of another type."""
+    if missing := _NEEDED - values.keys():
+        raise InputError(f"expected a plan to decide on {', '.join(sorted(missing))}, found nothing; plan again")
+    for name in values.keys() & _OF_RECIPE:
+        if not isinstance(values[name], _OF_RECIPE[name]) or isinstance(values[name], bool):
+            raise InputError(f"expected another {name} in a plan, found {short(values[name])}; plan again")
+
+
+def _read_options(found: object) -> dict[str, Any]:
+    options = {name: _tuple(value) for name, value in found.items()} if isinstance(found, dict) else None
+    if options is None or not all(map(_is_option, options.items())):
+        raise InputError(
+            f"expected options of a plan, some of {', '.join(OPTIONS)}, found {short(found)}; plan again. Was it "
+            "written by a newer samed_peft?"
+        )
+    return options
+
+
+def _is_option(item: tuple[str, Any]) -> bool:
+    name, value = item
+    return name in OPTIONS and isinstance(value, OPTIONS[name]) and not isinstance(value, bool)
 
 
 def _listed(value: Any) -> Any:

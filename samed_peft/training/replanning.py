@@ -1,5 +1,6 @@
 """Make decisions of a plan anew: those that hang on what users give with it, or on the number of steps."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -113,7 +114,9 @@ def expected_steps(plan: Plan) -> int | None:
 
 
 def decisions_for_steps(plan: Plan, steps: int, *, validate_epochs: int | None = None) -> dict[str, Any]:
-    """Values of the decisions that depend on the number of steps, for another number; given ones are left out.
+    """Values of the decisions that depend on the number of steps, for another number.
+
+    Those that users gave or edited are left out.
 
     Args:
         plan: whose rules decide.
@@ -121,14 +124,22 @@ def decisions_for_steps(plan: Plan, steps: int, *, validate_epochs: int | None =
         validate_epochs: if that is decided already.
     """
     given = {name: value for name, value in _given(plan).items() if name not in LENGTHS}
-    situation = _situation(plan, {**plan.options, **given})
+    before, situation = _decided(plan), _situation(plan, {**plan.options, **given})
     situation.chosen.update(plan.values, max_steps=steps)
     values: dict[str, Any] = {}
     for name in OF_STEPS:
-        if name in given:
+        if name in given or _value(_found(name, before)) != plan.values.get(name):
             continue
-        decision = decide(name, situation)
-        assert decision is not None, "these rules always decide"
         is_decided = name == "validate_epochs" and validate_epochs is not None
-        values[name] = situation.chosen[name] = validate_epochs if is_decided else decision.value
+        values[name] = situation.chosen[name] = validate_epochs if is_decided else _value(_found(name, situation))
     return values
+
+
+def settled(plan: Plan, values: Mapping[str, Any], *, steps: int) -> Plan:
+    """A plan with the values that `decisions_for_steps` found for the steps that fitted into its minutes."""
+    reason = f"for the {steps} steps that fitted into the minutes"
+    changed = [
+        Decision(decision.name, values[decision.name], reason) if decision.name in values else decision
+        for decision in plan.decisions
+    ]
+    return dataclasses.replace(plan, decisions=tuple(changed))

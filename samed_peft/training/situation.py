@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any
 
 from samed_peft.config import METHODS
@@ -71,11 +72,17 @@ class Constants:
 
 CONSTANTS = Constants()
 
-OPTIONS = (
-    *("method", "input_size", "empty_share", "decay_power", "stop_step"),
-    *("test_cases", "split_file", "validation_cases"),
-)
-"""Options that rules read although no decision is about them."""
+OPTIONS: Mapping[str, type | UnionType] = {
+    "method": str,
+    "input_size": int,
+    "empty_share": float | int,
+    "decay_power": float | int,
+    "stop_step": int,
+    "test_cases": tuple,
+    "split_file": str,
+    "validation_cases": tuple,
+}
+"""Options that rules read although no decision is about them, and what their values are in a plan."""
 
 
 @dataclass
