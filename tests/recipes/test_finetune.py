@@ -209,6 +209,21 @@ def test_a_split_with_a_side_without_labelled_voxels_is_refused_before_rows_are_
             assert not (tmp_path / "out").exists()
 
 
+def test_options_that_a_plan_completes_are_not_refused_for_settings_that_nobody_gave(call_recipe, scans, tmp_path):
+    options = ("--data_dir", scans, "--output_dir", tmp_path / "out", "--base", "tiny-sam", "--fold", "9")
+    for given in (("--tile",), ("--validate_epochs", "170", "--patience", "2")):
+        code, stderr = call_recipe(RECIPE, *options, *given)
+        assert (code, "expected fold 0 to 3 of 4 folds, found 9" in stderr) == (2, True), stderr
+    for given, message in (
+        (("--tile", "--preset", "samed"), "tile needs resampling aligned"),
+        (("--tile", "--resampling", "samed"), "tile needs resampling aligned"),
+        (("--validate_epochs", "170", "--preset", "samed"), "170 never validates in 160 epochs"),
+        (("--validate_epochs", "9", "--epochs", "3"), "9 never validates in 3 epochs"),
+    ):
+        code, stderr = call_recipe(RECIPE, *options, *given)
+        assert (code, message in stderr) == (2, True), stderr
+
+
 QUICK = [
     *("--base", "tiny-sam", "--image_size", "32", "--batch_size", "8", "--max_steps", "1", "--warmup_steps", "0"),
     *("--num_workers", "0", "--patient_pattern", "(p.)_."),

@@ -199,7 +199,7 @@ def test_decisions_for_another_number_of_steps():
     [{"options": {"mood": 1}}, {"options": 3}, {"seconds_per_step": 0}, {"seconds_per_step": "1"}, {"decisions": []}],
 )
 def test_a_damaged_plan_is_refused(damage):
-    with pytest.raises(InputError, match="plan again|seconds_per_step of a plan must be a positive number"):
+    with pytest.raises(InputError, match=r"plan again|seconds_per_step of a plan must be a positive number"):
         Plan.from_dict(make_plan(DATA, CPU, base=TINY).to_dict() | damage)
 
 
