@@ -83,40 +83,40 @@ def main() -> None:
         vars(args).update(others)
 
     # 2. Cases: decide which are held out.
-    cases, folds = split_cases(args, folder)
-    if accelerator.is_main_process:
-        empty = sp.datasets.empty_cases(folder, folder.cases) if plan is None else plan.fingerprint.empty_cases
-        sp.datasets.require_foreground(folds or [cases], empty=empty)
+    cases, folds = split_cases(args, folder, plan)
 
     # 3. What the adapter will be: classes, window, orientation and channel follow from the data.
     described = sp.datasets.describe_folder(folder, class_names=args.class_names, plane=args.plane, window=args.window)
     config = sp.SamedConfig(args.base, **described | adapter_options)
 
-    # 4. and 5. Rows and training. With all folds, the final adapter, trained on every case, comes first, so that all
-    # that could stop it does so early.
+    # 4. and 5. Rows and training; of all folds, the final adapter comes first, so that all that could stop it does so.
     job = Job(args, accelerator, folder, config, training, plan)
-    trained = train(job, cases, out)
+    run, adapter, settings = train(job, cases, out)
 
-    # 6. Prediction and scores.
-    report = score_folds(job, folds, trained) if folds else score(job, trained)
+    # 6. Prediction and scores, with the adapter as it was saved. With all folds, the final adapter, trained on every
+    # case, gets the scores of the folds' adapters.
+    report = score_folds(job, folds, settings) if folds else None
+    if cases.test:
+        report = sp.score_held_out(adapter, *run.test, out, accelerator=accelerator, settings=settings)
 
     # 7. Sharing: scores go into the adapter's card, and all of it to the Hub if asked to.
-    sp.training.finish_run(trained.run, trained.adapter, report, accelerator=accelerator, **hub)
+    sp.training.finish_run(run, adapter, report, accelerator=accelerator, **hub)
 
 
 def split_cases(
-    args: argparse.Namespace, folder: "sp.datasets.LabelledFolder"
+    args: argparse.Namespace, folder: "sp.datasets.LabelledFolder", plan: "sp.training.Plan | None"
 ) -> "tuple[sp.datasets.Splits, list[sp.datasets.Splits]]":
-    """The cases of the adapter to share, and those of all folds if each is scored."""
+    """The cases to train, test and validate on, and those of each fold if all are trained and scored."""
     split = {name: vars(args)[name] for name in SPLIT}
-    if args.fold != "each":
-        return sp.datasets.choose_splits(folder.cases, **split, fold=args.fold), []
-    folds = sp.datasets.choose_folds(folder.cases, **split)
-    return sp.datasets.choose_splits(folder.cases, **split, fold="all"), folds
+    folds = sp.datasets.choose_folds(folder.cases, **split) if args.fold == "each" else []
+    cases = sp.datasets.choose_splits(folder.cases, **split, fold="all" if folds else args.fold)
+    empty = sp.datasets.empty_cases(folder, folder.cases) if plan is None else plan.fingerprint.empty_cases
+    sp.datasets.require_foreground(folds or [cases], empty=empty)
+    return cases, folds
 
 
 class Job(NamedTuple):
-    """What the trainings of a run have in common."""
+    """What the trainings of all folds have in common."""
 
     args: argparse.Namespace
     accelerator: "Accelerator"
@@ -126,16 +126,8 @@ class Job(NamedTuple):
     plan: "sp.training.Plan | None"
 
 
-class Trained(NamedTuple):
-    """A training that has ended, its adapter, and facts for the report."""
-
-    run: "sp.training.Run"
-    adapter: Path
-    settings: dict[str, object]
-
-
-def train(job: Job, cases: "sp.datasets.Splits", directory: Path) -> Trained:
-    """Train an adapter on some cases."""
+def train(job: Job, cases: "sp.datasets.Splits", directory: Path) -> "tuple[sp.training.Run, Path, dict[str, object]]":
+    """Train an adapter on some cases; returns the run, the adapter's folder and facts for the report."""
     args, accelerator, folder, config, training, plan = job
     accelerator.print(f"{directory.name}: {cases.summary(validation_share=args.validation_share)}")
 
@@ -159,29 +151,15 @@ def train(job: Job, cases: "sp.datasets.Splits", directory: Path) -> Trained:
     adapter, settings = sp.training.fit(run, accelerator=accelerator, resume=resume)
     if plan is not None:
         sp.training.record_postprocessing(run, adapter, accelerator=accelerator)
-    return Trained(run, adapter, settings | ({"dataset": folder.name} if folder.name else {}))
+    return run, adapter, settings | ({"dataset": folder.name} if folder.name else {})
 
 
-def score(job: Job, trained: Trained) -> "sp.Report | None":
-    """Score the held-out cases, if there are any, with the adapter as it was saved."""
-    if not trained.run.cases.test:
-        return None
-    return sp.score_held_out(
-        trained.adapter,
-        *trained.run.test,
-        job.args.output_dir,
-        accelerator=job.accelerator,
-        settings=trained.settings,
-    )
-
-
-def score_folds(job: Job, folds: "list[sp.datasets.Splits]", final: Trained) -> "sp.Report | None":
-    """Train an adapter for each fold, whose cases it scores; the final adapter gets the scores of all."""
-    reports = []
-    for number, cases in enumerate(folds):
-        trained = train(job, cases, job.args.output_dir / f"fold_{number}")
-        reports.append(sp.training.score_fold(*trained, accelerator=job.accelerator))
-    return sp.training.join_folds(reports, job.args.output_dir, accelerator=job.accelerator, settings=final.settings)
+def score_folds(job: Job, folds: "list[sp.datasets.Splits]", settings: dict[str, object]) -> "sp.Report | None":
+    """Train an adapter for each fold and score it on the fold's cases."""
+    out, accelerator = job.args.output_dir, job.accelerator
+    trained = (train(job, cases, out / f"fold_{number}") for number, cases in enumerate(folds))
+    reports = [sp.training.score_fold(*of_fold, accelerator=accelerator) for of_fold in trained]
+    return sp.training.join_folds(reports, out, accelerator=accelerator, settings=settings)
 
 
 if __name__ == "__main__":
