@@ -14,9 +14,13 @@ held-out cases failed, 2 wrong input, 3 loss diverged, 75 stopped by a signal.
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 # Its names are imported on first use, so that help is printed and Ctrl-C is heeded from the start.
 import samed_peft as sp
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 PRESETS = ("plan", "samed")
 SPLIT = ("patient_pattern", "split_file", "test_cases", "validation_cases", "validation_share", "folds")
@@ -68,10 +72,8 @@ def main() -> None:
     if args.preset == "samed" and args.plan is not None:
         parser.error("--preset samed takes SAMed's settings and --plan those of a file; give one of them")
     out, hub = args.output_dir, {"repo_id": args.push_to_hub}
-    precision = args.mixed_precision
-    if precision is None and args.preset == "plan":
-        precision = sp.training.planned_precision(out, plan_file=args.plan)
-    accelerator = sp.training.start_run(out, mixed_precision=precision, **hub)
+    by_plan = sp.training.planned_precision(out, plan_file=args.plan) if args.preset == "plan" else None
+    accelerator = sp.training.start_run(out, mixed_precision=args.mixed_precision or by_plan, **hub)
 
     # 1. Plan: find the scans and their label maps, and decide how to train on them.
     folder = sp.datasets.open_folder(args.data_dir, channel=args.channel, class_names=args.class_names)
@@ -84,54 +86,83 @@ def main() -> None:
         vars(args).update(others)
 
     # 2. Cases: decide which are held out.
-    split = {name: vars(args)[name] for name in SPLIT}
-    folds = sp.datasets.choose_folds(folder.cases, **split) if args.fold == "each" else []
-    cases = sp.datasets.choose_splits(folder.cases, **split, fold="all" if folds else args.fold)
+    cases, folds = split_cases(args, folder, plan)
 
     # 3. What the adapter will be: classes, window, orientation and channel follow from the data.
     described = sp.datasets.describe_folder(folder, class_names=args.class_names, plane=args.plane, window=args.window)
     config = sp.SamedConfig(args.base, **described | adapter_options)
 
-    def train(cases: "sp.datasets.Splits", directory: Path) -> tuple["sp.training.Run", Path, dict[str, object]]:
-        accelerator.print(f"{directory.name}: {cases.summary(validation_share=args.validation_share)}")
-
-        # 4. Rows: slices of the training scans. One process prepares them, and reads the held-out scans so that a bad
-        # file stops the run now and not after the training; the other processes find the verified cache.
-        with accelerator.main_process_first():
-            rows = sp.datasets.load_slices(
-                folder,
-                cases.train,
-                num_classes=len(config.class_names),
-                orientation=config.orientation,
-                window=config.window,
-                empty_share=args.empty_share,
-                held_out=cases.held_out if accelerator.is_main_process else [],
-                verify=sp.training.verifies_rows(accelerator),
-            )
-
-        # 5. Training: the base with LoRA, optimizer steps, validation, checkpoints.
-        run = sp.training.Run(config, training, rows, directory, folder, cases, args.init, plan)
-        resume = args.resume and (directory == out or directory.exists())  # later folds may not have begun
-        adapter, settings = sp.training.fit(run, accelerator=accelerator, resume=resume)
-        if plan is not None and args.refine:
-            sp.training.record_postprocessing(run, adapter, accelerator=accelerator)
-        return run, adapter, settings | ({"dataset": folder.name} if folder.name else {})
+    # 4. and 5. Rows and training; of all folds, the final adapter comes first, so that all that could stop it does so.
+    job = Job(args, accelerator, folder, config, training, plan)
+    run, adapter, settings = train(job, cases, out)
 
     # 6. Prediction and scores, with the adapter as it was saved. With all folds, the final adapter, trained on every
-    # case, comes first, so that all that could stop it does so early; it gets the scores of the folds' adapters.
-    run, adapter, settings = train(cases, out)
-    report = None
-    if folds:
-        reports = []
-        for number, cases in enumerate(folds):
-            run_of_fold, *trained = train(cases, out / f"fold_{number}")
-            reports.append(sp.training.score_fold(run_of_fold, *trained, accelerator=accelerator))
-        report = sp.training.join_folds(reports, out, accelerator=accelerator, settings=settings)
-    elif cases.test:
+    # case, gets the scores of the folds' adapters.
+    report = score_folds(job, folds, settings) if folds else None
+    if cases.test:
         report = sp.score_held_out(adapter, *run.test, out, accelerator=accelerator, settings=settings)
 
     # 7. Sharing: scores go into the adapter's card, and all of it to the Hub if asked to.
     sp.training.finish_run(run, adapter, report, accelerator=accelerator, **hub)
+
+
+def split_cases(
+    args: argparse.Namespace, folder: "sp.datasets.LabelledFolder", plan: "sp.training.Plan | None"
+) -> "tuple[sp.datasets.Splits, list[sp.datasets.Splits]]":
+    """The cases to train, test and validate on, and those of each fold if all are trained and scored."""
+    split = {name: vars(args)[name] for name in SPLIT}
+    folds = sp.datasets.choose_folds(folder.cases, **split) if args.fold == "each" else []
+    cases = sp.datasets.choose_splits(folder.cases, **split, fold="all" if folds else args.fold)
+    empty = sp.datasets.empty_cases(folder, folder.cases) if plan is None else plan.fingerprint.empty_cases
+    sp.datasets.require_foreground(folds or [cases], empty=empty)
+    return cases, folds
+
+
+class Job(NamedTuple):
+    """What the trainings of all folds have in common."""
+
+    args: argparse.Namespace
+    accelerator: "Accelerator"
+    folder: "sp.datasets.LabelledFolder"
+    config: "sp.SamedConfig"
+    training: "sp.TrainingConfig"
+    plan: "sp.training.Plan | None"
+
+
+def train(job: Job, cases: "sp.datasets.Splits", directory: Path) -> "tuple[sp.training.Run, Path, dict[str, object]]":
+    """Train an adapter on some cases; returns the run, the adapter's folder and facts for the report."""
+    args, accelerator, folder, config, training, plan = job
+    accelerator.print(f"{directory.name}: {cases.summary(validation_share=args.validation_share)}")
+
+    # 4. Rows: slices of the training scans. One process prepares them, and reads the held-out scans so that a bad file
+    # stops the run now and not after the training; the other processes find the verified cache.
+    with accelerator.main_process_first():
+        rows = sp.datasets.load_slices(
+            folder,
+            cases.train,
+            num_classes=len(config.class_names),
+            orientation=config.orientation,
+            window=config.window,
+            empty_share=args.empty_share,
+            held_out=cases.held_out if accelerator.is_main_process else [],
+            verify=sp.training.verifies_rows(accelerator),
+        )
+
+    # 5. Training: the base with LoRA, optimizer steps, validation, checkpoints.
+    run = sp.training.Run(config, training, rows, directory, folder, cases, args.init, plan)
+    resume = args.resume and (directory == args.output_dir or directory.exists())  # later folds may not have begun
+    adapter, settings = sp.training.fit(run, accelerator=accelerator, resume=resume)
+    if plan is not None and args.refine:
+        sp.training.record_postprocessing(run, adapter, accelerator=accelerator)
+    return run, adapter, settings | ({"dataset": folder.name} if folder.name else {})
+
+
+def score_folds(job: Job, folds: "list[sp.datasets.Splits]", settings: dict[str, object]) -> "sp.Report | None":
+    """Train an adapter for each fold and score it on the fold's cases."""
+    out, accelerator = job.args.output_dir, job.accelerator
+    trained = (train(job, cases, out / f"fold_{number}") for number, cases in enumerate(folds))
+    reports = [sp.training.score_fold(*of_fold, accelerator=accelerator) for of_fold in trained]
+    return sp.training.join_folds(reports, out, accelerator=accelerator, settings=settings)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from samed_peft.models.bases import TINY_SAM_DIR, load_sam, open_sam
 from samed_peft.models.geometry import base_geometry
 from samed_peft.training import Machine, make_plan, options_of, read_plan, write_plan
 from samed_peft.training.claims import _claim
+from samed_peft.training.replanning import decisions_for_steps, expected_steps, replanned
 from samed_peft.training.state import Progress, load_checkpoint, save_checkpoint
 
 NONSENSE = (
@@ -127,7 +128,10 @@ def read_base(folder):
 def read_planned(folder):
     plan = read_plan(folder / "plan.json")
     printable(plan.table()).encode()
-    options_of(plan.with_given({"epochs": 2}), open_folder(folder, channel="T1"))
+    options_of(replanned(plan, {"epochs": 2}), open_folder(folder, channel="T1"))
+    replanned(plan, {"image_size": 128, "method": "ia3"})
+    expected_steps(plan)
+    decisions_for_steps(plan, 200)
 
 
 KINDS = {

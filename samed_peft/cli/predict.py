@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     """Segment the scans and say what was written."""
     from samed_peft import prediction
     from samed_peft.io import require_highdicom
-    from samed_peft.prediction.records import common_channel, record_adapters, require_same_adapters
+    from samed_peft.prediction.records import common_channel, require_same_adapters
     from samed_peft.prediction.scans import warn_of_storage_order
 
     options = _options(args)
@@ -98,8 +98,7 @@ def run(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()  # each has read the record before it changes
     if accelerator.is_main_process:
         _tell_averaged(adapters)
-        record_adapters(first.mask.parent, adapters)
-    outcome = prediction.predict_files(models, scans, options=options, accelerator=accelerator)
+    outcome = prediction.predict_files(models, scans, options=options, accelerator=accelerator, adapters=adapters)
     accelerator.end_training()
     # Other processes exit with 0: if one failed, a launcher would stop the main process before it has reported.
     if accelerator.is_main_process:

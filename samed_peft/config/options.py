@@ -120,8 +120,11 @@ def parse_run_options(
     training = TrainingConfig(**{field.name: vars(args)[field.name] for field in dataclasses.fields(TrainingConfig)})
     adapter = {name: vars(args)[name] for name in _ADAPTER_FIELDS}
     # Refuse bad values now, not after scans were prepared; warnings come with the recipe's own config.
+    # Plans resample tiles as they have to be.
+    is_tiled = args.tile and args.input_size is None and args.resampling == parser.get_default("resampling")
+    resampling = {"resampling": "aligned"} if is_tiled and vars(args).get("preset") == "plan" else {}
     with warnings.catch_warnings(action="ignore"):
-        SamedConfig(args.base or TINY_SAM, class_names=("any",), **adapter)
+        SamedConfig(args.base or TINY_SAM, class_names=("any",), **adapter | resampling)
     return args, adapter, training
 
 
@@ -147,12 +150,21 @@ def _agree_on_validation(parser: argparse.ArgumentParser, args: argparse.Namespa
     if bool(args.validate_epochs) != bool(args.validation_cases or share):
         parser.error("--validate_epochs and --validation_cases go together")
     if args.patience and not args.validate_epochs:
-        parser.error(f"--patience {args.patience} counts validations, of which there are none; leave it out")
-    # Trainings of a given number of steps or minutes are validated at their end at the latest.
-    if args.validate_epochs > args.stop_epoch and args.max_steps is None and args.max_minutes is None:
+        parser.error(
+            f"--patience {args.patience} counts validations, but this run makes none; leave it out, or choose "
+            "--validation_cases"
+        )
+    # Trainings of a given number of steps or minutes are validated at their end at the latest, and so are planned ones.
+    has_epochs = args.max_steps is None and args.max_minutes is None and not _is_planned(parser, args)
+    if args.validate_epochs > args.stop_epoch and has_epochs:
         parser.error(
             f"--validate_epochs {args.validate_epochs} never validates in {args.stop_epoch} epochs; choose fewer"
         )
+
+
+def _is_planned(parser: argparse.ArgumentParser, args: argparse.Namespace) -> bool:
+    """Whether a plan decides on the number of steps."""
+    return vars(args).get("preset") == "plan" and args.epochs == parser.get_default("epochs")
 
 
 def _refuse_ignored(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

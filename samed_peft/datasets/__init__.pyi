@@ -1,6 +1,7 @@
 from .builder import load_slices as load_slices
 from .cases import CaseVolumes as CaseVolumes
 from .cases import check_cases as check_cases
+from .cases import empty_cases as empty_cases
 from .choices import ORIENTATIONS as ORIENTATIONS
 from .choices import choose_orientation as choose_orientation
 from .choices import choose_plane as choose_plane
@@ -9,7 +10,6 @@ from .choices import class_names_for as class_names_for
 from .choices import describe_folder as describe_folder
 from .fingerprint import Fingerprint as Fingerprint
 from .fingerprint import examine_cases as examine_cases
-from .fingerprint import require_foreground as require_foreground
 from .fingerprint import take_fingerprint as take_fingerprint
 from .folder import LabelledFolder as LabelledFolder
 from .layouts import LAYOUTS as LAYOUTS
@@ -21,6 +21,7 @@ from .rows import common_orientation as common_orientation
 from .splits import Splits as Splits
 from .splits import choose_folds as choose_folds
 from .splits import choose_splits as choose_splits
+from .splits import require_foreground as require_foreground
 from .synapse import list_cases as list_cases
 from .synapse import load_synapse as load_synapse
 from .synapse import open_synapse as open_synapse

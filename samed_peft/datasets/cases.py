@@ -1,6 +1,7 @@
 """Cases read from their files: scans, references and pairs of both, whole volumes one at a time."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from datasets import Dataset
 
 from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.label_files import read_class_files, read_coloured
-from samed_peft.datasets.label_scheme import label_table, labels_of_table, require_counted
+from samed_peft.datasets.label_scheme import foreground, label_table, labels_of_table, require_counted
 from samed_peft.datasets.preprocessing import normalized_array
 from samed_peft.errors import InputError, reason_of
 from samed_peft.io import (
@@ -45,7 +46,7 @@ def naming_files(*paths: Path) -> Iterator[None]:
     except Exception as error:  # libraries raise errors of many kinds for bad files
         advice = "or leave the case out"
         if not isinstance(error, MemoryError):
-            advice = "look at it in a viewer, and mend it or leave the case out"
+            advice = "look at it in a viewer, and correct it or leave the case out"
         raise InputError(
             f"{' and '.join(map(str, dict.fromkeys(paths)))} cannot be used: {reason_of(error)}; {advice}"
         ) from error
@@ -136,6 +137,23 @@ def check_cases(
     files = [folder.case(case) for case in cases]
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, CASES_AT_ONCE)) as pool:
         list(pool.map(check, files))
+
+
+def empty_cases(folder: LabelledFolder, cases: Sequence[str]) -> tuple[str, ...]:
+    """Those of some cases that have no labelled voxel; label maps alone are read.
+
+    Raises:
+        InputError: a label map is damaged.
+    """
+
+    def is_empty(case: Case) -> bool:
+        with naming_files(case.labels[0]):
+            labels = read_reference(case)
+            return not foreground(labels.array, labels.ignored_label).any()
+
+    files = [folder.case(case, as_slices=True) for case in cases]
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, CASES_AT_ONCE)) as pool:
+        return tuple(itertools.compress(cases, pool.map(is_empty, files)))
 
 
 class CaseVolumes(Mapping[str, Volume]):

@@ -15,7 +15,7 @@ from samed_peft.datasets.cases import CASES_AT_ONCE, naming_files, read_pair
 from samed_peft.datasets.choices import CT_NAMES, ORIENTATIONS, choose_orientation, choose_plane, class_names_for
 from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.preprocessing import reorientation, reoriented
-from samed_peft.datasets.splits import Splits, patients_of
+from samed_peft.datasets.splits import patients_of
 from samed_peft.errors import InputError
 from samed_peft.io import Volume, is_picture
 
@@ -79,6 +79,7 @@ class Fingerprint(JsonFields):
     class_voxels: dict[str, int] = described("voxels of each class")  # noqa: RUF009
     class_slices: dict[str, int] = described("slices with each class")  # noqa: RUF009
     class_cases: dict[str, int] = described("cases with each class")  # noqa: RUF009
+    empty_cases: tuple[str, ...] = described("names of the cases without a labelled voxel", ())
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def take_fingerprint(
         data=folder.data_name("", cases, as_slices=True).strip("-"),
         plane=next((name for name, codes in ORIENTATIONS.items() if codes == orientation), None),
         orientation=orientation,
+        empty_cases=tuple(case for case, fact in facts.items() if not fact.has_foreground),
         modality=_modality(folder, folder.case(cases[0], as_slices=True), facts),
         **_numbers_of_slices(facts, patients),
         **_geometry(list(facts.values())),
@@ -156,22 +158,6 @@ def examine_cases(
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, CASES_AT_ONCE)) as pool:
         found = pool.map(partial(_examine, num_classes=num_classes, orientation=orientation), files)
         return dict(zip(cases, found, strict=True))
-
-
-def require_foreground(facts: Mapping[str, CaseFacts], cases: Splits) -> None:
-    """Refuse a split with a side on which no voxel is labelled: it can teach or test nothing.
-
-    Raises:
-        InputError: naming the side, and how many cases it has.
-    """
-    for side, names in zip(("train", "test", "validate"), cases, strict=True):
-        if names and not any(facts[case].has_foreground for case in names):
-            others = [case for case, fact in facts.items() if fact.has_foreground]
-            raise InputError(
-                f"expected labelled voxels on each side of the split, found none in the {len(names)} cases to {side} "
-                f"on ({', '.join(names[:5])}); {len(others)} cases of {len(facts)} have some "
-                f"({', '.join(others[:5])}): choose another --fold, or name the cases with --test_cases"
-            )
 
 
 def _examine(case: Case, *, num_classes: int, orientation: str | None) -> CaseFacts:

@@ -1,7 +1,7 @@
 """Choose held-out cases: k folds, a listed split or named cases, patients never on both sides."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,6 +141,39 @@ def choose_folds(
     return splits
 
 
+_WAYS_OUT = {
+    "train": "choose another --fold, or fewer --test_cases and --validation_cases",
+    "test": "choose another --fold or fewer --folds, name the cases with --test_cases, or train on all with --fold all",
+    "validate": "name the cases with --validation_cases, or do without validation with --validation_share 0",
+}
+"""Side of a split -> what to do if no voxel is labelled there."""
+
+
+def require_foreground(splits: Sequence[Splits], *, empty: Collection[str]) -> None:
+    """Refuse splits with a side on which no voxel is labelled: it can teach or test nothing.
+
+    Args:
+        splits: one, or several folds.
+        empty: names of the cases without a labelled voxel.
+
+    Raises:
+        InputError: naming fold and side, and how many cases it has.
+    """
+    for number, cases in enumerate(splits):
+        for side, names in zip(_WAYS_OUT, cases, strict=True):
+            if not names or not {*names} <= {*empty}:
+                continue
+            count = f"{len(names)} case{'s' * (len(names) != 1)}"
+            everywhere = [name for group in cases for name in group]
+            labelled = [name for name in everywhere if name not in empty]
+            of_fold = f" of fold {number}" if len(splits) > 1 else ""
+            raise InputError(
+                f"expected labelled voxels on each side of the split, found none in the {count} to {side} on"
+                f"{of_fold} ({', '.join(names[:5])}); {len(labelled)} of {len(everywhere)} cases have some "
+                f"({', '.join(labelled[:5]) or 'none'}): {_WAYS_OUT[side]}"
+            )
+
+
 def patients_of(cases: Sequence[str], pattern: str | None = None) -> dict[str, str]:
     """Case -> patient, by a regular expression; see `choose_splits`."""
     if pattern is None:
@@ -157,7 +190,9 @@ def patients_of(cases: Sequence[str], pattern: str | None = None) -> dict[str, s
         if match is None:
             raise InputError(f"the patient of case {case} cannot be told: {pattern!r} does not match its whole name")
         if not match[1]:
-            raise InputError(f"case {case} has no patient by {pattern!r}: the group matches nothing; mend it")
+            raise InputError(
+                f"case {case} has no patient by {pattern!r}: the group matches nothing; correct the expression"
+            )
         patients[case] = match[1]
     return patients
 

@@ -15,7 +15,7 @@ from samed_peft.io import SUFFIXES, Volume, is_picture, list_folder, numbered_na
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance
 
 Files = Mapping[str, Sequence[Path]]
-"""Case -> the files of that name, of which there should be one."""
+"""Case -> the files of that name; more than one are refused."""
 
 
 def evaluate_folders(

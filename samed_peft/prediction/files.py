@@ -1,10 +1,12 @@
 """Segment many scans, in one process or several."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,30 +14,24 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from samed_peft.config import SamedConfig
 from samed_peft.errors import InputError, InterruptedBySignalError, StopSignal, reason_of
-from samed_peft.evaluation.pictures import case_picture, scan_window
 from samed_peft.io import (
-    DICOM_SEG_SUFFIX,
     SharedFlag,
     Volume,
     read_series,
     read_volume,
-    stored_mask,
-    stored_names,
-    write_bytes,
-    write_dicom_seg,
-    write_mask,
-    writing_probabilities,
 )
 from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import DTYPES
 from samed_peft.prediction.averaging import PROBABILITY_BITS, Segmenters, as_models
 from samed_peft.prediction.compiled import CompiledSegmenter
 from samed_peft.prediction.inference import predict_probabilities, predict_volume
+from samed_peft.prediction.overwriting import forget_new_masks, note_old_masks, with_old_masks
 from samed_peft.prediction.pipeline import process_in_order
+from samed_peft.prediction.records import AdapterSource, record_adapters
 from samed_peft.prediction.scans import Scan
 from samed_peft.prediction.slices import Segmenter, unrefined
+from samed_peft.prediction.writing import write_overlay, write_results
 
 
 @dataclass(frozen=True)
@@ -113,31 +109,36 @@ class Outcome:
 
 
 def predict_files(
-    model: Segmenters, scans: Sequence[Scan], *, options: PredictionOptions, accelerator: Accelerator
+    model: Segmenters,
+    scans: Sequence[Scan],
+    *,
+    options: PredictionOptions,
+    accelerator: Accelerator,
+    adapters: Sequence[AdapterSource] = (),
 ) -> Outcome:
     """Segment scans, divided among processes; every mask appears whole or not at all, after its probabilities.
 
     A scan that cannot be read or segmented fails alone. Finished scans are skipped, so that an interrupted run resumes
-    at the scan where it stopped.
+    at the scan where it stopped; old masks that `options.overwrite` had not replaced by then do not count as
+    finished.
 
     Args:
         model: as for `predict_volume`; the same on every process.
         scans: from `plan_masks`.
         options: of segmenting and writing.
         accelerator: processes, and default of the precision.
+        adapters: of the models, to be recorded beside the masks; none for no record.
 
     Returns:
         The same on every process, once all are done.
 
     Raises:
-        InputError: `options.compile` is set, and nothing can be compiled on this machine.
+        InputError: `options.compile` is set, and nothing can be compiled on this machine; or a record beside the masks
+            is damaged or cannot be written.
         InterruptedBySignalError: Ctrl-C or SIGTERM reached a process before its last scan was done; each
             has finished its current scan.
     """
-    # Decided by one process before any writes: others might see its first masks and divide another list.
-    pending = [scan for scan in scans if options.overwrite or not _is_finished(scan, options)]
-    flag = SharedFlag.new_in(pending[0].mask.parent) if pending and accelerator.num_processes > 1 else None
-    pending, flag = broadcast_object_list([pending, flag])
+    pending, flag = _pending(scans, adapters, options=options, accelerator=accelerator)
     mine = pending[accelerator.process_index :: accelerator.num_processes]
     models = as_models(model)
     if options.compile and mine:
@@ -149,6 +150,8 @@ def predict_files(
         written, failed = _predict_all(models, mine, options=options, accelerator=accelerator, stopped=stopped)
         # Within the block: a signal must not end a process before the others' turn.
         written, failed, received = _gathered(written, failed, stop.received or 0, accelerator=accelerator)
+    if accelerator.is_main_process:
+        forget_new_masks(scans, written=set(written))
     pending_cases = [scan.case for scan in pending]
     if any(received) and (left := len(set(pending_cases).difference(written, failed))):
         raise InterruptedBySignalError(_what_is_left(written, failed, left, pending[0].mask.parent), max(received))
@@ -157,6 +160,38 @@ def predict_files(
         skipped=tuple(scan.case for scan in scans if scan.case not in set(pending_cases)),
         failed={case: failed[case] for case in pending_cases if case in failed},
     )
+
+
+def _pending(
+    scans: Sequence[Scan],
+    adapters: Sequence[AdapterSource],
+    *,
+    options: PredictionOptions,
+    accelerator: Accelerator,
+) -> tuple[list[Scan], SharedFlag | None]:
+    """The scans to segment, and the flag of a signal if several processes do.
+
+    Decided by one process before any writes: others might see its first masks and divide another list.
+    """
+    agreed: list[Any] = [[], None, None]
+    if accelerator.is_main_process:
+        try:
+            old = {scan.case for scan in with_old_masks(scans)}
+            is_due = [options.overwrite or scan.case in old or not _is_finished(scan, options) for scan in scans]
+            pending = list(itertools.compress(scans, is_due))
+            # In this order: a kill in between must leave no old masks under a new record.
+            if options.overwrite:
+                note_old_masks(pending)
+            if adapters:
+                record_adapters(scans[0].mask.parent, adapters)
+            several = pending and accelerator.num_processes > 1
+            agreed = [pending, SharedFlag.new_in(pending[0].mask.parent) if several else None, None]
+        except InputError as error:
+            agreed[2] = str(error)
+    pending, flag, refusal = broadcast_object_list(agreed)
+    if refusal is not None:
+        raise InputError(refusal)
+    return pending, flag
 
 
 def _gathered(
@@ -219,10 +254,10 @@ def _predict_all(
     def write(scan: Scan, image: Volume, mask: np.ndarray, probabilities: np.ndarray | None) -> None:
         with _failures_noted(failed, scan, options):
             if options.overlay:
-                _write_overlay(scan, image, mask, config_of(models[0]))
+                write_overlay(scan, image, mask, config_of(models[0]))
             if probabilities is None:
                 scan.probabilities.unlink(missing_ok=True)  # of the mask that is replaced now
-            _write_results(scan, image, mask, probabilities, config=config_of(models[0]))
+            write_results(scan, image, mask, probabilities, config=config_of(models[0]))
             written.append(scan.case)
 
     hidden = None if accelerator.is_main_process else True  # None: shown in terminals only
@@ -249,33 +284,6 @@ def _failures_noted(failed: dict[str, str], scan: Scan, options: PredictionOptio
 def _one_line(scan: Scan, error: Exception) -> str:
     """The reason, with the file where a library's error does not name it."""
     return reason_of(error) if isinstance(error, (InputError, OSError)) else f"{scan.source}: {reason_of(error)}"
-
-
-def _write_overlay(scan: Scan, image: Volume, mask: np.ndarray, config: SamedConfig) -> None:
-    window = scan_window(image, config.window)
-    picture = case_picture(image, None, mask, class_names=config.class_names, window=window)
-    write_bytes(scan.overlay, picture)
-
-
-def _write_results(
-    scan: Scan, image: Volume, mask: np.ndarray, probabilities: np.ndarray | None, *, config: SamedConfig
-) -> None:
-    """Write mask and probabilities so that no mask ever lies beside those of another one.
-
-    Old probabilities go before the mask appears. What is killed in between leaves a mask without them, and that scan is
-    segmented again.
-    """
-    with contextlib.ExitStack() as both:
-        if probabilities is not None:
-            both.enter_context(writing_probabilities(probabilities, image, scan.probabilities))
-            scan.probabilities.unlink(missing_ok=True)
-        if scan.mask.suffix.lower() == DICOM_SEG_SUFFIX:
-            # Its segments are numbered from 1 on without gaps.
-            names = stored_names(config.class_names, None)
-            write_dicom_seg(mask, image, scan.mask, label_names=names, series=scan.series)
-        else:
-            names = stored_names(config.class_names, config.label_values)
-            write_mask(stored_mask(mask, config.label_values), image, scan.mask, label_names=names)
 
 
 def _precision(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,8 @@ from accelerate.utils import broadcast_object_list
 from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.errors import InputError
 from samed_peft.io import FolderKind, read_json, require_replaceable, write_json
-from samed_peft.training.length import LENGTH_FIELDS, LengthRecord
+from samed_peft.training.length import LENGTH_FIELDS, LENGTH_FILE, LengthRecord
+from samed_peft.training.planning import PLAN_FILE
 from samed_peft.training.progress import is_number
 
 RUN_FILE = "run.json"
@@ -23,6 +25,9 @@ RUN_FILE = "run.json"
 
 RUN_FOLDER = FolderKind(markers=(RUN_FILE,), in_place=True)
 """Output folder of a training run."""
+
+_WRITTEN_BEFORE_STEPS = (LENGTH_FILE, PLAN_FILE, "checkpoints", "logs", RUN_FILE)
+"""What a run writes before its first step; the file that marks the folder goes last."""
 
 _DEFAULTS = {
     field.name: list(field.default) if isinstance(field.default, tuple) else field.default
@@ -63,6 +68,49 @@ def claim_run_folder(
     if message is not None:
         raise InputError(message)
     return exceeded
+
+
+@dataclasses.dataclass
+class FolderBefore:
+    """What a run's folder was before it was claimed, to be restored if the run ends before its first step.
+
+    Attributes:
+        directory: folder of the run.
+        names: of what was in it.
+        missing: folders that were not there, innermost first.
+        is_used: whether a step was taken.
+    """
+
+    directory: Path
+    names: frozenset[str]
+    missing: tuple[Path, ...]
+    is_used: bool = False
+
+    @classmethod
+    def of(cls, directory: Path) -> "FolderBefore":
+        """A folder as it is now."""
+        names = frozenset(path.name for path in directory.iterdir()) if directory.is_dir() else frozenset[str]()
+        return cls(directory, names, tuple(p for p in (directory, *directory.parents) if not p.exists()))
+
+    @contextlib.contextmanager
+    def restored_unless_used(self, *, accelerator: Accelerator) -> Iterator[None]:
+        """Remove what a new run has written, if an error or a signal ends it before its first step."""
+        try:
+            yield
+        except BaseException:
+            if accelerator.is_main_process and not self.is_used and RUN_FILE not in self.names:
+                self._restore()
+            raise
+
+    def _restore(self) -> None:
+        for name in _WRITTEN_BEFORE_STEPS:
+            path = self.directory / name
+            if name in self.names or not path.exists():
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for folder in self.missing:
+            with contextlib.suppress(OSError):  # others may have written there
+                folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -13,11 +13,11 @@ from samed_peft.models.geometry import BaseGeometry
 
 _DIVIDING = ("folds", "fold", "test_cases", "split_file", "validation_cases")
 LENGTHS = ("epochs", "max_steps", "max_minutes")
-"""Options of which one decides how long a training is."""
+"""Options that decide how long a training is; at most one may be given."""
 
 
 def require_plannable(data: Fingerprint, base: BaseGeometry, given: Mapping[str, Any]) -> None:
-    """Refuse what cannot be met.
+    """Refuse data that cannot be trained on, and options that do not fit them.
 
     Raises:
         InputError: a value is out of range; no voxel is labelled, or those of one patient alone; one patient is to be
@@ -47,8 +47,8 @@ def require_plannable(data: Fingerprint, base: BaseGeometry, given: Mapping[str,
 
 def require_time(name: str, value: float | None, unit: str) -> None:
     """Refuse a time that is not positive and finite."""
-    if value is not None and not 0 < value < math.inf:
-        raise InputError(f"{name} must be a positive number of {unit}; found {value}")
+    if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+        raise InputError(f"{name} must be a positive number of {unit}; found {value!s:.200}")
 
 
 def _require_in_range(base: BaseGeometry, given: Mapping[str, Any]) -> None:
@@ -66,6 +66,9 @@ def _require_in_range(base: BaseGeometry, given: Mapping[str, Any]) -> None:
     if of_training:
         TrainingConfig(**of_training)
     if of_adapter:
+        of_adapter.setdefault(
+            "resampling", "aligned" if of_adapter.get("input_size") is None else "samed"
+        )  # as planned
         with warnings.catch_warnings(action="ignore"):  # they come with the config that is used
             SamedConfig(**{"base": base.base, "class_names": ("any",)} | of_adapter)
 

@@ -25,7 +25,7 @@ _EACH_SLICE = "the slice itself in all three channels"
 
 def _plane(s: Situation) -> Decided:
     if s.data.plane is None or s.data.spacing_mm is None:
-        return None, "slices as they are stored: the files tell no orientation"
+        return None, "slices as they are stored: the files do not record an orientation"
     through, row, column = s.data.spacing_mm
     if through > 1.1 * sorted(s.data.spacing_mm)[1]:
         return s.data.plane, f"across the coarsest axis: slices {through:g} mm apart, pixels of {row:g} x {column:g} mm"

@@ -28,8 +28,8 @@ from samed_peft.models.precision import cast_frozen_weights, product_dtype
 from samed_peft.training.adalora import prune_ranks
 from samed_peft.training.average import WeightAverage
 from samed_peft.training.batches import training_slices
-from samed_peft.training.claims import claim_run_folder, only_run_in
-from samed_peft.training.length import Clock, LengthRecord, Timing, settle_length, steps_that_fit
+from samed_peft.training.claims import FolderBefore, claim_run_folder, only_run_in
+from samed_peft.training.length import Clock, Fitted, LengthRecord, Timing, fitted_steps, settle_length, steps_that_fit
 from samed_peft.training.log import EventLog
 from samed_peft.training.loop import Step, build_optimizer, step_counts, steps_per_epoch, training_steps, warn_of_warmup
 from samed_peft.training.planning import PLAN_FILE, write_plan
@@ -71,16 +71,20 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
     settings = run_settings(config_of(model), training, data=run.data, accelerator=accelerator)
     if run.init is not None:
         settings["init"] = go_on_from(model, run.init)
-    average = _average(model, training)
+    if training.weight_average and config_of(model).method == "adalora":
+        raise InputError("weight_average would bring back ranks that adalora has pruned; use 0, or another method")
     # Refuses what rows and config do not allow, before the folder is claimed.
     training_slices(run.rows, run.config, training, label_size=model.logits_size)
+    before = FolderBefore.of(run.output_dir)
     exceeded = claim_run_folder(run.output_dir, settings, resume=resume, accelerator=accelerator)
-    if run.plan is not None and accelerator.is_main_process:
-        write_plan(run.plan, run.output_dir / PLAN_FILE)
     # Several trainings of one process, such as folds, must neither share a loss scaler nor fill the memory.
-    with only_run_in(run.output_dir, accelerator=accelerator), kept_scaler(accelerator):
+    with (
+        only_run_in(run.output_dir, accelerator=accelerator),
+        before.restored_unless_used(accelerator=accelerator),
+        kept_scaler(accelerator),
+    ):
         prepared, stepping = accelerator.prepare(model, optimizer)
-        parts = _Parts(run, model, prepared, stepping, accelerator, average)
+        parts = _Parts(run, model, prepared, stepping, accelerator, before)
         progress, length = _train(parts, resume=resume, exceeded=exceeded)
         accelerator.free_memory()
     adapter = run.output_dir / ("adapter" if progress.best_epoch is None else "adapter_best")
@@ -96,11 +100,17 @@ class _Parts:
     prepared: nn.Module
     optimizer: AcceleratedOptimizer
     accelerator: Accelerator
+    folder: FolderBefore
     average: WeightAverage | None = None
 
     @property
     def checkpoints(self) -> Path:
         return self.run.output_dir / "checkpoints"
+
+    def averaging(self, training: TrainingConfig) -> "_Parts":
+        """These with a moving average of the weights, from the present ones on, if one is wanted."""
+        decay = training.weight_average
+        return dataclasses.replace(self, average=WeightAverage(self.model, decay=decay) if decay else None)
 
     def save(self, progress: Progress) -> None:
         state = {"accelerator": self.accelerator, "average": self.average}
@@ -118,6 +128,8 @@ class _Parts:
 def _train(parts: _Parts, *, resume: bool, exceeded: Mapping[str, Any]) -> tuple[Progress, LengthRecord]:
     """Train from the newest checkpoint on; returns where the training ended, and what was decided on its length."""
     run, accelerator, is_main = parts.run, parts.accelerator, parts.accelerator.is_main_process
+    record = LengthRecord.shared(run.output_dir, accelerator=accelerator)
+    parts = parts.averaging(record.settled(run.training))
     state = {"accelerator": accelerator, "average": parts.average}
     progress = load_checkpoint(parts.checkpoints, parts.model, parts.optimizer, **state)
     if is_main and resume and not progress.step:
@@ -125,15 +137,13 @@ def _train(parts: _Parts, *, resume: bool, exceeded: Mapping[str, Any]) -> tuple
             f"nothing to resume in {run.output_dir}: it has no checkpoint, so the run begins anew", stacklevel=3
         )
     clock = Clock.started(progress, max_minutes=run.training.max_minutes)
-    length = settle_length(
-        run.output_dir,
-        run.training,
-        progress,
-        exceeded=exceeded,
-        fit_steps=partial(_fit_steps, parts, progress, clock),
-        accelerator=accelerator,
-    )
+    fit_steps = partial(_fit_steps, parts, progress, clock)
+    length = settle_length(record, run.training, progress, exceeded=exceeded, fit_steps=fit_steps)
+    if is_main:
+        _write_settlement(run, length, record)
     training = length.settled(run.training)
+    if not progress.step:  # the average of fresh weights is these weights
+        parts = parts.averaging(training)
     parts = dataclasses.replace(parts, run=dataclasses.replace(run, training=training))
     horizon, total = step_counts(len(run.rows), training, accelerator)
     prune_ranks(parts.model, parts.optimizer.optimizer, steps=total)
@@ -162,6 +172,7 @@ def _take_steps(parts: _Parts, progress: Progress, *, total: int, clock: Clock) 
     with StopSignal() as stop_signal:
         for step in _with_bar(steps, done=progress.step, total=total, shown=is_main):
             ends_s.append(time.perf_counter())
+            parts.folder.is_used = True
             log.write(step.scalars(), step=step.number)
             if parts.average is not None:
                 parts.average.update(step.number)
@@ -187,8 +198,18 @@ def _take_steps(parts: _Parts, progress: Progress, *, total: int, clock: Clock) 
     return progress
 
 
-def _fit_steps(parts: _Parts, progress: Progress, clock: Clock) -> tuple[int, float]:
-    """Number of further steps that fit into the minutes, and the time of one; the first ones are tried and undone."""
+def _write_settlement(run: Run, length: LengthRecord, before: LengthRecord) -> None:
+    """Record length and plan of a run that can begin or go on, and say what was decided anew."""
+    if length != before:
+        length.write(run.output_dir)
+    if run.plan is not None:
+        write_plan(run.plan, run.output_dir / PLAN_FILE)
+    if length.decisions and length.decisions != before.decisions:
+        print(length.settlement_note(run.training))
+
+
+def _fit_steps(parts: _Parts, progress: Progress, clock: Clock) -> Fitted:
+    """Further steps that fit into the minutes; the first ones are tried and undone."""
     run, accelerator, minutes = parts.run, parts.accelerator, parts.run.training.max_minutes
     assert minutes is not None, "asked for minutes only"
     begun = time.perf_counter()
@@ -200,23 +221,14 @@ def _fit_steps(parts: _Parts, progress: Progress, clock: Clock) -> tuple[int, fl
         )
     before_saving = time.perf_counter()
     parts.save(progress)
-    epoch_end_s = 2 * (time.perf_counter() - before_saving)  # checkpoint and adapter
+    epoch_end_s, validation_s = 2 * (time.perf_counter() - before_saving), 0.0  # checkpoint and adapter
     if run.validation is not None and run.training.validate_epochs:
-        seconds = seconds_to_validate(parts.model, *run.validation, accelerator=accelerator)
-        epoch_end_s += seconds / run.training.validate_epochs
-    timing = Timing(step_s, epoch_end_s, time.perf_counter() - begun)
+        validation_s = seconds_to_validate(parts.model, *run.validation, accelerator=accelerator)
+    timing = Timing(step_s, epoch_end_s, time.perf_counter() - begun, validation_s)
     (timing, used_s) = broadcast_object_list([timing, clock.seconds()])
     per_epoch = steps_per_epoch(len(run.rows), run.training, accelerator)
-    return steps_that_fit(run.training, timing, used_s=used_s, per_epoch=per_epoch), timing.step_s
-
-
-def _average(model: PeftModel, training: TrainingConfig) -> WeightAverage | None:
-    """The moving average of the weights, if one is wanted."""
-    if not training.weight_average:
-        return None
-    if config_of(model).method == "adalora":
-        raise InputError("weight_average would bring back ranks that adalora has pruned; use 0, or another method")
-    return WeightAverage(model, decay=training.weight_average)
+    fit = partial(steps_that_fit, timing=timing, used_s=used_s, per_epoch=per_epoch)
+    return Fitted(*fitted_steps(run.training, run.plan, progress, fit=fit), timing.step_s)
 
 
 def _fresh_model(run: Run, accelerator: Accelerator) -> PeftModel:

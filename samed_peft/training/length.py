@@ -4,9 +4,9 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -14,13 +14,18 @@ from accelerate.utils import broadcast_object_list
 from samed_peft.config import TrainingConfig
 from samed_peft.errors import InputError
 from samed_peft.io import read_json, write_json
+from samed_peft.training.planning import Plan
 from samed_peft.training.progress import Progress, is_number
+from samed_peft.training.replanning import OF_STEPS, decisions_for_steps, expected_steps
 
 LENGTH_FILE = "length.json"
 """Record of what was decided on a run's length after its start."""
 
 LENGTH_FIELDS = ("epochs", "stop_epoch", "max_steps", "stop_step", "max_minutes")
 """Fields of `TrainingConfig` that say how long a training is; a run that resumes may exceed them."""
+
+_LARGEST_ERROR = 1 / 3
+"""Share by which the steps that fit may differ from those expected before decisions are made anew."""
 
 _PLANNED_SHARE = 0.97
 """Share of the minutes that steps are planned for: steps that take a little longer than timed must not be cut off."""
@@ -34,6 +39,7 @@ class LengthRecord:
         max_steps: steps that were fitted to minutes; None if none were.
         stop_step: the step after which the minutes were used up, if that was before `max_steps`.
         seconds_per_step: as timed for `max_steps`.
+        decisions: of the plan that were made anew for `max_steps`, by name.
         extended: each time that a run went on for longer: the "step" from which on, and the settings of its length
             "before" and "after".
     """
@@ -41,6 +47,7 @@ class LengthRecord:
     max_steps: int | None = None
     stop_step: int | None = None
     seconds_per_step: float | None = None
+    decisions: dict[str, Any] = field(default_factory=dict)
     extended: tuple[dict[str, Any], ...] = ()
 
     @property
@@ -49,18 +56,29 @@ class LengthRecord:
         return {name: value for entry in self.extended for name, value in entry["after"].items()}
 
     def settled(self, training: TrainingConfig) -> TrainingConfig:
-        """The training with steps in place of minutes; the warm-up takes a tenth of them at most."""
+        """The training with steps in place of minutes, of which the warm-up takes a tenth at most."""
         if training.max_minutes is None:
             return training
-        warmup = training.warmup_steps if self.max_steps is None else min(training.warmup_steps, self.max_steps // 10)
-        return dataclasses.replace(
-            training, max_minutes=None, max_steps=self.max_steps, stop_step=self.stop_step, warmup_steps=warmup
-        )
+        steps: dict[str, Any] = {"max_steps": self.max_steps, "stop_step": self.stop_step}
+        decided = dataclasses.replace(training, max_minutes=None, **steps, **self.decisions)
+        if self.max_steps is None:
+            return decided
+        return dataclasses.replace(decided, warmup_steps=min(decided.warmup_steps, self.max_steps // 10))
 
     def decided(self) -> dict[str, Any]:
         """What settings of a finished run add to those it was started with."""
         steps = {"max_steps": self.max_steps, "stop_step": self.stop_step}
-        return steps if self.max_steps is not None else {}
+        return steps | self.decisions if self.max_steps is not None else {}
+
+    def settlement_note(self, training: TrainingConfig) -> str:
+        """One line on the decisions that were made anew."""
+        changes = ", ".join(
+            f"{name} {value:g} in place of {vars(training)[name]:g}" for name, value in self.decisions.items()
+        )
+        return (
+            f"{self.max_steps} steps of {self.seconds_per_step:.2g} s fit into {training.max_minutes:g} minutes, other "
+            f"than planned; by the plan's rules for so many steps: {changes}"
+        )
 
     def extension_note(self, *, horizon: int) -> str:
         """One line on the last time that the run went on for longer."""
@@ -97,13 +115,24 @@ class LengthRecord:
         record = cls(**found | {"extended": tuple(extended)})
         steps = [number for number in (record.max_steps, record.stop_step) if number is not None]
         is_sound = all(type(number) is int and 0 < number < 10**9 for number in steps)
-        if not is_sound or not all(map(_is_extension, record.extended)):
+        if not is_sound or not all(map(_is_extension, record.extended)) or not _are_decisions(record.decisions):
             raise _damaged(file, found)
+        return record
+
+    @classmethod
+    def shared(cls, directory: Path, *, accelerator: Accelerator) -> "LengthRecord":
+        """The record of a run's folder as the main process reads it; the same on all processes."""
+        (record,) = broadcast_object_list([cls.read(directory) if accelerator.is_main_process else None])
+        assert record is not None, "the main process has read it"
         return record
 
     def write(self, directory: Path) -> None:
         """Write the record into a run's folder."""
         write_json(directory / LENGTH_FILE, dataclasses.asdict(self))
+
+
+def _are_decisions(found: object) -> bool:
+    return isinstance(found, dict) and found.keys() <= {*OF_STEPS} and all(map(is_number, found.values()))
 
 
 def _is_extension(entry: object) -> bool:
@@ -120,52 +149,87 @@ def _is_extension(entry: object) -> bool:
 
 def _damaged(file: Path, found: object) -> InputError:
     return InputError(
-        f"expected max_steps, stop_step, seconds_per_step and extended, as decided for a run, in {file}, found "
-        f"{found!r:.120}; put the right file back, or choose another --output_dir"
+        f"expected max_steps, stop_step, seconds_per_step, decisions and extended, as decided for a run, in {file}, "
+        f"found {found!r:.120}; put the right file back, or choose another --output_dir"
     )
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What a training takes, in seconds: a step, the end of an epoch, and what was spent to find out."""
+    """What a training takes, in seconds: a step, saving after an epoch, what was spent to find out, a validation."""
 
     step_s: float
     epoch_end_s: float
     spent_s: float
+    validation_s: float = 0.0
+
+    def of_epoch_end(self, training: TrainingConfig) -> float:
+        """Seconds of saving and, spread over epochs, validating."""
+        return self.epoch_end_s + (self.validation_s / training.validate_epochs if training.validate_epochs else 0.0)
+
+
+class Fitted(NamedTuple):
+    """Steps that fit into minutes."""
+
+    steps: int  # further ones
+    decisions: dict[str, Any] | None  # that are made anew for them; None if it is too late for that
+    seconds_per_step: float
+
+
+def fitted_steps(
+    training: TrainingConfig, plan: Plan | None, progress: Progress, *, fit: Callable[[TrainingConfig], int]
+) -> tuple[int, dict[str, Any] | None]:
+    """Number of further steps that fit, and the decisions that a plan's rules make anew if it expected others.
+
+    Args:
+        training: as it was planned.
+        plan: that it follows, or None.
+        progress: position of the run; decisions are made before its first step only.
+        fit: number of steps that fit, validations included.
+    """
+    steps = fit(training)
+    if plan is None or progress.step:
+        return steps, None
+    expected = expected_steps(plan)
+    if expected is not None and abs(steps - expected) <= _LARGEST_ERROR * expected:
+        return steps, {}
+    # How often is validated decides how many steps fit, and the other way round: once each way.
+    every = decisions_for_steps(plan, steps).get("validate_epochs", training.validate_epochs)
+    steps = fit(dataclasses.replace(training, validate_epochs=every))
+    made = decisions_for_steps(plan, steps, validate_epochs=every)
+    return steps, {name: value for name, value in made.items() if value != vars(training)[name]}
 
 
 def settle_length(
-    directory: Path,
+    record: LengthRecord,
     training: TrainingConfig,
     progress: Progress,
     *,
     exceeded: Mapping[str, Any],
-    fit_steps: Callable[[], tuple[int, float]],
-    accelerator: Accelerator,
+    fit_steps: Callable[[], Fitted],
 ) -> LengthRecord:
-    """Decide how many steps a training takes, unless that is recorded, and record it; all processes agree.
+    """Decide how many steps a training takes, unless that is recorded.
 
     Args:
-        directory: folder of the run, claimed.
+        record: what was decided before.
         training: how long it shall be.
         progress: its position.
         exceeded: recorded settings of its length that are larger now, from `claim_run_folder`.
-        fit_steps: number of further steps that fit into the minutes, and the seconds that one takes; called at need.
-        accelerator: its processes.
+        fit_steps: finds the further steps that fit into the minutes; called at need, by all processes.
     """
-    record = LengthRecord.read(directory) if accelerator.is_main_process else None
-    (record,) = broadcast_object_list([record])
-    assert record is not None, "the main process has read it"
     settled = record
     if exceeded:
         after = {name: vars(training)[name] for name in exceeded}
         entry = {"step": progress.step, "before": dict(exceeded), "after": after}
-        settled = LengthRecord(extended=(*record.extended, entry))
+        settled = LengthRecord(decisions=record.decisions, extended=(*record.extended, entry))
     if training.max_minutes is not None and settled.max_steps is None:
-        further, seconds = fit_steps()
-        settled = dataclasses.replace(settled, max_steps=progress.step + further, seconds_per_step=round(seconds, 4))
-    if settled != record and accelerator.is_main_process:
-        settled.write(directory)
+        further, made, seconds = fit_steps()
+        settled = dataclasses.replace(
+            settled,
+            max_steps=progress.step + further,
+            seconds_per_step=round(seconds, 4),
+            decisions=settled.decisions if made is None else made,
+        )
     return settled
 
 
@@ -183,16 +247,17 @@ def steps_that_fit(training: TrainingConfig, timing: Timing, *, used_s: float, p
     """
     assert training.max_minutes is not None
     left_s = max(_PLANNED_SHARE * (60 * training.max_minutes - used_s), 0.0)
-    epochs, rest_s = divmod(left_s, per_epoch * timing.step_s + timing.epoch_end_s)
+    end_s = timing.of_epoch_end(training)
+    epochs, rest_s = divmod(left_s, per_epoch * timing.step_s + end_s)
     # An epoch that is not finished ends like the others.
-    steps = int(epochs) * per_epoch + max(math.floor((rest_s - timing.epoch_end_s) / timing.step_s), 0)
+    steps = int(epochs) * per_epoch + max(math.floor((rest_s - end_s) / timing.step_s), 0)
     if steps < 1:
-        needed = used_s + (timing.step_s + timing.epoch_end_s) / _PLANNED_SHARE
+        needed = used_s + (timing.step_s + end_s) / _PLANNED_SHARE
         raise InputError(
             f"expected minutes for one step more at least, found max_minutes {training.max_minutes:g} "
             f"({60 * training.max_minutes:.3g} s): here a step takes {timing.step_s:.2g} s, validating and saving "
-            f"{timing.epoch_end_s:.2g} s, and {used_s:.2g} s are used, {timing.spent_s:.2g} s of them for timing; give "
-            f"--max_minutes {math.ceil(needed / 0.6) / 100:g} or more, and --resume, since the folder is this run's now"
+            f"{end_s:.2g} s, and {used_s:.2g} s are used, {timing.spent_s:.2g} s of them for timing; give "
+            f"--max_minutes {math.ceil(needed / 0.6) / 100:g} or more"
         )
     return steps
 

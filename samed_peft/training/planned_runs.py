@@ -18,6 +18,7 @@ from samed_peft.models.geometry import base_geometry
 from samed_peft.training.decisions import RULES, best_precision
 from samed_peft.training.machine import Machine, this_machine
 from samed_peft.training.planning import PLAN_FILE, Plan, make_plan, read_plan
+from samed_peft.training.replanning import replanned
 
 
 class PlannedOptions(NamedTuple):
@@ -166,8 +167,8 @@ def _plan(
     if plan_file is None:
         return planned_options(folder, base=base, given=given, machine=machine).plan
     plan = read_plan(plan_file)
-    reading = {name: given.get(name) for name in ("class_names", "patient_pattern")}
-    reading["plane"] = given.get("plane") or plan.fingerprint.plane
-    plan.require_data(take_fingerprint(folder, **reading))
+    reading = {name: given[name] for name in ("class_names", "plane", "patient_pattern") if name in given}
+    fingerprint = take_fingerprint(folder, **{"plane": plan.fingerprint.plane} | reading)
+    plan.require_data(fingerprint, reading=reading)
     plan.require_base(base_geometry(base))
-    return plan.with_given(given)
+    return replanned(plan, given, fingerprint=fingerprint)

@@ -1,9 +1,10 @@
 """Plan a training from the data, the machine and the base: every decision with its reason."""
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple, Self
 
 from samed_peft.config.fields import short
@@ -14,7 +15,7 @@ from samed_peft.models.geometry import BaseGeometry
 from samed_peft.training.contradictions import LENGTHS, require_plannable, require_time
 from samed_peft.training.decisions import RULES
 from samed_peft.training.machine import Machine
-from samed_peft.training.situation import Situation
+from samed_peft.training.situation import OPTIONS, Situation
 
 PLAN_FILE = "plan.json"
 """Name of a plan kept with a run or an adapter."""
@@ -29,6 +30,11 @@ class Decision(NamedTuple):
     value: Any
     reason: str  # one line
 
+    @property
+    def is_given(self) -> bool:
+        """Whether users made it."""
+        return self.reason == _GIVEN or self.name == "max_minutes"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -39,12 +45,16 @@ class Plan:
         fingerprint: of the data.
         machine: that will train.
         base: measures of the SAM that is adapted.
+        options: that rules went by although no decision is about them, such as method; paths as text.
+        seconds_per_step: as measured, for the step that is planned; None if it was estimated or unknown.
     """
 
     decisions: tuple[Decision, ...]
     fingerprint: Fingerprint
     machine: Machine
     base: BaseGeometry
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seconds_per_step: float | None = None
 
     @property
     def values(self) -> dict[str, Any]:
@@ -54,7 +64,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON values."""
         parts = {name: vars(self)[name].to_dict() for name in _PARTS}
-        return {"decisions": [_jsonable(decision) for decision in self.decisions], **parts}
+        decisions = [decision._asdict() | {"value": _listed(decision.value)} for decision in self.decisions]
+        options = {name: _listed(value) for name, value in self.options.items()}
+        return {"decisions": decisions, **parts, "options": options, "seconds_per_step": self.seconds_per_step}
 
     @classmethod
     def from_dict(cls, values: object) -> Self:
@@ -63,7 +75,7 @@ class Plan:
         Raises:
             InputError: a part is missing, unknown or out of range.
         """
-        if not isinstance(values, dict) or values.keys() != {"decisions", *_PARTS}:
+        if not isinstance(values, dict) or values.keys() - _LATER != {"decisions", *_PARTS}:
             found = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
             raise InputError(f"expected decisions, {', '.join(_PARTS)} of a plan, found {found:.200}; plan again")
         listed = values["decisions"]
@@ -73,22 +85,13 @@ class Plan:
                 "it written by a newer samed_peft?"
             )
         decisions = [Decision(d["name"], _tuple(d["value"]), d["reason"]) for d in listed]
-        return cls(tuple(decisions), **{name: kind.from_dict(values[name]) for name, kind in _PARTS.items()})
-
-    def with_given(self, given: Mapping[str, Any]) -> "Plan":
-        """This plan with what users give in place of its decisions; those that follow from the length are made anew.
-
-        Raises:
-            InputError: see `make_plan`.
-        """
-        if not given.keys() & {*RULES, *LENGTHS}:
-            return self
-        kept = self.values
-        if given.keys() & set(LENGTHS):
-            kept = {name: value for name, value in kept.items() if name not in _OF_LENGTH}
-        made = make_plan(self.fingerprint, self.machine, base=self.base, given=kept | dict(given))
-        before = {decision.name: decision for decision in self.decisions if decision.name in kept.keys() - given.keys()}
-        return dataclasses.replace(self, decisions=tuple(before.get(new.name, new) for new in made.decisions))
+        options, seconds = _read_options(values.get("options", {})), values.get("seconds_per_step")
+        require_time("seconds_per_step of a plan", seconds, "seconds")
+        parts = {name: kind.from_dict(values[name]) for name, kind in _PARTS.items()}
+        plan = cls(tuple(decisions), **parts, options=options, seconds_per_step=seconds)
+        _require_decided(plan.values)
+        require_plannable(plan.fingerprint, plan.base, {**options, **plan.values})
+        return plan
 
     def prolonged(self, given: Mapping[str, Any]) -> "Plan":
         """This plan for a run that goes on: what users give replaces decisions, and no other is made anew.
@@ -102,21 +105,34 @@ class Plan:
                 kept[name] = Decision(name, _tuple(given[name]), _GIVEN)
         return dataclasses.replace(self, decisions=tuple(kept[name] for name in RULES if name in kept))
 
-    def require_data(self, fingerprint: Fingerprint) -> None:
+    def require_data(self, fingerprint: Fingerprint, *, reading: Collection[str] = ()) -> None:
         """Refuse a plan of other data.
+
+        Args:
+            fingerprint: of the data to train on.
+            reading: options that users give and that say how the data are read, such as plane; the fingerprint may
+                differ by what they change.
 
         Raises:
             InputError: naming what differs.
         """
         there, now = self.fingerprint.to_dict(), fingerprint.to_dict()
-        if differing := [name for name in there if there[name] != now[name]]:
-            # The hash always differs; it is shown only where nothing else does.
-            shown = [name for name in differing if name != "data"][:4] or differing
-            texts = [f"{name} {short(there[name])} there, {short(now[name])} now" for name in shown]
+        differing = [name for name in there if there[name] != now[name]]
+        is_same_data = "data" not in differing
+        if not differing or (is_same_data and reading):
+            return
+        # The hash always differs between other data; it is shown only where nothing else does.
+        shown = [name for name in differing if name != "data"][:4] or differing
+        texts = "; ".join(f"{name} {short(there[name])} there, {short(now[name])} now" for name in shown)
+        if is_same_data:
             raise InputError(
-                f"the plan was made from other data ({'; '.join(texts)}): expected files {self.fingerprint.data}, "
-                f"found {fingerprint.data}; plan again with samed plan, or give the data that it was made from"
+                f"the plan was made from the same files, read otherwise ({texts}): give --class_names, --plane and "
+                "--patient_pattern as for the plan, or plan again"
             )
+        raise InputError(
+            f"the plan was made from other data ({texts}): expected files {self.fingerprint.data}, found "
+            f"{fingerprint.data}; plan again with samed plan, or give the data that it was made from"
+        )
 
     def require_base(self, base: BaseGeometry) -> None:
         """Refuse a plan for a base of other measures, wherever it lies.
@@ -146,8 +162,15 @@ class Plan:
         return "\n".join([*header, "", *lines])
 
 
-_OF_LENGTH = (*LENGTHS, "stop_epoch", "warmup_steps", "weight_average", "validate_epochs", "patience")
-"""Decisions that depend on the number of steps."""
+_NEEDED = {"image_size", "gradient_checkpointing", "batch_size", "accumulation_steps", "validate_epochs"}
+"""Decisions that others go by."""
+
+_Types = Mapping[str, type | UnionType]
+_OF_RECIPE: _Types = {"plane": str | None, "fold": str | int, "folds": int, "validation_share": float | int}
+"""Decisions that are fields of no config, and what their values are."""
+
+_LATER = {"options", "seconds_per_step"}
+"""Parts that earlier versions did not write."""
 
 _PARTS: Mapping[str, Any] = {"fingerprint": Fingerprint, "machine": Machine, "base": BaseGeometry}
 
@@ -162,9 +185,32 @@ def _is_decision(value: object) -> bool:
     )
 
 
-def _jsonable(decision: Decision) -> dict[str, Any]:
-    value = list(decision.value) if isinstance(decision.value, tuple) else decision.value
-    return decision._asdict() | {"value": value}
+def _require_decided(values: Mapping[str, Any]) -> None:
+    """Refuse a plan that lacks a decision that others go by, or has one of another type."""
+    if missing := _NEEDED - values.keys():
+        raise InputError(f"expected a plan to decide on {', '.join(sorted(missing))}, found nothing; plan again")
+    for name in values.keys() & _OF_RECIPE:
+        if not isinstance(values[name], _OF_RECIPE[name]) or isinstance(values[name], bool):
+            raise InputError(f"expected another {name} in a plan, found {short(values[name])}; plan again")
+
+
+def _read_options(found: object) -> dict[str, Any]:
+    options = {name: _tuple(value) for name, value in found.items()} if isinstance(found, dict) else None
+    if options is None or not all(map(_is_option, options.items())):
+        raise InputError(
+            f"expected options of a plan, some of {', '.join(OPTIONS)}, found {short(found)}; plan again. Was it "
+            "written by a newer samed_peft?"
+        )
+    return options
+
+
+def _is_option(item: tuple[str, Any]) -> bool:
+    name, value = item
+    return name in OPTIONS and isinstance(value, OPTIONS[name]) and not isinstance(value, bool)
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _tuple(value: Any) -> Any:
@@ -213,12 +259,24 @@ def make_plan(
     require_plannable(fingerprint, base, given | {"max_minutes": minutes})
     situation = Situation(fingerprint, machine, base, given, minutes, seconds_per_step)
     decisions = []
-    for name, rule in RULES.items():
-        decided = (_tuple(given[name]), _GIVEN) if name in given else rule(situation)
-        if decided is not None:
-            situation.chosen[name] = decided[0]
-            decisions.append(Decision(name, *decided))
-    return Plan(tuple(decisions), fingerprint, machine, base)
+    for name in RULES:
+        if (decision := decide(name, situation)) is not None:
+            situation.chosen[name] = decision.value
+            decisions.append(decision)
+    return Plan(tuple(decisions), fingerprint, machine, base, options_of_rules(given), seconds_per_step)
+
+
+def decide(name: str, situation: Situation) -> Decision | None:
+    """A decision as users gave it, or as its rule makes it."""
+    given = situation.given
+    decided = (_tuple(given[name]), _GIVEN) if name in given else RULES[name](situation)
+    return None if decided is None else Decision(name, *decided)
+
+
+def options_of_rules(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the given options that a plan keeps: rules go by them although no decision is about them."""
+    plain = {name: str(value) if isinstance(value, Path) else _tuple(value) for name, value in given.items()}
+    return {name: value for name, value in plain.items() if name in OPTIONS}
 
 
 def read_plan(path: str | Path) -> Plan:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PARTING = 3
-"""Validations in a row after which falling training losses and falling validation Dice are told."""
+"""Validations in a row after which falling training losses and falling validation Dice are reported."""
 
 _POSITION = ("step", "best_dice", "best_epoch")
 """Fields that every version has stored; later ones have defaults."""
@@ -24,7 +24,7 @@ class Progress:
         loss_sum: sum of the training losses since the last validation.
         loss_steps: number of these losses.
         recent: (mean training loss, validation Dice) of the last validations, at most `PARTING` + 1.
-        has_parted: whether training and validation have been said to part ways.
+        has_parted: whether training and validation have been reported to part ways.
         seconds: time used for training so far.
     """
 

@@ -20,6 +20,7 @@ from samed_peft.models.launch import check_launch
 from samed_peft.training.claims import RUN_FOLDER
 from samed_peft.training.length import LengthRecord
 from samed_peft.training.planning import PLAN_FILE, Plan, write_plan
+from samed_peft.training.replanning import settled
 from samed_peft.training.state import stop_on_any_process
 
 _WITHOUT_EFFECT = ("num_workers", "checkpoint_steps", "channel_files")
@@ -115,7 +116,10 @@ def finish_run(
     refusal = None
     if accelerator.is_main_process:
         if run.plan is not None:
-            write_plan(run.plan, adapter / PLAN_FILE)
+            length = LengthRecord.read(run.output_dir)
+            steps = length.max_steps or 0
+            plan = settled(run.plan, length.decisions, steps=steps) if length.decisions else run.plan
+            write_plan(plan, adapter / PLAN_FILE)
         if report is not None:
             training = LengthRecord.read(run.output_dir).settled(run.training)
             write_card(adapter, report=report, training=training)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any
 
 from samed_peft.config import METHODS
@@ -74,6 +75,18 @@ class Constants:
 
 CONSTANTS = Constants()
 
+OPTIONS: Mapping[str, type | UnionType] = {
+    "method": str,
+    "input_size": int,
+    "empty_share": float | int,
+    "decay_power": float | int,
+    "stop_step": int,
+    "test_cases": tuple,
+    "split_file": str,
+    "validation_cases": tuple,
+}
+"""Options that rules read although no decision is about them, and what their values are in a plan."""
+
 
 @dataclass
 class Situation:
@@ -85,6 +98,7 @@ class Situation:
     given: Mapping[str, Any]
     max_minutes: float | None
     seconds_per_step: float | None
+    timed_work: float | None = None  # `step_work` of the step that took these seconds; None: that of this plan
     chosen: dict[str, Any] = field(default_factory=dict)
 
     def is_used(self, name: str) -> bool:
@@ -141,21 +155,28 @@ class Situation:
     @property
     def step_seconds(self) -> float | None:
         """Seconds that a step takes: as given, or estimated for CPUs; None for other devices."""
-        if self.seconds_per_step is not None or self.machine.device != "cpu":
-            return self.seconds_per_step
+        if self.seconds_per_step is not None:
+            return self.seconds_per_step * (self.step_work / self.timed_work if self.timed_work else 1.0)
+        if self.machine.device != "cpu":
+            return None
         cores = CONSTANTS.cores_of_time / min(self.machine.cores, CONSTANTS.most_cores)
-        tokens = (self.chosen["image_size"] / self.base.patch_size) ** 2 * self.base.depth
         token_us = CONSTANTS.token_us + CONSTANTS.token_us_per_square_width * self.base.width**2
-        seconds = tokens * token_us * 1e-6 * self.slices_per_step / self.machine.processes * cores
+        seconds = token_us * 1e-6 * self.step_work / self.machine.processes * cores
         return seconds / (CONSTANTS.speed_of_bf16 if self.chosen["mixed_precision"] == "bf16" else 1)
+
+    @property
+    def step_work(self) -> float:
+        """Tokens of all layers in an optimizer step, to which its time is in proportion."""
+        tokens: float = (self.chosen["image_size"] / self.base.patch_size) ** 2 * self.base.depth
+        return tokens * self.slices_per_step
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole training, as planned."""
         if "epochs" in self.given or "stop_epoch" in self.given:
             return int(self.given.get("stop_epoch", self.given.get("epochs"))) * self.steps_per_epoch
-        if self.given.get("max_steps"):
-            return int(self.given.get("stop_step") or self.given["max_steps"])
+        if max_steps := self.given.get("max_steps") or self.chosen.get("max_steps"):
+            return int(self.given.get("stop_step") or max_steps)
         of_data = self.steps_of_data
         if self.max_minutes is None or self.step_seconds is None:
             return of_data

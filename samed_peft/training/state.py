@@ -107,7 +107,9 @@ def load_checkpoint(
     progress, scaler = _read_state(path)
     tensors, moments = load_tensors(path / _WEIGHTS_FILE), load_tensors(path / _MOMENTS_FILE)
     trainable = _trainable(accelerator.unwrap_model(model))
-    averaged = None if average is None else load_tensors(path / _AVERAGE_FILE)
+    # Before the first step, when it is decided whether there is an average, that is the weights.
+    file = path / (_AVERAGE_FILE if progress.step or (path / _AVERAGE_FILE).is_file() else _WEIGHTS_FILE)
+    averaged = None if average is None else load_tensors(file)
     for weights in (tensors, *([] if averaged is None else [averaged])):
         if {name: value.shape for name, value in weights.items()} != {n: p.shape for n, p in trainable.items()}:
             raise InputError(f"{path} belongs to another model; remove it or choose another output folder")

@@ -232,7 +232,7 @@ def test_values_out_of_range_are_refused_before_data_are_read(options, message):
         (["--method", "vera", "--lora_plus_ratio", "2"], "--lora_plus_ratio means nothing to --method vera"),
         (["--epochs", "2", "--max_minutes", "5"], "--epochs 2 and --max_minutes 5.0 each decide how long the training"),
         (["--max_steps", "2", "--max_minutes", "5"], "--max_minutes 5.0 and --max_steps 2 each decide how long the"),
-        (["--patience", "3"], "--patience 3 counts validations, of which there are none"),
+        (["--patience", "3"], "--patience 3 counts validations, but this run makes none; leave it out, or choose"),
         (["--epochs", "1", "--validate_epochs", "2", "--validation_cases", "a"], "2 never validates in 1 epochs"),
     ],
 )

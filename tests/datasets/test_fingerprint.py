@@ -9,7 +9,7 @@ import pytest
 from conftest import GOLDEN, write_balls
 from PIL import Image
 
-from samed_peft.datasets import Splits, examine_cases, open_folder, require_foreground, take_fingerprint
+from samed_peft.datasets import empty_cases, open_folder, take_fingerprint
 from samed_peft.datasets.fingerprint import Fingerprint
 from samed_peft.errors import InputError
 
@@ -132,13 +132,9 @@ def test_data_without_foreground_are_refused_with_their_numbers(balls, tmp_path)
     for path in labels[:3]:
         _rewrite(path, np.zeros_like)
     folder = open_folder(tmp_path / "data")
-    assert take_fingerprint(folder, patient_pattern="(p.)_.").patients_with_foreground == 1
-    facts = examine_cases(folder, folder.cases, num_classes=1, orientation="LPS")
-    require_foreground(facts, Splits(["p3_a"], [], []))
-    with pytest.raises(
-        InputError, match=r"found none in the 2 cases to test on \(p1_a, p1_b\); 1 cases of 4 .*\(p3_a\)"
-    ):
-        require_foreground(facts, Splits(["p3_a", "p2_a"], ["p1_a", "p1_b"], []))
+    found = take_fingerprint(folder, patient_pattern="(p.)_.")
+    assert (found.patients_with_foreground, found.empty_cases) == (1, ("p1_a", "p1_b", "p2_a"))
+    assert empty_cases(folder, folder.cases) == found.empty_cases
     with pytest.raises(InputError, match=r"found none in 18 slices of 3 cases; .*check that the label maps"):
         take_fingerprint(folder, ["p1_a", "p1_b", "p2_a"])
     with pytest.raises(InputError, match="found none; name one at least"):

@@ -9,12 +9,14 @@ import pytest
 
 from samed_peft.datasets.splits import (
     MIN_PATIENTS,
+    Splits,
     choose_folds,
     choose_splits,
     fold_split,
     listed_split,
     named_split,
     patients_of,
+    require_foreground,
 )
 from samed_peft.errors import InputError
 
@@ -167,3 +169,22 @@ def test_all_cases_are_trained_on_and_all_folds_test_on_each_once(tmp_path):
     for named in ({"test_cases": CASES[:1]}, {"validation_cases": CASES[:1]}):
         with pytest.raises(InputError, match="no cases by name where each is tested on once, found p00_v1"):
             choose_folds(CASES, **named)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (
+            [Splits(["c", "a"], ["a", "b"], [])],
+            r"none in the 2 cases to test on \(a, b\); 1 of 4 cases have some \(c\): choose another --fold or fewer",
+        ),
+        ([Splits(["a"], ["c"], [])], r"none in the 1 case to train on \(a\); .*\(c\): choose another --fold, or fewer"),
+        ([Splits(["c"], ["c"], ["b"])], r"none in the 1 case to validate on \(b\); .*: name .* --validation_cases"),
+        ([Splits(["c"], ["c"], []), Splits(["c"], ["b"], [])], r"none in the 1 case to test on of fold 1 \(b\)"),
+        ([Splits(["b", "a"], [], [])], r"0 of 2 cases have some \(none\)"),
+    ],
+)
+def test_a_side_of_a_split_without_a_labelled_voxel_is_refused(splits, message):
+    with pytest.raises(InputError, match=message):
+        require_foreground(splits, empty=("a", "b"))
+    require_foreground([Splits(["c"], ["c", "a"], [])], empty=("a", "b"))

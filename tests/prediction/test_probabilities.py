@@ -24,6 +24,7 @@ from samed_peft.models.bases import load_sam
 from samed_peft.prediction import PredictionOptions, list_scans, plan_masks, predict_files, with_tiles
 from samed_peft.prediction.inference import predict_probabilities, predict_volume
 from samed_peft.prediction.postprocessing import largest_parts
+from samed_peft.prediction.writing import write_results
 
 NAMES = ("liver", "spleen")
 SHAPE = (3, 12, 10)
@@ -233,13 +234,14 @@ def test_old_probabilities_never_lie_beside_another_mask(models, tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("samed_peft.prediction.files.write_mask", fail)
+        patch.setattr("samed_peft.prediction.writing.write_mask", fail)
         overwrite = dataclasses.replace(options, overwrite=True)
         with pytest.raises(KeyboardInterrupt):
             predict_files(models[1], scans, options=overwrite, accelerator=accelerator)
-    assert files_of(tmp_path / "masks") == ["a.nii.gz"]
+    assert files_of(tmp_path / "masks") == ["a.nii.gz", "overwriting.json"]
     outcome = predict_files(models[0], scans, options=options, accelerator=accelerator)
     assert outcome.written == ("a",)
+    assert files_of(tmp_path / "masks") == ["a.nii.gz", "probabilities/a.nii.gz"]
     assert scans[0].probabilities.read_bytes() == probabilities
 
 
@@ -277,6 +279,56 @@ def test_averaged_adapters_are_told_and_recorded(predict, models, adapters, tmp_
     assert predict(["first"]) == 0
     assert predict(names) == 2
     assert "choose another output, or segment all again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [["first", "second"], ["second"]])
+def test_an_overwriting_run_that_is_stopped_goes_on_with_the_old_masks(
+    predict, models, tmp_path, monkeypatch, names, capsys
+):
+    for case in "abc":
+        write_scan(tmp_path / "scans" / f"{case}.nii.gz", ord(case))
+    assert predict(["first"]) == 0
+    old = {case: (tmp_path / "masks" / f"{case}.nii.gz").read_bytes() for case in "abc"}
+
+    def killed(scan, *given, **options):
+        if scan.case == "b":
+            raise KeyboardInterrupt  # as a kill: no code of the package goes on
+        write_results(scan, *given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("samed_peft.prediction.files.write_results", killed)
+        predict(names, "--overwrite")
+    assert (tmp_path / "masks" / "a.nii.gz").read_bytes() != old["a"]
+    assert (tmp_path / "masks" / "c.nii.gz").read_bytes() == old["c"]
+    capsys.readouterr()
+    assert predict(names) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"2 masks written to {tmp_path / 'masks'}; 1 finished")
+    for case in "abc":
+        scan = io.read_volume(tmp_path / "scans" / f"{case}.nii.gz")
+        found = io.read_labels(tmp_path / "masks" / f"{case}.nii.gz").array
+        np.testing.assert_array_equal(found, predict_volume(models[2 - len(names) :], scan))
+    assert not (tmp_path / "masks" / "overwriting.json").exists()
+    assert predict(names) == 0
+    assert "0 masks written" in capsys.readouterr().out
+
+
+def test_a_scan_that_fails_keeps_its_old_mask_which_is_not_taken_for_a_new_one(predict, tmp_path, capsys):
+    for case in "ab":
+        write_scan(tmp_path / "scans" / f"{case}.nii.gz", ord(case))
+    assert predict(["first"]) == 0
+    whole = (tmp_path / "scans" / "b.nii.gz").read_bytes()
+    (tmp_path / "scans" / "b.nii.gz").write_text("no scan")
+    assert predict(["second"], "--overwrite") == 1
+    note = tmp_path / "masks" / "overwriting.json"
+    assert json.loads(note.read_text()).keys() == {"b.nii.gz"}
+    (tmp_path / "scans" / "b.nii.gz").write_bytes(whole)
+    capsys.readouterr()
+    assert predict(["second"]) == 0
+    assert "1 mask written" in capsys.readouterr().out
+    assert not note.exists()
+    note.write_text("[]")
+    assert predict(["second"]) == 2
+    assert "expected names and fingerprints of masks to replace" in capsys.readouterr().err
 
 
 def test_masks_of_unknown_adapters_are_not_mixed_with_a_mean(predict, tmp_path, capsys):

@@ -179,6 +179,51 @@ def test_held_out_cases_are_read_before_the_training(call_recipe, scans, tmp_pat
         assert not (tmp_path / "out").exists()
 
 
+def test_a_split_with_a_side_without_labelled_voxels_is_refused_before_rows_are_prepared(
+    call_recipe, scans, tmp_path, monkeypatch
+):
+    shutil.copytree(scans, tmp_path / "data")
+    for case in ("p1_a", "p1_b", "p2_a"):
+        path = tmp_path / "data" / "labelsTr" / f"{case}.nii.gz"
+        label = nibabel.load(path)
+        nibabel.save(nibabel.Nifti1Image(np.zeros_like(np.asarray(label.dataobj)), label.affine), path)
+    path = tmp_path / "data" / "labelsTr" / "p1_a.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.ones((20, 24, 6), np.uint8), nibabel.load(path).affine), path)
+    splits = tmp_path / "splits.json"
+    splits.write_text(json.dumps([{"train": ["p1_a", "p3_a"], "val": ["p1_b", "p2_a"]}]))
+    monkeypatch.setattr("samed_peft.datasets.load_slices", lambda *_, **__: pytest.fail("rows were prepared"))
+    options = ("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", *SMALL)
+    some = r"2 of 4 cases have some \(p1_a, p3_a\)|\(p3_a, p1_a\)"
+    for given, message in (
+        (("--test_cases", "p2_a"), rf"found none in the 1 case to test on \(p2_a\); {some}"),
+        (("--split_file", splits), rf"found none in the 2 cases to test on \(p1_b, p2_a\); {some}"),
+        (("--test_cases", "p1_a", "p3_a"), rf"found none in the 2 cases to train on \(p1_b, p2_a\); {some}"),
+        (("--test_cases", "p1_a", "--validation_cases", "p2_a"), r"to validate on \(p2_a\); .* --validation_cases"),
+        (("--folds", "4", "--fold", "each"), r"found none in the 1 case to test on of fold \d \(p"),
+    ):
+        for preset in ("plan", "samed"):
+            code, stderr = call_recipe(RECIPE, *options, *given, "--preset", preset)
+            assert code == 2, stderr
+            (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+            assert re.search(message, line), line
+            assert not (tmp_path / "out").exists()
+
+
+def test_options_that_a_plan_completes_are_not_refused_for_settings_that_nobody_gave(call_recipe, scans, tmp_path):
+    options = ("--data_dir", scans, "--output_dir", tmp_path / "out", "--base", "tiny-sam", "--fold", "9")
+    for given in (("--tile",), ("--validate_epochs", "170", "--patience", "2")):
+        code, stderr = call_recipe(RECIPE, *options, *given)
+        assert (code, "expected fold 0 to 3 of 4 folds, found 9" in stderr) == (2, True), stderr
+    for given, message in (
+        (("--tile", "--preset", "samed"), "tile needs resampling aligned"),
+        (("--tile", "--resampling", "samed"), "tile needs resampling aligned"),
+        (("--validate_epochs", "170", "--preset", "samed"), "170 never validates in 160 epochs"),
+        (("--validate_epochs", "9", "--epochs", "3"), "9 never validates in 3 epochs"),
+    ):
+        code, stderr = call_recipe(RECIPE, *options, *given)
+        assert (code, message in stderr) == (2, True), stderr
+
+
 QUICK = [
     *("--base", "tiny-sam", "--image_size", "32", "--batch_size", "8", "--max_steps", "1", "--warmup_steps", "0"),
     *("--num_workers", "0", "--patient_pattern", "(p.)_."),

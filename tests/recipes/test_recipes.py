@@ -371,7 +371,7 @@ def test_pretraining_ends_with_a_sam_and_its_record(run, tmp_path):
 )
 def test_recipes_stay_short_and_explain_themselves(name):
     text = (RECIPES / name).read_text(encoding="utf-8")
-    assert text.count("\n") <= 150
+    assert text.count("\n") <= 180
     assert re.match(r'"""[^"]*(python|accelerate launch) recipes/' + re.escape(name), text)
 
 

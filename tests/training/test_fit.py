@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -11,15 +13,18 @@ import torch
 from accelerate import Accelerator
 from conftest import write_balls
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_planning import TINY, fingerprint
 
 from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.datasets import Splits, describe_folder, load_slices, open_folder
-from samed_peft.errors import InputError
+from samed_peft.errors import InputError, NonFiniteLossError
 from samed_peft.io import file_sha256, load_tensors
-from samed_peft.training import Progress, Run, fit
-from samed_peft.training.length import LengthRecord, Timing, steps_that_fit
+from samed_peft.training import Machine, Progress, Run, fit, make_plan
+from samed_peft.training.claims import FolderBefore
+from samed_peft.training.length import LengthRecord, Timing, fitted_steps, steps_that_fit
 from samed_peft.training.progress import PARTING
 
+FIT = sys.modules[fit.__module__]
 SHORT = {"batch_size": 2, "warmup_steps": 1, "learning_rate": 0.003, "num_workers": 0, "epochs": 3, "stop_epoch": 3}
 VALIDATED = {**SHORT, "validate_epochs": 1}
 
@@ -59,11 +64,11 @@ def balls(tmp_path_factory):
         classes = {"num_classes": 1, "orientation": config.orientation, "window": config.window}
         rows = load_slices(folder, cases.train, **classes, held_out=cases.held_out)
 
-    def run(output_dir, *, killed_after=None, init=None, **training):
+    def run(output_dir, *, killed_after=None, init=None, plan=None, **training):
         checkpoint = Path(output_dir) / "checkpoints" / f"step-{killed_after or 0:08d}"
         seen = rows if killed_after is None else KilledRows(rows, checkpoint)
         validated = cases if training.get("validate_epochs") else cases._replace(validation=[])
-        return Run(config, TrainingConfig(**SHORT | training), seen, Path(output_dir), folder, validated, init)
+        return Run(config, TrainingConfig(**SHORT | training), seen, Path(output_dir), folder, validated, init, plan)
 
     return run
 
@@ -209,10 +214,156 @@ def test_steps_are_fitted_to_minutes_with_the_ends_of_their_epochs(minutes, step
 
 
 def test_minutes_for_less_than_a_step_are_refused_with_numbers(train, tmp_path):
-    with pytest.raises(
-        InputError, match=r"max_minutes 0\.0001 \(0\.006 s\): here a step takes .* give --max_minutes .* and --resume"
-    ):
-        train(tmp_path / "run", max_minutes=0.0001)
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "new" / "run", tmp_path / "empty"):
+        with pytest.raises(
+            InputError,
+            match=r"max_minutes 0\.0001 \(0\.006 s\): here a step takes .*; give --max_minutes [\d.]+ or more$",
+        ):
+            train(folder, max_minutes=0.0001)
+    # Folders are as they were, so that the same command with other minutes begins a run.
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:nothing to resume")  # as is true before the first step
+def test_a_run_that_ends_before_its_first_step_leaves_its_folder_as_it_was(balls, train, tmp_path, monkeypatch):
+    out, broken = tmp_path / "run", {"learning_rate": 1e30, "warmup_steps": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(FIT, "step_counts", _killed)
+        with pytest.raises(KilledError):
+            train(out, resume=True)
+    assert not out.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("samed_peft.training.loop._accumulate", lambda *_, **__: (float("nan"),) * 3)
+        with pytest.raises(NonFiniteLossError):
+            train(out, **broken)
+    assert not out.exists()
+    train(out, killed_after=1, checkpoint_steps=1)
+    before = files_of(out)
+    # A run that has taken steps stays, whatever comes.
+    with monkeypatch.context() as patch:
+        patch.setattr(FIT, "step_counts", _killed)
+        with pytest.raises(KilledError):
+            train(out, resume=True, checkpoint_steps=1)
+    assert files_of(out) == before
+    train(out, resume=True, checkpoint_steps=1)
+    assert progress_of(out)["step"] == 9
+
+
+def _killed(*_):
+    raise KilledError
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_more_minutes_that_are_refused_change_nothing(balls, train, tmp_path):
+    out = tmp_path / "run"
+    train(out, killed_after=1, max_minutes=0.2, checkpoint_steps=1)
+    (state,) = out.glob("checkpoints/*/state.json")
+    values = json.loads(state.read_text())
+    values.pop("checksums")
+    values["progress"]["seconds"] = 12.0
+    state.write_text(json.dumps(values))
+    kept = {name: (out / name).read_bytes() for name in ("run.json", "length.json")}
+    with pytest.raises(InputError, match="give --max_minutes"):
+        train(out, resume=True, max_minutes=0.2001, checkpoint_steps=1)
+    assert {name: (out / name).read_bytes() for name in kept} == kept
+    assert not (out / "plan.json").exists()
+
+
+def planned_minutes(*, seconds_per_step, device="cpu", **given):
+    """A plan of a minute on any machine, and the settings that follow from it on the rows of `balls`."""
+    machine, options = Machine(device, "", 20.0, 2), {"max_minutes": 1, "seconds_per_step": seconds_per_step}
+    plan = make_plan(fingerprint(), machine, base=TINY, given=given, **options)
+    names = ("warmup_steps", "validate_epochs", "patience", "weight_average", "max_minutes", "learning_rate")
+    return plan, SHORT | {name: plan.values[name] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("device", "seconds"), [("cpu", 0.01), ("cuda", None), ("cpu", 3.0)], ids=["too fast", "unknown", "too slow"]
+)
+def test_decisions_of_a_plan_are_made_anew_for_the_steps_that_fit(
+    train, tmp_path, monkeypatch, capsys, device, seconds
+):
+    plan, planned = planned_minutes(seconds_per_step=seconds, device=device)
+    # As if a step took half a second: 1 min is 116 of them, and about 3 epochs of 40.
+    monkeypatch.setattr(FIT, "seconds_per_step", lambda *_, **__: 0.5)
+    monkeypatch.setattr(FIT, "seconds_to_validate", lambda *_, **__: 0.0)
+    train(tmp_path / "killed", plan=plan, killed_after=4, checkpoint_steps=2, **planned)
+    record = json.loads((tmp_path / "killed" / "length.json").read_text())
+    steps, decided = record["max_steps"], planned | record["decisions"]
+    assert 90 < steps < 120
+    assert decided["warmup_steps"] == steps // 20
+    # An average over a twentieth of the steps if these are 10 at least; about three epochs, each validated.
+    assert (decided["weight_average"], decided["validate_epochs"], decided["patience"]) == (0.0, 1, 0)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "by the plan's rules" in line)
+    assert line.startswith(f"{steps} steps of 0.5 s fit into 1 minutes, other than planned")
+    assert f"warmup_steps {steps // 20} in place of {planned['warmup_steps']}" in line
+    assert json.loads((tmp_path / "killed" / "plan.json").read_text()) == plan.to_dict()
+    # The rest takes the same steps with or without the kill, as if these settings had been given.
+    end = {"max_steps": steps, "stop_step": 9}
+    shorten(tmp_path / "killed", stop_step=9)
+    resumed, settings = train(tmp_path / "killed", plan=plan, resume=True, checkpoint_steps=2, **planned)
+    assert {name: settings[name] for name in record["decisions"]} == record["decisions"]
+    repeated, _ = train(tmp_path / "given", **decided | {"max_minutes": None} | end)
+    assert weights(resumed) == weights(repeated)
+    assert "by the plan's rules" not in capsys.readouterr().out
+
+
+def shorten(folder, *, stop_step):
+    """Let a run end early, as if its minutes had been used up."""
+    record = json.loads((folder / "length.json").read_text())
+    (folder / "length.json").write_text(json.dumps(record | {"stop_step": stop_step}))
+
+
+def test_a_plan_that_expected_about_as_many_steps_is_followed(train, tmp_path, monkeypatch, capsys):
+    plan, planned = planned_minutes(seconds_per_step=0.6)
+    monkeypatch.setattr(FIT, "seconds_per_step", lambda *_, **__: 0.5)
+    train(tmp_path / "run", plan=plan, killed_after=2, checkpoint_steps=2, **planned)
+    assert json.loads((tmp_path / "run" / "length.json").read_text())["decisions"] == {}
+    assert "by the plan's rules" not in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:nothing to resume")  # as is true before the first step
+def test_an_average_that_is_decided_on_with_the_steps_survives_a_kill_at_any_time(train, tmp_path, monkeypatch):
+    plan, planned = planned_minutes(seconds_per_step=20.0, warmup_steps=0)
+    assert plan.values["weight_average"] == 0.0
+    monkeypatch.setattr(FIT, "seconds_per_step", lambda *_, **__: 0.05)
+    monkeypatch.setattr(FIT, "seconds_to_validate", lambda *_, **__: 0.0)
+    options = {"plan": plan, "checkpoint_steps": 2, **planned}
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderBefore, "_restore", lambda _: None)  # as a kill does not
+        train(tmp_path / "one", killed_after=0, **options)  # with a checkpoint from before it was decided
+    record = json.loads((tmp_path / "one" / "length.json").read_text())
+    assert 0.9 < record["decisions"]["weight_average"] < 1
+    assert "warmup_steps" not in record["decisions"]  # it was given
+    assert not list((tmp_path / "one").glob("checkpoints/*/average.safetensors"))
+    shorten(tmp_path / "one", stop_step=7)
+    train(tmp_path / "one", resume=True, killed_after=4, **options)
+    resumed, _ = train(tmp_path / "one", resume=True, **options)
+    given = planned | record["decisions"] | {"max_minutes": None, "max_steps": record["max_steps"], "stop_step": 7}
+    repeated, _ = train(tmp_path / "given", **given)
+    assert weights(resumed) == weights(repeated)
+
+
+def test_validations_count_in_the_steps_that_fit():
+    """More steps than expected are validated less often, and the time of that is what counts."""
+    timing = Timing(step_s=0.01, epoch_end_s=0.0, spent_s=0.0, validation_s=4.0)
+    plan, planned = planned_minutes(seconds_per_step=20.0)
+    training = TrainingConfig(
+        **{name: value for name, value in planned.items() if name not in ("epochs", "stop_epoch")}
+    )
+    assert training.validate_epochs == 1
+    fit = partial(steps_that_fit, timing=timing, used_s=0.0, per_epoch=40)
+    often = fit(training)
+    steps, decided = fitted_steps(training, plan, Progress(), fit=fit)
+    assert steps >= often
+    assert steps == fit(dataclasses.replace(training, validate_epochs=decided.get("validate_epochs", 1)))
+    assert fitted_steps(training, plan, Progress(step=3), fit=fit) == (often, None)
+    assert fitted_steps(training, None, Progress(), fit=fit) == (often, None)
 
 
 @pytest.mark.slow
@@ -242,7 +393,16 @@ def test_a_killed_run_goes_on_for_longer_and_to_the_bit(train, tmp_path, capsys)
 
 @pytest.mark.parametrize(
     "content",
-    ["[]", "{}x", '{"colour": 1}', '{"max_steps": 0}', '{"extended": 5}', '{"extended": [{"step": 1}]}'],
+    [
+        "[]",
+        "{}x",
+        '{"decisions": {"rank": 1}}',
+        '{"decisions": [1]}',
+        '{"colour": 1}',
+        '{"max_steps": 0}',
+        '{"extended": 5}',
+        '{"extended": [{"step": 1}]}',
+    ],
 )
 def test_a_damaged_record_of_the_length_is_named(tmp_path, content):
     (tmp_path / "length.json").write_text(content)
