@@ -8,9 +8,9 @@ import numpy as np
 from torch import nn
 
 from samed_peft.config import SamedConfig
+from samed_peft.datasets.channels import scaled_slices
 from samed_peft.datasets.preprocessing import (
     neighbour_step,
-    normalized_array,
     reorientation,
     reoriented,
     slice_spacing_mm,
@@ -73,7 +73,7 @@ def segmented(
     for model in models:
         config = config_of(model)
         there, _ = reorientation(volume, config.orientation)
-        array = reoriented(normalized_array(volume, config.window), there)
+        array = reoriented(scaled_slices(volume, config.window, channels=config.channels), there)
         step = _neighbour_step(volume, slice_spacing_mm(volume, there), config)
         # Views in the model's orientation, through which results reach the scan's grid without another copy.
         labels, *totals = (reoriented(part, there) for part in (mask, *([] if sums is None else sums)))

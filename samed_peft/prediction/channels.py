@@ -13,7 +13,9 @@ Named = Sequence[tuple[str, Path]]
 _NNUNET_NAME = re.compile(r"(.+)_(\d{4})")
 
 
-def files_of_channel(named: Named, channel: int | None, channel_files: bool | None) -> Named | None:
+def files_of_channel(
+    named: Named, channel: int | None, channel_files: bool | None, *, has_further: bool = False
+) -> Named | None:
     """Cases and files of one channel, whose ending such as _0000 is left out of the case's name.
 
     Args:
@@ -21,6 +23,7 @@ def files_of_channel(named: Named, channel: int | None, channel_files: bool | No
         channel: None for the first.
         channel_files: `SamedConfig.channel_files`. If it is None, as of older adapters, the names decide: they are
             nnU-Net's if all of several end in numbers from _0000 on, unless they are those of frames.
+        has_further: whether the channel is the first of several that are seen together, of which 0 need not be one.
 
     Returns:
         None if the names are not those of channels.
@@ -33,7 +36,15 @@ def files_of_channel(named: Named, channel: int | None, channel_files: bool | No
     if not channel_files:
         is_list = len(named) > 1 and all(_NNUNET_NAME.fullmatch(case) for case, _ in named)
         return None if not is_list or (channel is None and _are_frames(named)) else _chosen(named, channel or 0)
-    return _chosen(named, channel or 0) if len(named) > 1 else _only(*named[0], channel or 0)
+    if len(named) > 1 and has_further and channel not in _numbers(named):
+        return None
+    return _chosen(named, channel or 0, from_0=not has_further) if len(named) > 1 else _only(*named[0], channel or 0)
+
+
+def siblings(case: str, path: Path, channels: Sequence[int]) -> tuple[Path, ...]:
+    """Files of all channels but the first, beside the file of the first; one that lacks fails when it is read."""
+    suffix = path.name.removeprefix(f"{case}_{channels[0]:04d}")
+    return tuple(path.with_name(f"{case}_{number:04d}{suffix}") for number in channels[1:])
 
 
 def _are_frames(named: Named) -> bool:
@@ -45,14 +56,18 @@ def _are_frames(named: Named) -> bool:
     return len(parts) == len(named) and one_sequence
 
 
-def _chosen(named: Named, channel: int) -> Named | None:
+def _numbers(named: Named) -> list[int]:
+    return sorted({int(match[2]) for case, _ in named if (match := _NNUNET_NAME.fullmatch(case))})
+
+
+def _chosen(named: Named, channel: int, *, from_0: bool = True) -> Named | None:
     """Cases and files of one channel, beside those whose names have no number.
 
     For a case that lacks the channel's file, its expected name is returned, and that case fails alone when it is read.
     """
     parts = [(match, path) for case, path in named if (match := _NNUNET_NAME.fullmatch(case))]
-    found = sorted({int(match[2]) for match, _ in parts})
-    if not found or found[0] != 0:  # nnU-Net counts from 0; these are numbers of cases
+    found = _numbers(named)
+    if not found or (from_0 and found[0] != 0):  # nnU-Net counts from 0; these are numbers of cases
         return None
     if channel not in found:
         raise InputError(

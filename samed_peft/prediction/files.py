@@ -12,13 +12,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from samed_peft.config import SamedConfig
+from samed_peft.config import SamedConfig, first_window
 from samed_peft.errors import InputError, InterruptedBySignalError, StopSignal, reason_of
 from samed_peft.evaluation.pictures import case_picture, scan_window
 from samed_peft.io import (
     DICOM_SEG_SUFFIX,
     SharedFlag,
     Volume,
+    first_channel,
+    read_channels,
     read_series,
     read_volume,
     stored_mask,
@@ -204,6 +206,8 @@ def _predict_all(
     def read(scan: Scan) -> Volume:
         if scan.series is not None:
             return read_series(scan.source, scan.series)
+        if scan.further:
+            return read_channels([scan.source, *scan.further])
         return read_volume(scan.source, channel=scan.channel)
 
     def compute(scan: Scan, reading: Callable[[], Volume]) -> Callable[[], None] | None:
@@ -250,8 +254,9 @@ def _one_line(scan: Scan, error: Exception) -> str:
 
 
 def _write_overlay(scan: Scan, image: Volume, mask: np.ndarray, config: SamedConfig) -> None:
-    window = scan_window(image, config.window)
-    picture = case_picture(image, None, mask, class_names=config.class_names, window=window)
+    shown = image if config.channels is None else first_channel(image)
+    window = scan_window(shown, first_window(config.window))
+    picture = case_picture(shown, None, mask, class_names=config.class_names, window=window)
     write_bytes(scan.overlay, picture)
 
 

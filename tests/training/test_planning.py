@@ -385,3 +385,33 @@ def test_several_processes_share_a_step():
     assert (one["batch_size"], four["batch_size"]) == (16, 4)
     for name in ("accumulation_steps", "learning_rate", "max_steps", "validate_epochs", "patience"):
         assert one[name] == four[name]
+
+
+def test_channels_fill_the_encoder_and_leave_no_room_for_neighbours():
+    data = fingerprint(modality="MR", channels=(0, 2), channel_names=("T1", "FLAIR"))
+    plan = make_plan(data, CPU, base=TINY)
+    assert (plan.values["channels"], plan.values["window"], plan.values["neighbour_mm"]) == ((0, 2), None, None)
+    reasons = {decision.name: decision.reason for decision in plan.decisions}
+    assert reasons["channels"] == "T1 and FLAIR in the encoder's three channels, FLAIR in the third too"
+    assert "each channel of each scan" in reasons["window"]
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert "channels" not in values_of(fingerprint())
+    windows = values_of(fingerprint(), given={"window": ((-160.0, 240.0), (-500.0, 1300.0))})
+    assert windows["neighbour_mm"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "message"),
+    [
+        ({}, {"neighbour_mm": 2.0}, r"found channels T1, FLAIR, .*--channel chooses one; leave --neighbour_mm out"),
+        ({}, {"window": ((0.0, 1.0), (0.0, 2.0))}, "2 windows, .* found channels T1, FLAIR, of which --channel"),
+        ({"channels": (), "channel_names": (), "normalized": True}, {"window": ((0.0, 1.0), (0.0, 2.0))}, r"\[0, 1\]"),
+        ({"channels": (), "channel_names": (), "colour": True}, {"window": ((0.0, 1.0), (0.0, 2.0))}, "found colour"),
+        ({"channels": (), "channel_names": ()}, {"window": ((0.0, 1.0), (4000.0, 5000.0))}, "found 4000 to 5000"),
+    ],
+)
+def test_one_thing_alone_fills_the_channels(changes, given, message):
+    with pytest.raises(InputError, match=message):
+        make_plan(
+            fingerprint(**{"channels": (0, 2), "channel_names": ("T1", "FLAIR")} | changes), CPU, base=TINY, given=given
+        )
