@@ -1,10 +1,8 @@
 """What an adapter is: `SamedConfig`."""
 
-import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from samed_peft.config.fields import (
     AT_LEAST_1,
@@ -19,7 +17,7 @@ from samed_peft.config.fields import (
 )
 from samed_peft.config.methods import ATTENTION_TARGETS, DECODER_TARGETS, METHODS, MLP_TARGETS
 from samed_peft.config.patterns import LAYER_PATTERN, is_layer_pattern
-from samed_peft.config.windows import CT_WINDOW_HU, ENCODER_CHANNELS, windows_of
+from samed_peft.config.windows import CHANNELS_RULE, CT_WINDOW_HU, WINDOW_RULE, windows_of
 
 SYNAPSE_CLASSES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
 """The eight organs of Synapse multi-organ CT in SAMed's order; label k is `SYNAPSE_CLASSES[k - 1]`."""
@@ -58,24 +56,11 @@ def _is_orientation(codes: str) -> bool:
     return len(codes) == 3 and all(sum(code in axis for code in codes) == 1 for axis in axes)
 
 
-def _are_windows(window: tuple[Any, ...]) -> bool:
-    kinds = {isinstance(value, tuple | list) for value in window}
-    if kinds not in ({True}, {False}) or not 2 <= len(window) <= ENCODER_CHANNELS:
-        return False
-    pairs = window if kinds == {True} else [window]
-    return all(len(pair) == 2 and -math.inf < pair[0] < pair[1] < math.inf for pair in pairs)
-
-
 _TARGETS = (*ATTENTION_TARGETS, *MLP_TARGETS)
 
 _MOST_PIXELS = 8192
 """Pixels per side; SAM's own are 1024, and memory grows with the fourth power."""
 
-_WINDOW: Rule = ("be (low, high) with low < high, or two or three such windows", _are_windows)
-_CHANNELS: Rule = (
-    "be two or three different numbers from 0 on",
-    lambda numbers: 2 <= len(set(numbers)) == len(numbers) <= ENCODER_CHANNELS and min(numbers) >= 0,
-)
 _ORIENTATION: Rule = ("be three letters, one each of L or R, A or P, S or I, such as LAS", _is_orientation)
 _LABEL_VALUES: Rule = (
     "be different numbers from 1 to 255",
@@ -116,7 +101,7 @@ class SamedConfig(JsonFields):
         "(low, high) clipped to and scaled to [0, 1], or two or three such windows, through each of which the slice "
         "fills one of the encoder's channels; None for each scan's 0.5-99.5 percentiles",
         CT_WINDOW_HU,
-        _WINDOW,
+        WINDOW_RULE,
     )
     neighbour_mm: float | None = described(
         "distance of the slices before and after that fill the first and third channel, at least the next ones; None "
@@ -134,7 +119,7 @@ class SamedConfig(JsonFields):
         "numbers of two or three channels of scans, each scaled by itself, that fill the encoder's channels, the last "
         "one all that are left; None for scans with a single one",
         None,
-        _CHANNELS,
+        CHANNELS_RULE,
     )
     channel_names: tuple[str, ...] | None = described("names of these channels, such as T1 and FLAIR", None)
     channel_files: bool | None = described(
@@ -216,12 +201,7 @@ class SamedConfig(JsonFields):
         windows = windows_of(self.window)
         if len(windows) > 1:  # lists, as JSON has them
             object.__setattr__(self, "window", windows)
-        filling = {
-            f"neighbour_mm {self.neighbour_mm}": self.neighbour_mm is not None,
-            f"channels {short(list(self.channels or ()))}": self.channels is not None,
-            f"{len(windows)} windows": len(windows) > 1,
-        }
-        found = [name for name, is_wanted in filling.items() if is_wanted]
+        found = self.fillings
         require(len(found) <= 1, f"{' and '.join(found)} each fill the encoder's three channels; choose one of them")
         require(
             self.channels is None or self.channel is None,
@@ -231,6 +211,15 @@ class SamedConfig(JsonFields):
             self.channel_names is None or len(self.channel_names) == len(self.channels or ()),
             f"channel_names must be one for each of channels; found {short(self.channel_names)} for {self.channels}",
         )
+
+    @property
+    def fillings(self) -> list[str]:
+        """What fills the encoder's three channels in place of a slice or a colour picture; one thing at most."""
+        return [
+            *([] if self.neighbour_mm is None else [f"neighbour_mm {self.neighbour_mm:g}"]),
+            *([] if self.channels is None else [f"channels {short(list(self.channels))}"]),
+            *([f"{len(windows_of(self.window))} windows"] if len(windows_of(self.window)) > 1 else []),
+        ]
 
     @property
     def channel_text(self) -> str:

@@ -1,10 +1,12 @@
 """Windows of intensities: one, or two or three through which the same slice is seen."""
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+from samed_peft.config.fields import Rule
 from samed_peft.errors import InputError
 
 Window: TypeAlias = tuple[float, float]
@@ -33,6 +35,21 @@ CT_WINDOWS: Mapping[str, Window] = MappingProxyType(
 
 ENCODER_CHANNELS = 3
 """Channels of SAM's input."""
+
+
+def _are_windows(window: tuple[Any, ...]) -> bool:
+    kinds = {isinstance(value, tuple | list) for value in window}
+    if kinds not in ({True}, {False}) or not 2 <= len(window) <= ENCODER_CHANNELS:
+        return False
+    pairs = window if kinds == {True} else [window]
+    return all(len(pair) == 2 and -math.inf < pair[0] < pair[1] < math.inf for pair in pairs)
+
+
+WINDOW_RULE: Rule = ("be (low, high) with low < high, or two or three such windows", _are_windows)
+CHANNELS_RULE: Rule = (
+    "be two or three different numbers from 0 on",
+    lambda numbers: 2 <= len(set(numbers)) == len(numbers) <= ENCODER_CHANNELS and min(numbers) >= 0,
+)
 
 
 def windows_of(window: Windows | Sequence[Any]) -> tuple[Window, ...]:

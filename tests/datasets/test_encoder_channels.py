@@ -176,8 +176,8 @@ def test_windows_are_names_or_pairs():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"window": ((0, 1), (0, 2)), "neighbour_mm": 2.0}, "neighbour_mm 2.0 and 2 windows each fill"),
-        ({"channels": (0, 1), "neighbour_mm": 2.0}, r"neighbour_mm 2.0 and channels \[0, 1\] each fill"),
+        ({"window": ((0, 1), (0, 2)), "neighbour_mm": 2.0}, "neighbour_mm 2 and 2 windows each fill"),
+        ({"channels": (0, 1), "neighbour_mm": 2.0}, r"neighbour_mm 2 and channels \[0, 1\] each fill"),
         ({"channels": (0, 1), "window": ((0, 1), (0, 2))}, "channels .* and 2 windows each fill"),
         ({"channels": (0, 1), "channel": 1}, "found 1 beside channels"),
         ({"channels": (0,)}, "channels must be two or three different numbers from 0 on, or None; found"),

@@ -126,7 +126,7 @@ def test_windows_are_an_option_and_exclude_what_else_fills_the_channels(tmp_path
     shared = ("--data_dir", data, "--output_dir", tmp_path / "out", *QUICK, "--batch_size", 2, "--max_steps", 1)
     for options, message in (
         (("--windows", "0", "2", "-1", "4", "--window", "0", "1"), "argument --window: not allowed with"),
-        (("--windows", "0", "2", "-1", "4", "--neighbour_mm", "2"), "neighbour_mm 2.0 and 2 windows each fill"),
+        (("--windows", "0", "2", "-1", "4", "--neighbour_mm", "2"), "neighbour_mm 2 and 2 windows each fill"),
         (("--windows", "lungs"), "expected names of windows"),
     ):
         code, error = call_recipe(RECIPE, *shared, *options)

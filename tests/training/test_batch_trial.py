@@ -225,3 +225,62 @@ def test_a_damaged_record_of_the_batch_is_named(tmp_path, content):
     with pytest.raises(InputError, match=re.escape(str(tmp_path / BATCH_FILE))):
         recorded_batch(tmp_path)
     assert TrainingConfig().batch_size == 24
+
+
+_WORKER = """
+import os, sys
+os.environ["ACCELERATE_USE_CPU"] = "true"
+from pathlib import Path
+import numpy as np, torch
+from accelerate import Accelerator
+from samed_peft.adapters.save_load import add_lora
+from samed_peft.config import SamedConfig, TrainingConfig
+from samed_peft.models.bases import load_sam
+from samed_peft.training import build_optimizer, training_steps
+from samed_peft.training.batch_trial import pass_once, settle_batch
+from samed_peft.training.batches import SlicePreparation, TrainingSlices
+torch.set_num_threads(1)
+folder, tries = Path(sys.argv[1]), sys.argv[2] == "trial"
+accelerator = Accelerator(cpu=True)
+torch.manual_seed(0)
+config = SamedConfig("tiny-sam", ("a",), image_size=32)
+model = add_lora(load_sam("tiny-sam", class_names=("a",), image_size=32), config)
+optimizer = build_optimizer(model, weight_decay=0.1)
+prepared, stepping = accelerator.prepare(model, optimizer)
+rng = np.random.default_rng(0)
+rows = [{"image": rng.random((32, 32), np.float32), "label": rng.integers(0, 2, (32, 32), np.uint8)} for _ in range(8)]
+slices = TrainingSlices(rows, SlicePreparation(32, model.logits_size))
+training = TrainingConfig(batch_size=4, max_steps=2, warmup_steps=0, num_workers=0)
+
+def try_batch(size):
+    if size > 4 - 2 * accelerator.process_index:  # the second process has less memory
+        torch.empty(2**50, dtype=torch.uint8)
+    pass_once(model, slices, size, dice_weight=0.8, accelerator=accelerator)
+
+if tries:
+    training = settle_batch(folder, training, try_batch=try_batch, accelerator=accelerator)
+else:
+    import dataclasses
+    training = dataclasses.replace(training, batch_size=2, accumulation_steps=2)
+steps = training_steps(prepared, stepping, slices, training=training, accelerator=accelerator)
+losses = [step.loss for step in steps]
+if accelerator.is_main_process:
+    print(training.batch_size, training.accumulation_steps, *losses)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_smallest_batch_and_train_on_as_if_nothing_was_tried(tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text(_WORKER)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
+    options = {"capture_output": True, "text": True, "check": False, "timeout": 240}
+    tried, given = (subprocess.run([*launch, str(tmp_path), kind], **options) for kind in ("trial", "given"))
+    assert (tried.returncode, given.returncode) == (0, 0), tried.stderr + given.stderr
+    told, numbers = tried.stdout.splitlines()
+    assert told.startswith("a batch of 4 slices does not fit in memory as planned: 2 at a time, 2 times for each")
+    assert told.endswith("optimizer step of 8 slices")
+    assert numbers.startswith("2 2 ")
+    assert numbers == given.stdout.strip()
+    assert recorded_batch(tmp_path) == {"batch_size": 2, "accumulation_steps": 2}

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_balls
+from scan_files import two_modalities
 
 from samed_peft.config import CT_WINDOW_HU, SYNAPSE_CLASSES, SamedConfig, TrainingConfig
 from samed_peft.config.options import given_options
-from samed_peft.datasets import open_folder
+from samed_peft.datasets import open_folder, take_fingerprint
 from samed_peft.datasets.fingerprint import MODALITIES, Fingerprint
 from samed_peft.errors import InputError
 from samed_peft.models.bases import TINY_SAM_DIR
@@ -415,3 +416,20 @@ def test_one_thing_alone_fills_the_channels(changes, given, message):
         make_plan(
             fingerprint(**{"channels": (0, 2), "channel_names": ("T1", "FLAIR")} | changes), CPU, base=TINY, given=given
         )
+
+
+def test_a_single_channel_is_planned_as_scans_of_one_are(tmp_path):
+    for in_4d in (True, False):
+        root = two_modalities(tmp_path / str(in_4d), in_4d=in_4d)
+        given = {"channel": ["FLAIR"]}
+        folder = open_folder(root, channel=given["channel"], take_all=True)
+        adapter, _, _, plan = planned_options(folder, base="tiny-sam", given=given, machine=CPU)
+        assert (adapter["channel"], adapter["channels"], "channels" in plan.values) == (1, None, False)
+        assert plan.values["neighbour_mm"] == 4
+        assert plan.with_given({"rank": 2}).values["neighbour_mm"] == 4
+        both, _, _, plan = planned_options(open_folder(root, take_all=True), base="tiny-sam", machine=CPU)
+        assert (both["channel"], both["channels"], both["channel_names"]) == (None, (0, 1), ("T1", "FLAIR"))
+        assert both["neighbour_mm"] is None
+        plan.require_data(take_fingerprint(open_folder(root, take_all=True)))
+        with pytest.raises(InputError, match="made from other data"):
+            plan.require_data(take_fingerprint(open_folder(root, channel=["FLAIR", "T1"])))
