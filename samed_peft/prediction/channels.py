@@ -10,12 +10,13 @@ from samed_peft.io import is_picture
 Named = Sequence[tuple[str, Path]]
 """Names of cases, and their files."""
 
+CaseFiles = tuple[str, tuple[Path, ...]]
+"""Name of a case, and its files."""
+
 _NNUNET_NAME = re.compile(r"(.+)_(\d{4})")
 
 
-def files_of_channel(
-    named: Named, channel: int | None, channel_files: bool | None, *, has_further: bool = False
-) -> Named | None:
+def files_of_channel(named: Named, channel: int | None, channel_files: bool | None) -> Named | None:
     """Cases and files of one channel, whose ending such as _0000 is left out of the case's name.
 
     Args:
@@ -23,7 +24,6 @@ def files_of_channel(
         channel: None for the first.
         channel_files: `SamedConfig.channel_files`. If it is None, as of older adapters, the names decide: they are
             nnU-Net's if all of several end in numbers from _0000 on, unless they are those of frames.
-        has_further: whether the channel is the first of several that are seen together, of which 0 need not be one.
 
     Returns:
         None if the names are not those of channels.
@@ -36,15 +36,45 @@ def files_of_channel(
     if not channel_files:
         is_list = len(named) > 1 and all(_NNUNET_NAME.fullmatch(case) for case, _ in named)
         return None if not is_list or (channel is None and _are_frames(named)) else _chosen(named, channel or 0)
-    if len(named) > 1 and has_further and channel not in _numbers(named):
+    return _chosen(named, channel or 0) if len(named) > 1 else _only(*named[0], channel or 0)
+
+
+def files_of_channels(named: Named, channels: Sequence[int], channel_files: bool | None) -> list[CaseFiles] | None:
+    """Cases with a file for each of several channels that are seen together, in their order.
+
+    A case whose other files lack gets their expected names, and fails alone when it is read. Names without a number of
+    these channels are those of cases with one file.
+
+    Args:
+        named: names without suffix, and files.
+        channels: two or more.
+        channel_files: `SamedConfig.channel_files`. If it is not True, the names must speak for channels: a case has all
+            of them, and if it is the only one, no other numbers.
+
+    Returns:
+        None if the names are not those of channels.
+    """
+    numbered: dict[tuple[str, str], dict[int, Path]] = {}
+    plain: list[CaseFiles] = []
+    for case, path in named:
+        if (match := _NNUNET_NAME.fullmatch(case)) and (int(match[2]) in channels or channel_files is not True):
+            numbered.setdefault((match[1], path.name[len(case) :]), {})[int(match[2])] = path
+        elif match is None:
+            plain.append((case, (path,)))
+    found = {
+        key: tuple(next(iter(files.values())).with_name(f"{key[0]}_{number:04d}{key[1]}") for number in channels)
+        for key, files in numbered.items()
+    }
+    if len(named) == 1 and found:
+        is_sure = all(path.exists() for path in next(iter(found.values())))
+    else:
+        is_sure = any(
+            {*channels} <= files.keys() and (len(found) > 1 or len(files) == len(channels))
+            for files in numbered.values()
+        )
+    if not found or not (channel_files or is_sure):
         return None
-    return _chosen(named, channel or 0, from_0=not has_further) if len(named) > 1 else _only(*named[0], channel or 0)
-
-
-def siblings(case: str, path: Path, channels: Sequence[int]) -> tuple[Path, ...]:
-    """Files of all channels but the first, beside the file of the first; one that lacks fails when it is read."""
-    suffix = path.name.removeprefix(f"{case}_{channels[0]:04d}")
-    return tuple(path.with_name(f"{case}_{number:04d}{suffix}") for number in channels[1:])
+    return [*((case, files) for (case, _), files in found.items()), *plain]
 
 
 def _are_frames(named: Named) -> bool:
@@ -56,18 +86,14 @@ def _are_frames(named: Named) -> bool:
     return len(parts) == len(named) and one_sequence
 
 
-def _numbers(named: Named) -> list[int]:
-    return sorted({int(match[2]) for case, _ in named if (match := _NNUNET_NAME.fullmatch(case))})
-
-
-def _chosen(named: Named, channel: int, *, from_0: bool = True) -> Named | None:
+def _chosen(named: Named, channel: int) -> Named | None:
     """Cases and files of one channel, beside those whose names have no number.
 
     For a case that lacks the channel's file, its expected name is returned, and that case fails alone when it is read.
     """
     parts = [(match, path) for case, path in named if (match := _NNUNET_NAME.fullmatch(case))]
-    found = _numbers(named)
-    if not found or (from_0 and found[0] != 0):  # nnU-Net counts from 0; these are numbers of cases
+    found = sorted({int(match[2]) for match, _ in parts})
+    if not found or found[0] != 0:  # nnU-Net counts from 0; these are numbers of cases
         return None
     if channel not in found:
         raise InputError(

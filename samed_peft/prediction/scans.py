@@ -25,7 +25,7 @@ from samed_peft.io import (
     naming_unreadable,
     suffix_of,
 )
-from samed_peft.prediction.channels import files_of_channel, siblings
+from samed_peft.prediction.channels import files_of_channel, files_of_channels
 
 _NOT_READ = (
     *(".mhd", ".hdr", ".img", ".nhdr", ".mgz", ".mgh", ".mnc", ".mif", ".nia", ".npy", ".h5", ".hdf5"),
@@ -206,19 +206,19 @@ def plan_masks(
     chosen_series = "" if series is None else "_" + re.sub(r"[^0-9A-Za-z.-]", "_", series)
     named = [(_case_of(path) + chosen_series, path) for path in sources]
     further: dict[str, tuple[Path, ...]] = {}
-    of_file = next(iter(numbers), None)
-    several = len(numbers) > 1
-    chosen = files_of_channel(named, next(iter(numbers), None), channel_files, has_further=several)
-    if chosen is not None:
-        if several:
-            further = {case: siblings(case, path, numbers) for case, path in chosen if case not in dict(named)}
+    of_file = numbers if len(numbers) > 1 else next(iter(numbers), None)
+    if isinstance(of_file, tuple):
+        if (of_cases := files_of_channels(named, of_file, channel_files)) is not None:
+            named = [(case, paths[0]) for case, paths in of_cases]
+            further = {case: paths[1:] for case, paths in of_cases if len(paths) > 1}
+    elif (chosen := files_of_channel(named, of_file, channel_files)) is not None:
         named, of_file = list(chosen), None
     _require_different(named)
     file = _single_mask(named, output, dicom_seg)
     scans = []
     for case, path in named:
         suffix = DICOM_SEG_SUFFIX if dicom_seg else _known_format(path).mask_suffix
-        of_case = None if case in further else numbers if several else of_file
+        of_case = None if case in further else of_file
         scans.append(Scan(case, path, file or output / f"{case}{suffix}", of_case, series, further.get(case, ())))
         _require_elsewhere(scans[-1], len(sources) > 1, dicom_seg)
     return scans
