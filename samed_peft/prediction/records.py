@@ -94,11 +94,10 @@ def common_channel(
     counts = {len(adapter.config.channels or "1") for adapter in adapters}
     if len(counts) > 1 or (given is None and len(set(channels)) > 1):
         found = ", ".join(f"{a.config.channel_text or a.config.channel} in {a.source}" for a in adapters)
-        way_out = "choose one with channel, --channel on the command line"
-        raise InputError(
-            f"expected adapters of one channel, or of the same ones, found {found}; "
-            f"{way_out if counts == {1} else 'average adapters that see the same channels'}"
-        )
+        expected, way_out = "that see the same channels", "average adapters of the same input"
+        if counts == {1}:
+            expected, way_out = "of one channel", "choose one with channel, --channel on the command line"
+        raise InputError(f"expected adapters {expected}, found {found}; {way_out}")
     (count,) = counts
     if given is not None and len(given) != count:
         seen = adapters[0].config.channel_text or "a single channel"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import recipes_in_process
+from conftest import edit_adapter, recipes_in_process
 from scan_files import two_modalities
 
 from samed_peft.adapters.info import adapter_info, info_text
 from samed_peft.cli import main
-from samed_peft.io import read_labels
+from samed_peft.io import load_tensors, read_labels, save_tensors
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "finetune.py"
 QUICK = [
@@ -91,6 +91,18 @@ def test_predict_takes_the_same_channels(trained, tmp_path, capsys):
     assert re.search(
         r"expected 2 channels for .*, which sees 0 \(T1\), 1 \(FLAIR\), found 1: 1", capsys.readouterr().err
     )
+
+
+def test_adapters_of_other_channels_are_not_averaged(trained, tmp_path, capsys):
+    data, out = trained
+    shutil.copytree(out / "adapter", tmp_path / "other")
+    edit_adapter(tmp_path / "other", channels=None, channel_names=None, channel=1)
+    shared = ["predict", "--input", data / "imagesTr", "--output", tmp_path / "masks"]
+    weights = tmp_path / "other" / "adapter_model.safetensors"
+    save_tensors({name: 2 * tensor for name, tensor in load_tensors(weights).items()}, weights)
+    assert samed(*shared, "--adapter", out / "adapter", tmp_path / "other") == 2
+    message = r"expected adapters that see the same channels, found 0 \(T1\), 1 \(FLAIR\) in .*, 1 in .*other"
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_scan_that_lacks_a_channel_fails_with_one_message(trained, tmp_path, capsys):
