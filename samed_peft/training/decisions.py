@@ -49,8 +49,7 @@ def _window(s: Situation) -> Decided:
         return None, f"percentiles of each picture: intensities {low:g} to {high:g} are not those of 8 bits"
     if data.modality != "CT":
         kind = "MR has no fixed scale" if data.modality == "MR" else "nothing says what the intensities mean"
-        each = "each channel of each scan" if data.channels else "each scan"
-        return None, f"0.5 and 99.5 percentiles of {each}: {kind}"
+        return None, f"0.5 and 99.5 percentiles of each {'channel of each ' * bool(data.channels)}scan: {kind}"
     if data.normalized or data.foreground is None:
         return CT_WINDOW_HU, "SAMed's, for scans in Hounsfield units; these are scaled to [0, 1] already"
     first, lower, _, upper, last = data.foreground
@@ -65,10 +64,8 @@ def _window(s: Situation) -> Decided:
 def _neighbour_mm(s: Situation) -> Decided:
     if s.data.colour:
         return None, "the three channels hold the colours"
-    if s.data.channels:
-        return None, "the three channels hold those of the scans"
-    if len(windows_of(s.chosen["window"])) > 1:
-        return None, "the three channels hold the windows"
+    if s.data.channels or len(windows_of(s.chosen["window"])) > 1:
+        return None, f"the three channels hold {'those of the scans' if s.data.channels else 'the windows'}"
     if s.data.modality == "picture" or s.data.patient_slices[2] < 3:
         return None, f"{_EACH_SLICE}: pictures have no neighbours"
     if s.data.spacing_mm is None:
