@@ -40,10 +40,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_dir", type=Path, required=True, help="dataset.json layout, or images and masks")
     add("--preset", choices=PRESETS, default="plan", help="plan settings from the data, or take SAMed's; default: plan")
     add("--plan", type=Path, metavar="FILE", help="of samed plan --output, in place of a new plan")
-    add("--channel", help="name or number, if dataset.json lists several")
+    channels = "names or numbers, if dataset.json lists several: one, or two or three seen together; by default all"
+    add("--channel", nargs="+", metavar="NAME", help=channels)
     add("--class_names", type=lambda text: text.split(","), help="a,b,c; by default dataset.json's")
     add("--plane", choices=("axial", "coronal", "sagittal"), help="of the slices; by default across the coarsest axis")
+    of_intensities = parser.add_mutually_exclusive_group()
+    add = of_intensities.add_argument
     add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensities to scale to [0, 1]")
+    several = f"two or three through which each slice is seen: LOW HIGH, or {', '.join(sp.config.CT_WINDOWS)}"
+    add("--windows", dest="window", nargs="+", metavar="WINDOW", action=sp.config.WindowsAction, help=several)
+    add = parser.add_argument
     add("--empty_share", type=float, default=1.0, help="share of slices without foreground to keep")
     add("--folds", type=int, default=5, help="number of folds; --fold is left out and scored")
     add("--fold", type=fold, default=0, help="counted from 0; all: train on every case; each: all folds, then that")
@@ -76,9 +82,12 @@ def main() -> None:
     accelerator = sp.training.start_run(out, mixed_precision=args.mixed_precision or by_plan, **hub)
 
     # 1. Plan: find the scans and their label maps, and decide how to train on them.
-    folder = sp.datasets.open_folder(args.data_dir, channel=args.channel, class_names=args.class_names)
+    planned = args.preset == "plan"
+    folder = sp.datasets.open_folder(
+        args.data_dir, channel=args.channel, class_names=args.class_names, take_all=planned
+    )
     plan = None
-    if args.preset == "plan":
+    if planned:
         given, options = sp.config.given_options(parser), {"base": args.base, "plan_file": args.plan}
         adapter_options, training, others, plan = sp.training.plan_of_run(
             folder, out, given=given, accelerator=accelerator, **options

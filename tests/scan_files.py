@@ -1,8 +1,10 @@
 """Write small scans of every format, and pickles that must not run, for tests."""
 
+import json
 import locale
 import math
 from pathlib import Path
+from types import MappingProxyType
 
 import h5py
 import nibabel
@@ -69,3 +71,38 @@ class Payload:
 
     def __reduce__(self):
         return (Path.touch, (self.path,))
+
+
+TWO_MODALITIES_SHAPE = (5, 20, 24)  # (D, H, W)
+
+
+def two_modalities(root, *, in_4d, names=MappingProxyType({"0": "T1", "1": "FLAIR"}), cases=4):
+    """Scans whose first channel shows a ball at random and whose second one shows the labelled ball, 30 times brighter.
+
+    Only the second channel tells where the label is. The first axis of the affine is flipped in every other case.
+    """
+    for kind in ("imagesTr", "labelsTr"):
+        (root / kind).mkdir(parents=True)
+    listed = [{"image": f"imagesTr/c{number}.nii.gz", "label": f"labelsTr/c{number}.nii.gz"} for number in range(cases)]
+    labels = {"0": "background", "1": "ball"} if in_4d else {"background": 0, "ball": 1}
+    of_channels = {"modality": dict(names), "training": listed} if in_4d else {"channel_names": dict(names)}
+    (root / "dataset.json").write_text(json.dumps({"labels": labels} | of_channels))
+    grid = np.stack(np.meshgrid(*map(np.arange, TWO_MODALITIES_SHAPE), indexing="ij"))
+    for number in range(cases):
+        rng = np.random.default_rng(number)
+        shown = []
+        for _ in names:
+            centre = np.array([2, *rng.integers(6, 14, 2)])[:, None, None, None]
+            shown.append((((grid - centre) / [[[[2]]], [[[5]]], [[[5]]]]) ** 2).sum(0) < 1)
+        shown[0] = shown[0][:, ::-1]
+        noise = rng.normal(0, 0.1, (len(names), *TWO_MODALITIES_SHAPE))
+        arrays = [(30.0**place * (1 + ball + noise[place])).astype(np.float32) for place, ball in enumerate(shown)]
+        affine = np.diag([-1.0 if number % 2 else 1.0, 1, 4, 1])
+        if in_4d:
+            image = nibabel.Nifti1Image(np.stack(arrays, axis=-1).swapaxes(0, 2), affine)
+            nibabel.save(image, root / "imagesTr" / f"c{number}.nii.gz")
+        else:
+            for place, array in enumerate(arrays):
+                write_nifti(root / "imagesTr" / f"c{number}_{place:04d}.nii.gz", array, affine)
+        write_nifti(root / "labelsTr" / f"c{number}.nii.gz", shown[-1].astype(np.uint8), affine)
+    return root

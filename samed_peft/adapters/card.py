@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from samed_peft.adapters.places import published_base, without_place
-from samed_peft.config import METHODS, SYNAPSE_NAME, TINY_SAM, SamedConfig, is_hub_id
+from samed_peft.config import METHODS, SYNAPSE_NAME, TINY_SAM, SamedConfig, is_hub_id, windows_text
 from samed_peft.datasets.dataset_json import DECATHLON
 from samed_peft.evaluation.report import Report
 from samed_peft.evaluation.tables import (
@@ -51,7 +51,8 @@ def model_card(config: SamedConfig, *, report: Report | None = None, training: M
         is_synapse=dataset.startswith(SYNAPSE_NAME),
         is_decathlon=dataset.startswith(DECATHLON),
         **_scores(report),
-        window=config.window and list(config.window),
+        window=windows_text(config.window),
+        channels=markdown_text(config.channel_text),
         orientation=config.orientation,
         neighbour_mm=None if config.neighbour_mm is None else f"{config.neighbour_mm:g}",
         settings_table=_table(["Setting", "Value"], _settings(config)),

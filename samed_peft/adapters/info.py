@@ -15,7 +15,7 @@ from samed_peft.adapters.folder import (
     read_config,
     require_complete,
 )
-from samed_peft.config import METHODS, TINY_SAM, TINY_SAM_NOTE, SamedConfig
+from samed_peft.config import METHODS, TINY_SAM, TINY_SAM_NOTE, SamedConfig, windows_of, windows_text
 from samed_peft.errors import InputError
 from samed_peft.io import read_json, read_whole, stored_names, tensor_shapes
 
@@ -106,7 +106,9 @@ def _adapted(config: SamedConfig) -> str:
 
 def _input(config: SamedConfig) -> str:
     bottleneck = "" if config.input_size is None else f" through {config.input_size}"
-    window = "0.5-99.5 percentiles" if config.window is None else f"window {config.window[0]:g} to {config.window[1]:g}"
+    kind = "windows" if len(windows_of(config.window)) > 1 else "window"
+    window = "0.5-99.5 percentiles" if config.window is None else f"{kind} {windows_text(config.window)}"
+    window += "" if config.channels is None else f" of each channel, {config.channel_text}"
     orientation = "" if config.orientation is None else f", slices as in {config.orientation}"
     resampling = "" if config.resampling == "samed" else f" {config.resampling}"
     number = len(config.keep_largest)

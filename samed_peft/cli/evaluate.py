@@ -10,7 +10,9 @@ from samed_peft.errors import printable
 _DESCRIPTION = """\
 Scores every case and class: Dice, IoU, surface distances and more, in millimetres with absent organs left out
 (standard) and in voxels as SAMed's own code scores them (samed), with confidence intervals, pictures of the worst
-cases, and one page that shows it all: report.html. Files belong together if their names without suffix are equal."""
+cases, and one page that shows it all: report.html. Files belong together if their names without suffix are equal.
+References may also be a file for each class (CASE/CLASS.nii.gz, CLASS/CASE.nii.gz or TotalSegmentator's
+CASE/segmentations/CLASS.nii.gz), pictures in the colours of a colours.json, or have their names in a labels.txt."""
 
 _EPILOG = """\
 samed evaluate --predictions masks --references labelsTs --images imagesTs --dataset_json dataset.json --output report
@@ -36,7 +38,12 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the scans, for pictures")
     naming = parser.add_mutually_exclusive_group()
-    naming.add_argument("--class_names", type=names, metavar="A,B,C", help="names of labels 1, 2, 3 and so on")
+    naming.add_argument(
+        "--class_names",
+        type=names,
+        metavar="A,B,C",
+        help="names of labels 1, 2, 3 and so on; of a file for each class, those to score",
+    )
     naming.add_argument(
         "--dataset_json",
         type=Path,

@@ -28,7 +28,8 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     add("--max_minutes", type=float, metavar="M", help="time for the training; by default what the data ask for")
     add("--seconds_per_step", type=float, metavar="S", help="as resources.json of a run has it; else estimated on CPUs")
     add("--output", type=Path, metavar="FILE", help="also write the plan and what it was made from, as JSON")
-    add("--channel", help="name or number, if dataset.json lists several")
+    channels = "names or numbers, if dataset.json lists several: one, or two or three seen together; by default all"
+    add("--channel", nargs="+", metavar="NAME", help=channels)
     add("--class_names", type=names, metavar="A,B,C", help="by default dataset.json's")
     add("--plane", choices=("axial", "coronal", "sagittal"), help="of the slices; by default from spacings and labels")
     add("--patient_pattern", help="expression whose group is a case's patient, such as '(.+)_scan[0-9]+'")
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.output is not None:
         require_writable_file(args.output)
-    folder = open_folder(args.data, channel=args.channel, class_names=args.class_names)
+    folder = open_folder(args.data, channel=args.channel, class_names=args.class_names, take_all=True)
     given = {name: vars(args)[name] for name in ("max_minutes", "class_names", "plane", "patient_pattern")}
     plan = planned_options(folder, base=args.base, given=given, seconds_per_step=args.seconds_per_step).plan
     print(printable(plan.table()))

@@ -51,7 +51,8 @@ def add_parser(commands: "Commands[argparse.ArgumentParser]") -> None:
     precisions = ("float32", "bfloat16", "float16")
     add("--dtype", choices=precisions, help="precision; float32 or Accelerate's by default")
     add("--series", metavar="UID", help="of a DICOM folder with several series: the SeriesInstanceUID to segment")
-    add("--channel", type=int, metavar="N", help="of 4-D scans or nnU-Net's names, from 0; the adapter's by default")
+    channels = "of 4-D scans or nnU-Net's names, from 0; the adapter's by default, several if it sees several together"
+    add("--channel", type=int, nargs="+", metavar="N", help=channels)
     flag("--flips", help="average over flips of each slice, in four times the time")
     flag("--keep_largest", help="keep the largest connected part of each class")
     recorded = "average, smooth and clean up as the adapter records, as found on validation"
@@ -102,7 +103,8 @@ def run(args: argparse.Namespace) -> None:
     accelerator.end_training()
     # Other processes exit with 0: if one failed, a launcher would stop the main process before it has reported.
     if accelerator.is_main_process:
-        left_out = _tell_other_channels(len(sources) - len(scans), len(sources))
+        used = {path for scan in scans for path in (scan.source, *scan.further)}
+        left_out = _tell_other_channels(len(set(sources) - used), len(sources))
         outputs = [args.output, first.overlay.parent, first.probabilities.parent]
         skipped = "" if args.series else _tell_skipped(args.input, sources, outputs)
         _report(outcome, args.output)

@@ -1,6 +1,5 @@
 """What an adapter is: `SamedConfig`."""
 
-import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from samed_peft.config.fields import (
 )
 from samed_peft.config.methods import ATTENTION_TARGETS, DECODER_TARGETS, METHODS, MLP_TARGETS
 from samed_peft.config.patterns import LAYER_PATTERN, is_layer_pattern
+from samed_peft.config.windows import CHANNELS_RULE, CT_WINDOW_HU, WINDOW_RULE, windows_of
 
 SYNAPSE_CLASSES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
 """The eight organs of Synapse multi-organ CT in SAMed's order; label k is `SYNAPSE_CLASSES[k - 1]`."""
@@ -27,9 +27,6 @@ BTCV_ORIENTATION = "LAS"
 
 SYNAPSE_NAME = "Synapse multi-organ CT (BTCV)"
 """What reports and model cards call that data."""
-
-CT_WINDOW_HU = (-125.0, 275.0)
-"""Hounsfield units that SAMed (arXiv 2304.13785) clips to before scaling to [0, 1]."""
 
 TINY_SAM = "tiny-sam"
 """Base name of the small SAM that ships with this package; it does not replace SAM."""
@@ -64,10 +61,6 @@ _TARGETS = (*ATTENTION_TARGETS, *MLP_TARGETS)
 _MOST_PIXELS = 8192
 """Pixels per side; SAM's own are 1024, and memory grows with the fourth power."""
 
-_WINDOW: Rule = (
-    "be (low, high) with low < high",
-    lambda window: len(window) == 2 and -math.inf < window[0] < window[1] < math.inf,
-)
 _ORIENTATION: Rule = ("be three letters, one each of L or R, A or P, S or I, such as LAS", _is_orientation)
 _LABEL_VALUES: Rule = (
     "be different numbers from 1 to 255",
@@ -105,8 +98,11 @@ class SamedConfig(JsonFields):
     tile: bool = described(
         "whether slices are cut into overlapping tiles of image_size pixels, as in training, and not resized", False
     )
-    window: tuple[float, float] | None = described(
-        "(low, high) clipped to and scaled to [0, 1]; None for each scan's 0.5-99.5 percentiles", CT_WINDOW_HU, _WINDOW
+    window: tuple[float, float] | tuple[tuple[float, float], ...] | None = described(
+        "(low, high) clipped to and scaled to [0, 1], or two or three such windows, through each of which the slice "
+        "fills one of the encoder's channels; None for each scan's 0.5-99.5 percentiles",
+        CT_WINDOW_HU,
+        WINDOW_RULE,
     )
     neighbour_mm: float | None = described(
         "distance of the slices before and after that fill the first and third channel, at least the next ones; None "
@@ -120,6 +116,13 @@ class SamedConfig(JsonFields):
     channel: int | None = described(
         "number of the channel to train on, of 4-D scans or of files named as nnU-Net's, or None", None, NOT_NEGATIVE
     )
+    channels: tuple[int, ...] | None = described(
+        "numbers of two or three channels of scans, each scaled by itself, that fill the encoder's channels, the last "
+        "one all that are left; None for scans with a single one",
+        None,
+        CHANNELS_RULE,
+    )
+    channel_names: tuple[str, ...] | None = described("names of these channels, such as T1 and FLAIR", None)
     channel_files: bool | None = described(
         "whether each channel of training scans was a file, named CASE_0000 and so on as nnU-Net's; None if unknown",
         None,
@@ -200,9 +203,42 @@ class SamedConfig(JsonFields):
                 "twice for nothing; leave input_size out",
                 stacklevel=3,
             )
+        self._check_channels()
         self._check_labels()
         self._check_rank_pattern()
         self._check_method()
+
+    def _check_channels(self) -> None:
+        """One thing alone can fill the encoder's channels."""
+        windows = windows_of(self.window)
+        if len(windows) > 1:  # lists, as JSON has them
+            object.__setattr__(self, "window", windows)
+        found = self.fillings
+        require(len(found) <= 1, f"{' and '.join(found)} each fill the encoder's three channels; choose one of them")
+        require(
+            self.channels is None or self.channel is None,
+            f"channel is for adapters of a single one; found {self.channel} beside channels {self.channels}",
+        )
+        require(
+            self.channel_names is None or len(self.channel_names) == len(self.channels or ()),
+            f"channel_names must be one for each of channels; found {short(self.channel_names)} for {self.channels}",
+        )
+
+    @property
+    def fillings(self) -> list[str]:
+        """What fills the encoder's three channels in place of a slice or a colour picture; one thing at most."""
+        return [
+            *([] if self.neighbour_mm is None else [f"neighbour_mm {self.neighbour_mm:g}"]),
+            *([] if self.channels is None else [f"channels {short(list(self.channels))}"]),
+            *([f"{len(windows_of(self.window))} windows"] if len(windows_of(self.window)) > 1 else []),
+        ]
+
+    @property
+    def channel_text(self) -> str:
+        """Numbers and names of the channels that fill the encoder's, for readers; empty without."""
+        names = self.channel_names or ("",) * len(self.channels or ())
+        pairs = zip(self.channels or (), names, strict=True)
+        return ", ".join(f"{number} ({name})" if name else str(number) for number, name in pairs)
 
     def _check_labels(self) -> None:
         number = len(self.class_names)

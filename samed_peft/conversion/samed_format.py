@@ -242,8 +242,8 @@ def write_tensors(source: str | Path, *, base: str | None = None) -> dict[str, T
             f"SAMed's format holds LoRA on q_proj and v_proj of all layers, found {', '.join(config.targets)} of "
             f"{'all' if config.layers is None else list(config.layers)} in {source}; export it with --format merged"
         )
-    if config.resampling != "samed" or config.neighbour_mm is not None:
-        seen = "neighbouring slices" if config.neighbour_mm is not None else f"{config.resampling} resampling"
+    if config.resampling != "samed" or config.fillings:
+        seen = next(iter(config.fillings), f"{config.resampling} resampling")
         raise InputError(
             f"SAMed's code resizes from corner to corner and shows each slice alone, but the adapter in {source} was "
             f"trained with {seen}, so its masks would differ there; export it with --format merged"

@@ -11,10 +11,12 @@ import datasets
 import numpy as np
 from datasets.exceptions import DatasetGenerationError
 
+from samed_peft.config import Windows, windows_of
 from samed_peft.datasets.cases import check_cases, naming_files, read_pair
+from samed_peft.datasets.channels import scaled_slices
 from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.label_scheme import foreground, is_ignored
-from samed_peft.datasets.preprocessing import normalized_array, reorientation, reoriented, slice_spacing_mm
+from samed_peft.datasets.preprocessing import reorientation, reoriented, slice_spacing_mm
 from samed_peft.datasets.row_cache import discard_if_damaged, record_checksums
 from samed_peft.datasets.rows import SLICE_FEATURES, VOLUME_FEATURES
 from samed_peft.errors import InputError, StopSignal
@@ -37,7 +39,7 @@ class RowsConfig(datasets.BuilderConfig):
     cases: tuple[Case, ...] = ()
     num_classes: int = 1
     orientation: str | None = None
-    window: tuple[float, float] | None = None
+    window: Windows = None
     empty_share: float = 1.0
 
 
@@ -116,7 +118,7 @@ def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str,
                     f"expected one slice, found {len(labels.array)} in {scan.path}; preprocess the case again"
                 )
             there, _ = reorientation(scan, config.orientation)
-            images = reoriented(normalized_array(scan, config.window), there)
+            images = reoriented(scaled_slices(scan, config.window, channels=case.channels), there)
             label = reoriented(labels.array.astype(np.uint8, copy=False), there)
         facts = {
             "orientation": config.orientation or scan.orientation,
@@ -139,7 +141,7 @@ def _slice_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str,
 def _volume_rows(case: Case, config: RowsConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     with naming_files(case.scans[0], case.labels[0]):
         scan, labels = read_pair(case, num_classes=config.num_classes)
-        image, label = normalized_array(scan, config.window), labels.array
+        image, label = scaled_slices(scan, config.window, channels=case.channels), labels.array
     yield 0, {"image": image, "label": label, "case": case.name, "affine": scan.affine, "path": str(scan.path)}
 
 
@@ -149,7 +151,7 @@ def prepared_rows(
     *,
     name: str,
     split: str,
-    window: tuple[float, float] | None,
+    window: Windows,
     cache_dir: str | Path | None = None,
     num_proc: int | None = None,
     **options: Any,
@@ -170,7 +172,7 @@ def prepared_rows(
             writer_batch_size=16 if split == "train" else 1,
             split=split,
             cases=files,
-            window=None if window is None else (float(window[0]), float(window[1])),
+            window=_floats(window),
             **options,
         )
         if processes > 1:
@@ -196,6 +198,12 @@ def prepared_rows(
     return builder.as_dataset(split=split)
 
 
+def _floats(window: Windows) -> Windows:
+    """Windows as the cache's name has them, whatever numbers they were given as."""
+    windows = windows_of(window)
+    return windows if len(windows) > 1 else next(iter(windows), None)
+
+
 def _prepare_in_processes(builder: RowsBuilder, processes: int, stopped: SharedFlag) -> None:
     """Prepare rows; a signal ends that after the slices at hand, since Datasets' processes may hang otherwise."""
     try:
@@ -213,7 +221,7 @@ def load_slices(
     *,
     num_classes: int,
     orientation: str | None,
-    window: tuple[float, float] | None,
+    window: Windows,
     empty_share: float = 1.0,
     held_out: Sequence[str] = (),
     verify: bool = True,
@@ -227,15 +235,16 @@ def load_slices(
         cases: which of its cases.
         num_classes: K, background left out.
         orientation: from `choose_orientation`.
-        window: intensities scaled to [0, 1], or None for each scan's 0.5 and 99.5 percentiles.
+        window: intensities scaled to [0, 1], two or three such windows for the encoder's channels, or None for each
+            scan's 0.5 and 99.5 percentiles.
         empty_share: share of the slices without foreground to keep, 0 to 1.
         held_out: cases to read first, see `check_cases`.
         verify: compare rows in the cache with their checksums; False in processes that open what another one has just
             verified on this machine.
 
     Returns:
-        rows of `image` (H, W) float32 in [0, 1], or (H, W, 3) in colour, `label` (H, W) uint8, `case`, `slice`,
-        `orientation` and `slice_spacing_mm`.
+        rows of `image` (H, W) float32 in [0, 1], or (H, W, 3) in colour and of several channels or windows, `label`
+        (H, W) uint8, `case`, `slice`, `orientation` and `slice_spacing_mm`.
 
     Raises:
         InputError: a file is damaged, a pair does not fit, a label has no name, or no slice is left.

@@ -13,10 +13,11 @@ from typing import Self
 import numpy as np
 from datasets import Dataset
 
+from samed_peft.config import Windows
+from samed_peft.datasets.channels import scaled_slices
 from samed_peft.datasets.folder import Case, LabelledFolder
 from samed_peft.datasets.label_files import read_class_files, read_coloured
 from samed_peft.datasets.label_scheme import foreground, label_table, labels_of_table, require_counted
-from samed_peft.datasets.preprocessing import normalized_array
 from samed_peft.errors import InputError, reason_of
 from samed_peft.io import (
     INSTANCE_ADVICE,
@@ -26,6 +27,7 @@ from samed_peft.io import (
     has_whole_objects,
     is_picture,
     read_affine,
+    read_channels,
     read_labels,
     read_volume,
 )
@@ -54,6 +56,10 @@ def naming_files(*paths: Path) -> Iterator[None]:
 
 def read_scan(case: Case) -> Volume:
     """The scan of a case. nnU-Net stores one channel per file, so `channel` only applies to 4-D files."""
+    if case.further:
+        return read_channels([*case.scans, *case.further])
+    if case.channels:
+        return read_volume(case.scans[0], channel=case.channels)
     return _stacked([read_volume(path, channel=case.channel) for path in case.scans], case)
 
 
@@ -112,16 +118,14 @@ def _require_labels(labels: Volume, highest: int, *, advice: str) -> None:
         )
 
 
-def check_cases(
-    folder: LabelledFolder, cases: Sequence[str], *, num_classes: int, window: tuple[float, float] | None
-) -> None:
+def check_cases(folder: LabelledFolder, cases: Sequence[str], *, num_classes: int, window: Windows) -> None:
     """Read cases that will be scored after a training, so that a bad file stops the run before and not after it.
 
     Args:
         folder: from `open_folder`.
         cases: which of its cases.
         num_classes: K, background left out.
-        window: see `normalized_array`.
+        window: see `scaled_slices`.
 
     Raises:
         InputError: a file is damaged, slices have different sizes, the grids of a pair differ, a label has no name, all
@@ -132,7 +136,7 @@ def check_cases(
         with naming_files(case.scans[0], case.labels[0]):
             scan, labels = read_pair(case, num_classes=num_classes)
             require_counted(labels)
-            normalized_array(scan, window)
+            scaled_slices(scan, window, channels=case.channels)
 
     files = [folder.case(case) for case in cases]
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, CASES_AT_ONCE)) as pool:

@@ -1,5 +1,6 @@
 """How the scans of a folder should be sliced, scaled and named: chosen from its headers, modality and labels."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from samed_peft.config import CT_WINDOW_HU
+from samed_peft.config import CT_WINDOW_HU, Windows
 from samed_peft.datasets.cases import naming_files, read_reference
 from samed_peft.datasets.dataset_json import DATASET_FILE
 from samed_peft.datasets.folder import LabelledFolder
@@ -33,15 +34,15 @@ def describe_folder(
     *,
     class_names: Sequence[str] | None = None,
     plane: str | None = None,
-    window: Sequence[float] | None = None,
+    window: Windows | Sequence[float] = None,
 ) -> dict[str, Any]:
-    """Choose the fields of `SamedConfig` that depend on the data: classes, regions, window, orientation and channel.
+    """Choose the fields of `SamedConfig` that depend on the data: classes, regions, window, orientation and channels.
 
     Args:
         folder: from `open_folder`.
         class_names: see `class_names_for`.
         plane: see `choose_orientation`.
-        window: (low, high), instead of the one from `choose_window`.
+        window: (low, high), or two or three such windows, instead of the one from `choose_window`.
 
     Raises:
         InputError: as these functions.
@@ -51,6 +52,8 @@ def describe_folder(
         "window": tuple(window) if window else choose_window(folder),
         "orientation": choose_orientation(folder, plane=plane),
         "channel": folder.channel,
+        "channels": folder.channels or None,
+        "channel_names": folder.channel_names or None,
         "channel_files": folder.channel_files,
         "label_values": folder.label_values,
         "regions": folder.regions,
@@ -141,7 +144,8 @@ def choose_window(folder: LabelledFolder) -> tuple[float, float] | None:
         return CT_WINDOW_HU
     if is_picture(next(iter(folder.images.values()))):
         # Decided by all of them: one 16-bit picture among 8-bit ones would be cut off.
-        largest = max(float(_read(read_volume, path).array.max()) for path in folder.images.values())
+        paths = [*folder.images.values(), *itertools.chain(*folder.further.values())]
+        largest = max(float(_read(read_volume, path).array.max()) for path in paths)
         return (0.0, 255.0) if 1 < largest <= 255 else None
     return None
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from samed_peft.datasets.channel_choice import choose_channels, common_name
 from samed_peft.datasets.folder import LabelledFolder, add_file, case_name, files_by_case, require_pairs
 from samed_peft.datasets.label_scheme import DATASET_ADVICE, LabelScheme, scheme_of, with_given_names
 from samed_peft.errors import InputError, printable
@@ -23,7 +24,9 @@ _CHANNEL_NAME = re.compile(r"(.+)_(\d{4})")
 _COLOURS = (("r", "g", "b"), ("red", "green", "blue"), ("rgb_to_0_1",) * 3)
 
 
-def open_described(root: Path, channel: str | None, class_names: Sequence[str] | None) -> LabelledFolder | None:
+def open_described(
+    root: Path, channels_wanted: Sequence[str], class_names: Sequence[str] | None, *, take_all: bool
+) -> LabelledFolder | None:
     """A folder with a `dataset.json` in either dialect, or None; see `layouts.open_folder`."""
     path = root / DATASET_FILE
     if not os.path.isfile(path):
@@ -38,27 +41,32 @@ def open_described(root: Path, channel: str | None, class_names: Sequence[str] |
     channels, is_nnunet = _channels(content, path), _one_file_a_channel(content, root)
     images, labels = _scans_and_labels(root) if is_nnunet else _listed_files(content["training"], root)
     if _are_colours(channels) and _are_in_one_picture(images, is_nnunet):
-        if channel is not None:
+        if channels_wanted:
             raise InputError(
                 f"expected no channel, since each picture of {root} holds all three, {', '.join(channels)}; found "
-                f"{channel}; leave it out to train in colour"
+                f"{' '.join(channels_wanted)}; leave it out to train in colour"
             )
         channels = ["RGB"]
-    number = _channel_number(channels, channel, path)
+    chosen = choose_channels(channels, channels_wanted, path, take_all=take_all)
     has_suffixes = is_nnunet and _have_suffixes(images, labels, root, channel_names=channels)
+    further: dict[str, tuple[Path, ...]] = {}
     if has_suffixes:
-        images = _channel_files(root, images, number, channel_names=channels)
+        images, *others = (_channel_files(root, images, number, channel_names=channels) for number in chosen)
+        further = {case: tuple(files[case] for files in others) for case in images if others}
         labels = _without_suffix(labels, images)
-    # A single channel is not recorded, so that a 4-D scan given to the adapter later is not taken silently.
-    chosen = number if len(channels) > 1 else None
+    several = tuple(chosen) if len(chosen) > 1 else ()
     return LabelledFolder(
         root,
         scheme.class_names,
-        channels[number],
+        common_name([channels[number] for number in chosen]),
         images,
         require_pairs(images, labels, root),
-        chosen,
+        # A single channel is not recorded, so that a 4-D scan given to the adapter later is not taken silently.
+        chosen[0] if len(channels) > 1 and not several else None,
         _name(content, root),
+        channels=several,
+        channel_names=tuple(channels[number] for number in several),
+        further=further,
         label_table=scheme.table,
         channel_files=has_suffixes,
         label_values=scheme.values,
@@ -108,19 +116,6 @@ def _channels(content: Mapping[str, Any], path: Path) -> list[str]:
     if not isinstance(listed, dict) or sorted(listed) != sorted(str(number) for number in range(len(listed))):
         raise InputError(f'expected channels "0", "1" and so on with their names in {path}, found {listed!r:.200}')
     return [str(listed[str(number)]) for number in range(len(listed))]
-
-
-def _channel_number(channels: list[str], wanted: str | None, path: Path) -> int:
-    if wanted is None and len(channels) == 1:
-        return 0
-    if wanted is not None:
-        matching = [n for n, name in enumerate(channels) if wanted.lower() in (name.lower(), str(n))]
-        if len(matching) == 1:
-            return matching[0]
-    listed = ", ".join(f"{number} ({name:.80})" for number, name in enumerate(channels[:20]))
-    listed += f" and {len(channels) - 20} more" if len(channels) > 20 else ""
-    found = "none chosen" if wanted is None else f"{wanted!r}"
-    raise InputError(f"expected one of the channels {listed} of {path}, found {found}; choose one by name or number")
 
 
 def _scans_and_labels(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:

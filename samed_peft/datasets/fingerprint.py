@@ -80,6 +80,8 @@ class Fingerprint(JsonFields):
     class_slices: dict[str, int] = described("slices with each class")  # noqa: RUF009
     class_cases: dict[str, int] = described("cases with each class")  # noqa: RUF009
     empty_cases: tuple[str, ...] = described("names of the cases without a labelled voxel", ())
+    channels: tuple[int, ...] = described("numbers of the channels, if several fill the encoder's", ())
+    channel_names: tuple[str, ...] = described("names of these channels", ())
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ def take_fingerprint(
         **_geometry(list(facts.values())),
         **_intensities(list(facts.values())),
         **_classes(list(facts.values()), names),
+        channels=folder.channels,
+        channel_names=folder.channel_names,
     )
 
 
@@ -174,7 +178,7 @@ def _examine(case: Case, *, num_classes: int, orientation: str | None) -> CaseFa
             slice_hw=(label.shape[1], label.shape[2]),
             spacing_mm=_spacing_after(scan, transform),
             orientation=scan.orientation,
-            colour=scan.array.ndim == 4,
+            colour=scan.array.ndim == 4 and not case.channels,
             normalized=scan.normalized,
             intensity_range=(float(scan.array.min()), float(scan.array.max())),
             foreground=_percentiles(_sample(scan.array[is_foreground])),
@@ -216,11 +220,13 @@ def _modality(folder: LabelledFolder, case: Case, facts: Mapping[str, CaseFacts]
     """By the name that `dataset.json` gives, or by the air that most of the scans have if they are in HU."""
     if is_picture(case.scans[0]):
         return "picture"
-    named = (folder.modality or "").lower()
-    if named in CT_NAMES:
+    named = {name.lower() for name in folder.channel_names or (folder.modality or "",)}
+    if named <= {*CT_NAMES}:
         return "CT"
-    if named in _MR_NAMES:
+    if named <= _MR_NAMES:
         return "MR"
+    if folder.channels:  # of which one may be a CT and another one not
+        return "unknown"
     with_air = [fact for fact in facts.values() if _AIR_HU[0] <= fact.intensity_range[0] <= _AIR_HU[1]]
     fitting = [fact for fact in with_air if fact.intensity_range[1] <= _MOST_HU]
     return "CT" if len(fitting) > len(facts) / 2 else "unknown"

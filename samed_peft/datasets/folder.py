@@ -23,6 +23,8 @@ class Case:
         numbers: number of each slice; empty for a whole scan.
         file_labels: label of each file of `labels` if each has one class, see `label_files.read_class_files`.
         colours: see `LabelledFolder`.
+        channels: see `LabelledFolder`.
+        further: files of all channels but the first, if each is a file of its own.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Case:
     numbers: tuple[int, ...] = ()
     file_labels: tuple[int, ...] = ()
     colours: tuple[Colour, ...] = ()
+    channels: tuple[int, ...] = ()
+    further: tuple[Path, ...] = ()
 
     @property
     def parts(self) -> tuple["Case", ...]:
@@ -66,6 +70,9 @@ class LabelledFolder:
         regions: name -> the labels 1..K that it is made of; None without regions.
         class_files: case -> label -> file, of cases with a file for each class.
         colours: of label maps in colours, each with its label.
+        channels: numbers of the chosen channels if several fill the encoder's; `channel` is None then.
+        channel_names: their names.
+        further: case -> files of all chosen channels but the first, which `images` has, if each is a file of its own.
     """
 
     root: Path
@@ -84,6 +91,9 @@ class LabelledFolder:
     regions: Mapping[str, tuple[int, ...]] | None = None
     class_files: Mapping[str, Mapping[int, Path]] = field(default_factory=dict)
     colours: tuple[Colour, ...] = ()
+    channels: tuple[int, ...] = ()
+    channel_names: tuple[str, ...] = ()
+    further: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
 
     @property
     def cases(self) -> tuple[str, ...]:
@@ -116,6 +126,8 @@ class LabelledFolder:
                 *(name, (image,), tuple(of_classes.values()) or (labels,), self.channel, self.label_table),
                 file_labels=tuple(of_classes),
                 colours=self.colours,
+                channels=self.channels,
+                further=self.further.get(name, ()),
             )
         numbers = tuple(sorted(slices))
         files = tuple(slices[number] for number in numbers)
@@ -133,7 +145,7 @@ class LabelledFolder:
         The colours of label maps count too, since they may be swapped without a change in these files.
         """
         chosen = [self.case(case, as_slices=as_slices) for case in cases]
-        paths = dict.fromkeys(path for case in chosen for path in case.scans + case.labels)
+        paths = dict.fromkeys(path for case in chosen for path in case.scans + case.further + case.labels)
         files = [file for path in paths for file in ([path] if path.is_file() else _files_in(path))]
         colours = f"-{hashlib.sha256(repr(self.colours).encode()).hexdigest()[:8]}" if self.colours else ""
         return f"{prefix}-{content_fingerprint(files)[:16]}{colours}"

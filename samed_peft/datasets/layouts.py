@@ -47,30 +47,36 @@ LAYOUTS = (
 def open_folder(
     data_dir: str | Path,
     *,
-    channel: str | None = None,
+    channel: str | Sequence[str] | None = None,
     class_names: Sequence[str] | None = None,
     layouts: Sequence[str] | None = None,
+    take_all: bool = False,
 ) -> LabelledFolder:
     """Find the cases of a folder in any of the `LAYOUTS`.
 
     Args:
         data_dir: the folder.
-        channel: name or number of the channel to use if `dataset.json` lists several.
+        channel: name or number of the channel to use if `dataset.json` lists several, or those of two or three, which
+            fill the encoder's channels in their order.
         class_names: names of labels 1..K if the folder names none, or only regions; of a folder with a file for each
             class, those to use, in the order of labels.
         layouts: names of the layouts to consider; by default all.
+        take_all: without `channel`, take all channels of a `dataset.json` that lists two or three.
 
     Raises:
-        InputError: the folder is missing or has no such layout or two, a file is missing or doubled, or the channel is
+        InputError: the folder is missing or has no such layout or two, a file is missing or doubled, or a channel is
             not listed.
     """
     root = Path(data_dir).expanduser().resolve()
     names = [path.name for path in list_folder(root)]
+    wanted = [channel] if isinstance(channel, str) else list(channel or ())
     considered = [layout for layout in LAYOUTS if layouts is None or layout.name in layouts]
     fitting: list[tuple[Layout, LabelledFolder]] = []
     for layout in considered:
-        given = (channel, class_names) if layout.described else (class_names,) if layout.has_class_files else ()
-        folder = layout.open(root, *given)
+        if layout.described:
+            folder = layout.open(root, wanted, class_names, take_all=take_all)
+        else:
+            folder = layout.open(root, class_names) if layout.has_class_files else layout.open(root)
         if folder is not None:
             fitting.append((layout, folder))
             if layout.described:
@@ -84,9 +90,9 @@ def open_folder(
             f"found {', '.join(names[:8]) or 'nothing'}; point data_dir at the folder that holds one of them"
         )
     ((layout, folder),) = fitting
-    if channel is not None and not layout.described:
+    if wanted and not layout.described:
         raise InputError(
-            f"expected no channel for the {layout.title} in {root}, which have none by name; found {channel}; "
+            f"expected no channel for the {layout.title} in {root}, which have none by name; found {' '.join(wanted)}; "
             "leave it out"
         )
     return replace(folder, layout=layout.name, class_names=folder.class_names or tuple(class_names or ()))

@@ -16,7 +16,7 @@ _COLOUR_FILES, _NAME_FILES = ("colours.json", "colors.json"), ("labels.txt",)
 _LABELME_IGNORE, _LABELME_IGNORED = "__ignore__", 255
 
 _SCANS = {"ct.nii.gz": "CT", "mri.nii.gz": "MRI"}
-_SEGMENTATIONS, _SUFFIX = "segmentations", ".nii.gz"
+SEGMENTATIONS, _SUFFIX = "segmentations", ".nii.gz"
 
 
 def open_images_and_masks(root: Path, class_names: Sequence[str] | None) -> LabelledFolder | None:
@@ -30,11 +30,7 @@ def open_images_and_masks(root: Path, class_names: Sequence[str] | None) -> Labe
         return None
     images, masks = files_by_case(folders[0], series=True), folders[1]
     modality = _modality(images)
-    colours, names = (_one_of(root, masks, kinds) for kinds in (_COLOUR_FILES, _NAME_FILES))
-    if colours and names:
-        raise InputError(
-            f"expected the classes of {masks} in one file, found {colours} and {names}; remove one of them"
-        )
+    colours, names = naming_files_of((root, masks))
     entries = [path for path in list_folder(masks) if not path.name.startswith(".")]
     folders_of_masks = [path for path in entries if path.is_dir()]
     if folders_of_masks and not any(suffix_of(path) for path in entries if not path.is_dir()):
@@ -48,7 +44,7 @@ def open_images_and_masks(root: Path, class_names: Sequence[str] | None) -> Labe
         coloured, of_names = colour_table(read_json(colours), colours)
         return LabelledFolder(root, coloured, modality, images, labels, colours=of_names)
     if names:
-        scheme = scheme_of({"labels": _numbered(read_text(names), names)}, names)
+        scheme = scheme_of({"labels": numbered_labels(read_text(names), names)}, names)
         return LabelledFolder(
             *(root, scheme.class_names, modality, images, labels), label_table=scheme.table, label_values=scheme.values
         )
@@ -61,14 +57,29 @@ def _modality(images: Mapping[str, Path]) -> str | None:
     return (found.pop() or None) if len(found) == 1 else None
 
 
-def _one_of(root: Path, masks: Path, names: Sequence[str]) -> Path | None:
-    found = [folder / name for folder in (root, masks) for name in names if os.path.isfile(folder / name)]
-    if len(found) > 1:
-        raise InputError(f"expected one file that says what {masks} holds, found {found[0]} and {found[1]}; remove one")
-    return found[0] if found else None
+def naming_files_of(folders: Sequence[Path]) -> tuple[Path | None, Path | None]:
+    """The file with colours and the one with names of labels in some folders, of which one at most may be there.
+
+    Args:
+        folders: that of the label maps last.
+
+    Raises:
+        InputError: there are several.
+    """
+    found = [
+        [folder / name for folder in folders for name in names if os.path.isfile(folder / name)]
+        for names in (_COLOUR_FILES, _NAME_FILES)
+    ]
+    both = [*found[0], *found[1]]
+    if len(both) > 1:
+        raise InputError(
+            f"expected the classes of {folders[-1]} in one file, found {both[0]} and {both[1]}; remove one of them"
+        )
+    colours, names = (next(iter(paths), None) for paths in found)
+    return colours, names
 
 
-def _numbered(text: str, path: Path) -> dict[str, int]:
+def numbered_labels(text: str, path: Path) -> dict[str, int]:
     """Name -> label number of a file with one name a line, from 1 on, or from 0 on if the first one is background.
 
     Labelme's `__ignore__` stands for 255, as which it writes pixels without a label.
@@ -136,7 +147,7 @@ def _of_class_files(
             f"expected class names as names of the files below {root / 'masks'}, found {len(there)} numbers "
             f"({', '.join(there[:5])}), as of one file for each object; {INSTANCE_ADVICE}"
         )
-    _require_known(names, there, root)
+    require_known(names, there, root)
     chosen: dict[str, dict[int, Path]] = {}
     for case, of_case in files.items():
         found = {label: of_case[name] for label, name in enumerate(names, start=1) if name in of_case}
@@ -145,7 +156,8 @@ def _of_class_files(
     return LabelledFolder(root, names, modality, images, labels, class_files=chosen)
 
 
-def _require_known(names: Sequence[str], there: Sequence[str], root: Path) -> None:
+def require_known(names: Sequence[str], there: Sequence[str], root: Path) -> None:
+    """Refuse names of classes that have no files, with those that are spelled alike."""
     doubled = [name for name in names if list(names).count(name) > 1]
     missing = [name for name in names if name not in there]
     if doubled or missing:
@@ -165,20 +177,20 @@ def open_totalsegmentator(root: Path, class_names: Sequence[str] | None) -> Labe
     """
     # One subject that has both at least: other folders may have a subfolder of that name.
     if not any(
-        os.path.isdir(path / _SEGMENTATIONS) and any(os.path.isfile(path / name) for name in _SCANS)
+        os.path.isdir(path / SEGMENTATIONS) and any(os.path.isfile(path / name) for name in _SCANS)
         for path in list_folder(root)
     ):
         return None
     images, modality = _scans_of_subjects(root)
     first_subject = next(iter(images.values())).parent
-    listed = [name for name in os.listdir(first_subject / _SEGMENTATIONS) if name[0] != "."]
+    listed = [name for name in os.listdir(first_subject / SEGMENTATIONS) if name[0] != "."]
     there = sorted(_class_of(name) for name in listed if name.endswith(_SUFFIX))
     if not there:
-        raise InputError(f"expected CLASS{_SUFFIX} in {first_subject / _SEGMENTATIONS}, found none; unpack it again")
+        raise InputError(f"expected CLASS{_SUFFIX} in {first_subject / SEGMENTATIONS}, found none; unpack it again")
     names = tuple(class_names or there)
-    _require_known(names, there, root)
+    require_known(names, there, root)
     files = {
-        case: {name: image.parent / _SEGMENTATIONS / f"{name}{_SUFFIX}" for name in names}
+        case: {name: image.parent / SEGMENTATIONS / f"{name}{_SUFFIX}" for name in names}
         for case, image in images.items()
     }
     lacking = [path for of_case in files.values() for path in of_case.values() if not os.path.isfile(path)]
@@ -197,11 +209,11 @@ def _scans_of_subjects(root: Path) -> tuple[dict[str, Path], str]:
     kinds: dict[str, list[str]] = {kind: [] for kind in _SCANS.values()}
     for subject in list_folder(root):
         scans = [name for name in _SCANS if os.path.isfile(subject / name)]
-        if not scans and not os.path.isdir(subject / _SEGMENTATIONS):
+        if not scans and not os.path.isdir(subject / SEGMENTATIONS):
             continue
-        if len(scans) != 1 or not os.path.isdir(subject / _SEGMENTATIONS):
+        if len(scans) != 1 or not os.path.isdir(subject / SEGMENTATIONS):
             raise InputError(
-                f"expected {' or '.join(_SCANS)} and the folder {_SEGMENTATIONS} in {subject}, found "
+                f"expected {' or '.join(_SCANS)} and the folder {SEGMENTATIONS} in {subject}, found "
                 f"{' and '.join(scans) or 'no scan'}; add what lacks, or take the subject away"
             )
         images[subject.name] = subject / scans[0]

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage, sparse
 
+from samed_peft.config import Windows, windows_of
 from samed_peft.errors import InputError, printable
 from samed_peft.io import Volume
 
@@ -185,10 +186,10 @@ def reorientation(volume: Volume, codes: str | None) -> tuple[np.ndarray | None,
 
 
 def reoriented(array: np.ndarray, transform: np.ndarray | None) -> np.ndarray:
-    """Flip and transpose (D, H, W); nibabel's transforms are for (x, y, z), the reverse."""
+    """Flip and transpose (D, H, W), or (D, H, W, C); nibabel's transforms are for (x, y, z), the reverse."""
     if transform is None:
         return array
-    return np.asarray(nib.orientations.apply_orientation(array.transpose(2, 1, 0), transform).transpose(2, 1, 0))
+    return np.asarray(nib.orientations.apply_orientation(array.swapaxes(0, 2), transform)).swapaxes(0, 2)
 
 
 _LEAST_SPAN, _LEAST_INSIDE, _MOST_ABOVE = 0.05, 0.02, 0.5
@@ -200,7 +201,7 @@ _FAT_HU, _LEAST_ABOVE = -60.0, 0.05
 _SAMPLE = 250_000
 
 
-def warn_of_window(volume: Volume, window: tuple[float, float] | None) -> None:
+def warn_of_window(volume: Volume, window: Windows) -> None:
     """Warn, with figures, if a fixed window leaves next to nothing of a scan.
 
     The warning comes if the clipped scan spans less than 5 % of the window, if less than 2 % of the voxels lie within
@@ -210,10 +211,13 @@ def warn_of_window(volume: Volume, window: tuple[float, float] | None) -> None:
 
     Args:
         volume: a scan; a `normalized` one should fill [0, 1], with the clipped voxels at 0 and 1.
-        window: the adapter's (low, high), or None for percentiles, which fit any scan.
+        window: the adapter's (low, high), several, which are taken together, or None for percentiles, which fit any
+            scan.
     """
-    if window is None:
+    windows = windows_of(window)
+    if not windows:
         return
+    window = min(low for low, _ in windows), max(high for _, high in windows)
     # An odd step, so that the sample never comes from a few columns of an even width alone.
     voxels = volume.array.reshape(-1)[:: max(1, volume.array.size // _SAMPLE) | 1]
     if voxels.min() == voxels.max():

@@ -7,11 +7,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from samed_peft.datasets.label_scheme import LabelScheme, label_table, labels_of_table
+from samed_peft.datasets.reference_folders import ReferenceFolder, open_references
 from samed_peft.errors import InputError, InterruptedBySignalError, StopSignal, reason_of
 from samed_peft.evaluation.cases import checked_names, regions_report, score_pair, score_regions
 from samed_peft.evaluation.pictures import case_picture
 from samed_peft.evaluation.report import Report
-from samed_peft.io import SUFFIXES, Volume, is_picture, list_folder, numbered_names, read_labels, read_volume, suffix_of
+from samed_peft.io import (
+    SUFFIXES,
+    Volume,
+    is_picture,
+    list_folder,
+    numbered_names,
+    read_label_names,
+    read_labels,
+    read_volume,
+    suffix_of,
+)
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM, CaseScores, checked_tolerance
 
 Files = Mapping[str, Sequence[Path]]
@@ -35,18 +46,20 @@ def evaluate_folders(
     largest label of the references, each of which is then read twice. With a `LabelScheme`, from `scheme_of_dataset`,
     both folders hold its stored values, voxels that it ignores count nowhere, and its regions are scored too.
 
+    References may be stored in any way that training reads (`open_references`): a file for each class, colours with
+    `colours.json`, or numbers with `labels.txt`. Files of classes are chosen by `class_names`, or else by the names in
+    the predicted masks.
+
     Raises:
         InputError: a folder is missing or has no label maps, no name is in both, every case failed, or no case has
             an image.
         InterruptedBySignalError: Ctrl-C or SIGTERM arrived; the case at hand was finished.
     """
     tolerance_mm = checked_tolerance(tolerance_mm)
-    predicted, referenced = _without_companions(list_files(predictions)), list_files(references)
+    predicted = _without_companions(list_files(predictions))
+    described, referenced, scheme = _opened(references, predicted, class_names)
     _require_shared_name(predicted, referenced)
     scans = {} if images is None else _scans_of(sorted(referenced), images)
-    if class_names is None:
-        class_names = numbered_names(_readable(referenced), folder=references)
-    scheme = class_names if isinstance(class_names, LabelScheme) else LabelScheme(checked_names(class_names))
     names, regions = scheme.class_names, scheme.regions
     scores: dict[str, CaseScores] = {}
     of_regions: dict[str, CaseScores] = {}
@@ -56,7 +69,11 @@ def evaluate_folders(
     for case in _until_stopped(sorted({*predicted, *referenced})):
         try:
             prediction = _labels(_only(predicted, case, predictions), scheme, is_reference=False)
-            reference = _labels(_only(referenced, case, references), scheme, is_reference=True)
+            if described is None:
+                reference = _labels(_only(referenced, case, references), scheme, is_reference=True)
+            else:
+                reference = described.read(case)
+                _require_names(prediction, scheme)
             found = score_pair(prediction, reference, num_classes=len(names), tolerance_mm=tolerance_mm)
             of_regions[case] = score_regions(prediction, reference, regions, tolerance_mm=tolerance_mm)
             scores[case] = found
@@ -78,6 +95,57 @@ def evaluate_folders(
         **{name: found for name, found in lists.items() if found},
     }
     return Report(names, scores, settings=settings, pictures=pictures, regions=regions_report(regions, of_regions))
+
+
+def _opened(
+    references: Path, predicted: Files, class_names: Sequence[str] | LabelScheme | None
+) -> tuple[ReferenceFolder | None, Files, LabelScheme]:
+    """References that are not plain label maps, the files of all of them, and their classes."""
+    if class_names is not None and not isinstance(class_names, LabelScheme):
+        class_names = checked_names(class_names)
+    described = open_references(references, predicted.keys(), class_names, named=_names_of_masks(predicted))
+    if described is not None:
+        return described, _files_of(described), described.scheme
+    referenced = list_files(references)
+    if class_names is None:
+        _require_shared_name(predicted, referenced)  # before all are read
+        class_names = numbered_names(_readable(referenced), folder=references)
+    scheme = class_names if isinstance(class_names, LabelScheme) else LabelScheme(tuple(class_names))
+    return None, referenced, scheme
+
+
+def _files_of(described: ReferenceFolder) -> dict[str, list[Path]]:
+    """Case -> files of references that are described, in some of which nothing may be found."""
+    found = {_writable(case): list(of_case.labels) for case, of_case in described.cases.items()}
+    return found | {_writable(case): [described.folder / case] for case in described.failing}
+
+
+def _names_of_masks(predicted: Files) -> LabelScheme | None:
+    """Names and numbers of classes as the first predicted mask holds them; None if it holds none."""
+    path = next(iter(predicted.values()))[0]
+    try:
+        names = read_label_names(path) or {}
+    except InputError:  # which is this case's failure
+        return None
+    values = sorted(names)
+    if not values or len(set(names.values())) != len(names):
+        return None
+    return LabelScheme(
+        tuple(names[value] for value in values), None if values == [*range(1, len(values) + 1)] else tuple(values)
+    )
+
+
+def _require_names(prediction: Volume, scheme: LabelScheme) -> None:
+    """Refuse a mask whose own names say that its numbers stand for other classes than those of the references."""
+    assert prediction.path is not None, "it was read from a file"
+    values = scheme.values or range(1, len(scheme.class_names) + 1)
+    found = read_label_names(prediction.path) or {}
+    for value, name in zip(values, scheme.class_names, strict=True):
+        if found.get(value, name) != name:
+            raise InputError(
+                f"expected label {value} of {prediction.path} to be {name}, as the references have it, found "
+                f"{found[value]} by the names in that file; give class_names in the order of the masks' labels"
+            )
 
 
 def _labels(path: Path, scheme: LabelScheme, *, is_reference: bool) -> Volume:

@@ -5,6 +5,8 @@ from .atomic import recover_dir as recover_dir
 from .atomic import write_bytes as write_bytes
 from .atomic import write_json as write_json
 from .atomic import write_text as write_text
+from .channels import first_channel as first_channel
+from .channels import read_channels as read_channels
 from .checksums import check_files as check_files
 from .checksums import fast_checksums as fast_checksums
 from .checksums import file_sha256 as file_sha256

@@ -1,6 +1,6 @@
 """Read scans and label maps of any format, and write masks on their grids."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,11 @@ PICTURE_ADVICE = (
 """What to do about pictures whose greys are not label numbers."""
 
 
-def _load(path: str | Path, *, labels: bool, channel: int | None = None, numbers: bool = False) -> Volume:
+Channels = int | Sequence[int] | None
+"""Which volume of a 4-D file, or which ones, counted from 0."""
+
+
+def _load(path: str | Path, *, labels: bool, channel: Channels = None, numbers: bool = False) -> Volume:
     """Read any supported file as stored, axes in (D, H, W) order; of a label map the `numbers` may all count."""
     path = Path(path)
     with naming_unreadable(path):
@@ -38,10 +42,10 @@ def _load(path: str | Path, *, labels: bool, channel: int | None = None, numbers
     with naming_any_error(path):
         array, affine = read(path)
     is_colour = file_format.is_picture and array.ndim == 4
-    if not is_colour:
+    if not is_colour or isinstance(channel, Sequence):
         array = _in_3d(array)
-        array = _one_channel(array, channel if file_format.has_channels else None, path)
-    _check(array, affine, path, ndim=3 + is_colour)
+        array = _chosen_channels(array, channel, path, is_4d=file_format.has_channels)
+    _check(array, affine, path, ndim=3 + (is_colour or isinstance(channel, Sequence)))
     return Volume(array, affine, path, file_format.is_normalized)
 
 
@@ -54,8 +58,19 @@ def _in_3d(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def _chosen_channels(array: np.ndarray, channel: Channels, path: Path, *, is_4d: bool) -> np.ndarray:
+    """One volume (D, H, W), or several (D, H, W, C), of an array that may have channels in front, as Decathlon's."""
+    if not isinstance(channel, Sequence):
+        return _one_channel(array, channel if is_4d else None, path)
+    if not is_4d or array.ndim != 4 or not len(array):
+        raise InputError(
+            f"expected a 4-D scan with channels {', '.join(map(str, channel))}, found a single channel in {path}; give "
+            "a 4-D NIfTI file, or a file for each channel, named CASE_0000, CASE_0001 and so on"
+        )
+    return np.stack([_one_channel(array, one, path) for one in channel], axis=-1)
+
+
 def _one_channel(array: np.ndarray, channel: int | None, path: Path) -> np.ndarray:
-    """One volume (D, H, W) of an array that may have channels in front, as Decathlon's NIfTI files do."""
     if array.ndim != 4 or not len(array):
         return array
     if channel is None:
@@ -87,7 +102,7 @@ def _check(array: np.ndarray, affine: np.ndarray | None, path: Path, *, ndim: in
         checked_affine(affine, path)
 
 
-def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
+def read_volume(path: str | Path, *, channel: Channels = None) -> Volume:
     """Read a scan: a file of one of `FORMATS`, or a DICOM folder.
 
     Of a picture with a palette the colours count. SAMed's own files (`.npy.h5`, `.npz`) hold intensities in [0, 1]
@@ -96,7 +111,7 @@ def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
     Args:
         path: file or folder.
         channel: which volume of a 4-D NIfTI file, counted from 0; ignored for files with a single one and for other
-            formats.
+            formats. Several, which such a file must have, become a fourth axis.
 
     Returns:
         Volume with a float32 array (D, H, W); a 2-D `.npz` or picture has D = 1, a colour picture (1, H, W, 3).

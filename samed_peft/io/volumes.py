@@ -18,7 +18,8 @@ class Volume:
 
     Attributes:
         array: (D, H, W); `array[z, y, x]` is voxel (x, y, z) of nibabel, SAMed's order of axes. Pictures have D = 1,
-            and, if in colour, a fourth axis of three colours.
+            and, if in colour, a fourth axis of three colours; scans of which several channels are read have a fourth
+            axis of these.
         affine: (4, 4) float64, voxel index (x, y, z, 1) to RAS+ millimetres; None if the file stores none.
         path: file or folder it was read from.
         normalized: intensities are already in [0, 1], so no window is applied.
@@ -61,7 +62,7 @@ def grids_apart_mm(one: Volume, other: Volume) -> float:
     """
     if one.affine is None or other.affine is None:
         return 0.0
-    last_xyz = np.array(other.array.shape[::-1]) - 1
+    last_xyz = np.array(other.array.shape[2::-1]) - 1
     corners = np.array([[*(corner * last_xyz), 1] for corner in np.ndindex(2, 2, 2)])
     apart_mm = float(np.linalg.norm(corners @ (one.affine - other.affine)[:3].T, axis=1).max())
     return apart_mm if apart_mm > _GRID_TOLERANCE * min(other.spacing_zyx_mm) else 0.0

@@ -8,9 +8,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from samed_peft.config import SamedConfig
+from samed_peft.datasets.channels import scaled_slices
 from samed_peft.datasets.preprocessing import (
     neighbour_step,
-    normalized_array,
     reorientation,
     reoriented,
     slice_spacing_mm,
@@ -111,7 +111,8 @@ class SeenScan(NamedTuple):
         there, _ = reorientation(volume, config.orientation)
         spacing = slice_spacing_mm(volume, there)
         step = _neighbour_step(volume, spacing, config)
-        return cls(reoriented(normalized_array(volume, config.window), there), there, spacing, step)
+        array = scaled_slices(volume, config.window, channels=config.channels)
+        return cls(reoriented(array, there), there, spacing, step)
 
     @property
     def size_hw(self) -> tuple[int, int]:

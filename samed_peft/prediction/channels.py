@@ -10,6 +10,9 @@ from samed_peft.io import is_picture
 Named = Sequence[tuple[str, Path]]
 """Names of cases, and their files."""
 
+CaseFiles = tuple[str, tuple[Path, ...]]
+"""Name of a case, and its files."""
+
 _NNUNET_NAME = re.compile(r"(.+)_(\d{4})")
 
 
@@ -34,6 +37,44 @@ def files_of_channel(named: Named, channel: int | None, channel_files: bool | No
         is_list = len(named) > 1 and all(_NNUNET_NAME.fullmatch(case) for case, _ in named)
         return None if not is_list or (channel is None and _are_frames(named)) else _chosen(named, channel or 0)
     return _chosen(named, channel or 0) if len(named) > 1 else _only(*named[0], channel or 0)
+
+
+def files_of_channels(named: Named, channels: Sequence[int], channel_files: bool | None) -> list[CaseFiles] | None:
+    """Cases with a file for each of several channels that are seen together, in their order.
+
+    A case whose other files lack gets their expected names, and fails alone when it is read. Names without a number of
+    these channels are those of cases with one file.
+
+    Args:
+        named: names without suffix, and files.
+        channels: two or more.
+        channel_files: `SamedConfig.channel_files`. If it is not True, the names must speak for channels: a case has all
+            of them, and if it is the only one, no other numbers.
+
+    Returns:
+        None if the names are not those of channels.
+    """
+    numbered: dict[tuple[str, str], dict[int, Path]] = {}
+    plain: list[CaseFiles] = []
+    for case, path in named:
+        if (match := _NNUNET_NAME.fullmatch(case)) and (int(match[2]) in channels or channel_files is not True):
+            numbered.setdefault((match[1], path.name[len(case) :]), {})[int(match[2])] = path
+        elif match is None:
+            plain.append((case, (path,)))
+    found = {
+        key: tuple(next(iter(files.values())).with_name(f"{key[0]}_{number:04d}{key[1]}") for number in channels)
+        for key, files in numbered.items()
+    }
+    if len(named) == 1 and found:
+        is_sure = all(path.exists() for path in next(iter(found.values())))
+    else:
+        is_sure = any(
+            {*channels} <= files.keys() and (len(found) > 1 or len(files) == len(channels))
+            for files in numbered.values()
+        )
+    if not found or not (channel_files or is_sure):
+        return None
+    return [*((case, files) for (case, _), files in found.items()), *plain]
 
 
 def _are_frames(named: Named) -> bool:

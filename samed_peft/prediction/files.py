@@ -18,6 +18,7 @@ from samed_peft.errors import InputError, InterruptedBySignalError, StopSignal, 
 from samed_peft.io import (
     SharedFlag,
     Volume,
+    read_channels,
     read_series,
     read_volume,
 )
@@ -241,6 +242,8 @@ def _predict_all(
     def read(scan: Scan) -> Volume:
         if scan.series is not None:
             return read_series(scan.source, scan.series)
+        if scan.further:
+            return read_channels([scan.source, *scan.further])
         return read_volume(scan.source, channel=scan.channel)
 
     def compute(scan: Scan, reading: Callable[[], Volume]) -> Callable[[], None] | None:

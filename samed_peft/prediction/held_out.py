@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from samed_peft.config import SamedConfig, first_window
 from samed_peft.datasets import CaseVolumes
 from samed_peft.errors import reason_of
 from samed_peft.evaluation.artefacts import write_report
@@ -19,7 +20,7 @@ from samed_peft.evaluation.cases import (
     warn_of_failure,
 )
 from samed_peft.evaluation.report import Report
-from samed_peft.io import Volume
+from samed_peft.io import Volume, first_channel
 from samed_peft.metrics import DEFAULT_TOLERANCE_MM
 from samed_peft.models.modeling import config_of
 from samed_peft.prediction.averaging import Segmenters, as_models
@@ -76,8 +77,8 @@ def score_held_out(
             CaseVolumes.of_masks({case: masks[case] for case in left}, label_values=config.label_values),
             CaseVolumes({case: partial(references.__getitem__, case) for case in left}),
             class_names=names,
-            images=images,
-            window=config.window,
+            images=CaseVolumes({case: partial(_shown, images, case, config) for case in left}),
+            window=first_window(config.window),
             on_failure=fail,
             regions=config.regions,
         )
@@ -88,6 +89,11 @@ def score_held_out(
         return None
     write_report(report, directory)
     return report
+
+
+def _shown(images: Mapping[str, Volume], case: str, config: SamedConfig) -> Volume:
+    """What pictures show of a scan: of several channels the first."""
+    return images[case] if config.channels is None else first_channel(images[case])
 
 
 def _gathered(

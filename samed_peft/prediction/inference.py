@@ -98,7 +98,8 @@ def predict_volume(
         model: from `load_segmenter`, `load_adapter`, `add_lora` or `load_sam`; its `samed_config` says how
             to prepare scans. It runs in evaluation mode and returns to its mode afterwards. Of several, which may
             differ in all but the classes, the probabilities are averaged (`predict_probabilities`).
-        volume: the scan, (D, H, W), or a colour picture (1, H, W, 3).
+        volume: the scan, (D, H, W), a colour picture (1, H, W, 3), or all channels that the adapter sees, (D, H, W, C)
+            (`SamedConfig.channels`).
         batch_size: slices, or tiles, per forward pass.
         flips: average the logits over each slice and its flips along rows, columns and both, in four times the time.
         keep_largest: keep only the largest connected part of each class (`largest_parts`): True for all classes, False
@@ -109,8 +110,8 @@ def predict_volume(
 
     Raises:
         InputError: `batch_size` is below 1, the model has no `samed_config`, the scan is constant and the model has no
-            fixed window, or the adapter sees neighbouring slices and the scan has no spacing; several models have
-            different classes.
+            fixed window, it lacks a channel that the adapter sees, or the adapter sees neighbouring slices and the scan
+            has no spacing; several models have different classes.
     """
     models = as_models(model)
     for window in {config_of(one).window for one in models}:

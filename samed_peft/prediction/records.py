@@ -77,24 +77,38 @@ def _stored(config: SamedConfig) -> list[int]:
     return list(config.label_values or range(1, config.num_labels))
 
 
-def common_channel(adapters: Sequence[AdapterSource], given: int | None) -> tuple[int | None, bool | None]:
-    """The channel that adapters segment, and whether files hold one channel each, None if they do not agree on that.
+def common_channel(
+    adapters: Sequence[AdapterSource], given: Sequence[int] | None
+) -> tuple[int | tuple[int, ...] | None, bool | None]:
+    """The channel that adapters segment, or several, and whether files hold one each, None if they disagree on that.
 
     Args:
         adapters: from `find_adapters`.
-        given: the channel that the user chose, or None.
+        given: the channels of these scans that the user chose, in the order of the adapters', or None.
 
     Raises:
-        InputError: the adapters were trained on different channels, and the user chose none.
+        InputError: the adapters were trained on different channels, and the user chose none; or the user chose more or
+            fewer channels than the adapters see.
     """
-    channels = [adapter.config.channel for adapter in adapters]
-    if given is None and len(set(channels)) > 1:
-        found = ", ".join(f"{adapter.config.channel} in {adapter.source}" for adapter in adapters)
+    channels = [adapter.config.channels or adapter.config.channel for adapter in adapters]
+    counts = {len(adapter.config.channels or "1") for adapter in adapters}
+    if len(counts) > 1 or (given is None and len(set(channels)) > 1):
+        found = ", ".join(f"{a.config.channel_text or a.config.channel} in {a.source}" for a in adapters)
+        expected, way_out = "that see the same channels", "average adapters of the same input"
+        if counts == {1}:
+            expected, way_out = "of one channel", "choose one with channel, --channel on the command line"
+        raise InputError(f"expected adapters {expected}, found {found}; {way_out}")
+    (count,) = counts
+    if given is not None and len(given) != count:
+        seen = adapters[0].config.channel_text or "a single channel"
         raise InputError(
-            f"expected adapters of one channel, found {found}; choose one with channel, --channel on the command line"
+            f"expected {count} channel{'s' * (count > 1)} for {adapters[0].source}, which sees {seen}, found "
+            f"{len(given)}: {', '.join(map(str, given))}; give their numbers in these scans in that order, or leave "
+            "channel out"
         )
     of_files = {adapter.config.channel_files for adapter in adapters}
-    return channels[0] if given is None else given, of_files.pop() if len(of_files) == 1 else None
+    chosen = channels[0] if given is None else given[0] if count == 1 else tuple(given)
+    return chosen, of_files.pop() if len(of_files) == 1 else None
 
 
 def require_same_adapters(folder: Path, adapters: Sequence[AdapterSource]) -> None:

@@ -25,7 +25,7 @@ from samed_peft.io import (
     naming_unreadable,
     suffix_of,
 )
-from samed_peft.prediction.channels import files_of_channel
+from samed_peft.prediction.channels import files_of_channel, files_of_channels
 
 _NOT_READ = (
     *(".mhd", ".hdr", ".img", ".nhdr", ".mgz", ".mgh", ".mnc", ".mif", ".nia", ".npy", ".h5", ".hdf5"),
@@ -42,15 +42,17 @@ class Scan:
         case: its name.
         source: file or DICOM folder.
         mask: file to write its mask to.
-        channel: which volume of a 4-D file, counted from 0.
+        channel: which volume of a 4-D file, counted from 0, or which ones.
         series: which of several series in a DICOM folder.
+        further: files of all channels but the first, if each of several is a file of its own.
     """
 
     case: str
     source: Path
     mask: Path
-    channel: int | None = None
+    channel: int | tuple[int, ...] | None = None
     series: str | None = None
+    further: tuple[Path, ...] = ()
 
     @property
     def overlay(self) -> Path:
@@ -173,20 +175,20 @@ def plan_masks(
     sources: Sequence[Path],
     output: Path,
     *,
-    channel: int | None = None,
+    channel: int | Sequence[int] | None = None,
     channel_files: bool | None = None,
     dicom_seg: bool = False,
     series: str | None = None,
 ) -> list[Scan]:
     """Name cases and their mask files.
 
-    If names are nnU-Net's, ending in the channel's number (`files_of_channel`), one channel's scans are taken, and the
-    ending is left out of the case's name.
+    If names are nnU-Net's, ending in the channel's number (`files_of_channel`), one channel's scans are taken, or all
+    of those that are seen together, and the ending is left out of the case's name.
 
     Args:
         sources: from `list_scans`.
         output: folder of the masks, or for a single scan the name of its mask.
-        channel: of 4-D files or of nnU-Net's names; None stands for 0 in the latter.
+        channel: of 4-D files or of nnU-Net's names, or several; None stands for 0 in the latter.
         channel_files: `SamedConfig.channel_files` of the adapter.
         dicom_seg: masks of DICOM series become DICOM SEG and not NIfTI.
         series: which of several series in a DICOM folder, as given to `list_scans`; a part of the case's name, so that
@@ -196,20 +198,28 @@ def plan_masks(
         InputError: two scans have one name, a mask would replace a scan or lie among scans, an option does not fit, a
             file is of unknown format, or the only file is of another channel.
     """
-    if channel is not None and channel < 0:
-        raise InputError(f"channel must not be negative; found {channel}")
+    numbers = () if channel is None else (channel,) if isinstance(channel, int) else tuple(channel)
+    if any(number < 0 for number in numbers):
+        raise InputError(f"channel must not be negative; found {', '.join(map(str, numbers))}")
     if dicom_seg and (other := [path for path in sources if not path.is_dir()]):
         raise InputError(f"expected DICOM series for DICOM SEG, found {other[0]}; leave dicom_seg out for other scans")
     chosen_series = "" if series is None else "_" + re.sub(r"[^0-9A-Za-z.-]", "_", series)
     named = [(_case_of(path) + chosen_series, path) for path in sources]
-    if (chosen := files_of_channel(named, channel, channel_files)) is not None:
-        named, channel = list(chosen), None
+    further: dict[str, tuple[Path, ...]] = {}
+    of_file = numbers if len(numbers) > 1 else next(iter(numbers), None)
+    if isinstance(of_file, tuple):
+        if (of_cases := files_of_channels(named, of_file, channel_files)) is not None:
+            named = [(case, paths[0]) for case, paths in of_cases]
+            further = {case: paths[1:] for case, paths in of_cases if len(paths) > 1}
+    elif (chosen := files_of_channel(named, of_file, channel_files)) is not None:
+        named, of_file = list(chosen), None
     _require_different(named)
     file = _single_mask(named, output, dicom_seg)
     scans = []
     for case, path in named:
         suffix = DICOM_SEG_SUFFIX if dicom_seg else _known_format(path).mask_suffix
-        scans.append(Scan(case, path, file or output / f"{case}{suffix}", channel, series))
+        of_case = None if case in further else of_file
+        scans.append(Scan(case, path, file or output / f"{case}{suffix}", of_case, series, further.get(case, ())))
         _require_elsewhere(scans[-1], len(sources) > 1, dicom_seg)
     return scans
 
@@ -251,7 +261,7 @@ def _require_elsewhere(scan: Scan, is_one_of_many: bool, dicom_seg: bool) -> Non
     """Refuse masks that would replace scans, or be taken for scans the next time."""
     files = {"mask": scan.mask, "overlay": scan.overlay, "probability file": scan.probabilities}
     for kind, file in files.items():
-        if file.resolve() == scan.source.resolve():
+        if file.resolve() in [path.resolve() for path in (scan.source, *scan.further)]:
             raise InputError(f"the {kind} of {scan.source} would replace the scan; choose another output")
     folder, scans = scan.mask.parent.resolve(), scan.source.parent.resolve()
     if is_one_of_many and (folder == scans or (dicom_seg and folder.parent == scans)):

@@ -31,7 +31,7 @@ def slice_channels(array: np.ndarray, batch: slice, step: int | None = None) -> 
     """The channels (B, 1 or 3, H, W) float32 that show the encoder some slices of a scan; one fills all three.
 
     Args:
-        array: the normalised scan (D, H, W), or a colour picture (1, H, W, 3), in the adapter's orientation.
+        array: the normalised scan (D, H, W) or (D, H, W, 3), from `scaled_slices`, in the adapter's orientation.
         batch: which slices.
         step: of the slices before and after that become the first and third channel, which at the ends of a scan is the
             slice itself; None to show the slice alone.

@@ -4,11 +4,12 @@ import contextlib
 
 import numpy as np
 
-from samed_peft.config import SamedConfig
+from samed_peft.config import SamedConfig, first_window
 from samed_peft.evaluation.pictures import case_picture, scan_window
 from samed_peft.io import (
     DICOM_SEG_SUFFIX,
     Volume,
+    first_channel,
     stored_mask,
     stored_names,
     write_bytes,
@@ -21,8 +22,9 @@ from samed_peft.prediction.scans import Scan
 
 def write_overlay(scan: Scan, image: Volume, mask: np.ndarray, config: SamedConfig) -> None:
     """Write a picture of a mask over its scan."""
-    window = scan_window(image, config.window)
-    picture = case_picture(image, None, mask, class_names=config.class_names, window=window)
+    shown = image if config.channels is None else first_channel(image)
+    window = scan_window(shown, first_window(config.window))
+    picture = case_picture(shown, None, mask, class_names=config.class_names, window=window)
     write_bytes(scan.overlay, picture)
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from samed_peft.config import SamedConfig, TrainingConfig
+from samed_peft.config import SamedConfig, TrainingConfig, Windows, windows_of
 from samed_peft.datasets.fingerprint import Fingerprint
 from samed_peft.errors import InputError
 from samed_peft.models.geometry import BaseGeometry
@@ -29,6 +29,7 @@ def require_plannable(data: Fingerprint, base: BaseGeometry, given: Mapping[str,
     _require_patients(data, given)
     _require_window(data, given.get("window"))
     _require_neighbours(data, given.get("neighbour_mm"))
+    _require_one_channel(data, given.get("window"))
     plane, size, patch = given.get("plane"), given.get("image_size"), base.patch_size
     if plane is not None and plane != data.plane:
         raise InputError(
@@ -58,7 +59,12 @@ def _require_in_range(base: BaseGeometry, given: Mapping[str, Any]) -> None:
         if given.get(name) is not None and not 0 <= given[name] <= 1:
             raise InputError(f"{name} must be in [0, 1]; found {given[name]}")
     of_training, of_adapter = (
-        {field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
+        # The recipe's channel is a name, which `open_folder` has understood.
+        {
+            field.name: given[field.name]
+            for field in dataclasses.fields(kind)
+            if field.name in given.keys() - {"channel"}
+        }
         for kind in (TrainingConfig, SamedConfig)
     )
     if "epochs" in of_training:
@@ -103,15 +109,32 @@ def _require_patients(data: Fingerprint, given: Mapping[str, Any]) -> None:
         )
 
 
-def _require_window(data: Fingerprint, window: tuple[float, float] | None) -> None:
-    if window is None or data.normalized:
+def _require_window(data: Fingerprint, window: Windows) -> None:
+    if data.normalized:
         return
-    (low, high), (first, last) = window, data.intensity_range
-    if high <= first or low >= last or (data.modality == "picture" and low < 0):
-        kind = "pictures" if data.modality == "picture" else "scans"
+    first, last = data.intensity_range
+    for low, high in windows_of(window):
+        if high <= first or low >= last or (data.modality == "picture" and low < 0):
+            kind = "pictures" if data.modality == "picture" else "scans"
+            raise InputError(
+                f"expected a window within the {kind}' intensities, {first:g} to {last:g}, found {low:g} to {high:g}; "
+                "leave --window out to have it chosen, or give one in their units"
+            )
+
+
+def _require_one_channel(data: Fingerprint, window: Windows) -> None:
+    """Refuse several windows of what fills the encoder's channels already, or has no Hounsfield units."""
+    number, found = len(windows_of(window)), None
+    if data.channels:
+        found = f"channels {', '.join(data.channel_names)}, of which --channel chooses one"
+    elif data.colour:
+        found = "colour pictures"
+    elif data.normalized:
+        found = "intensities in [0, 1], to which windows were applied before"
+    if number > 1 and found:
         raise InputError(
-            f"expected a window within the {kind}' intensities, {first:g} to {last:g}, found {low:g} to {high:g}; "
-            "leave --window out to have it chosen, or give one in their units"
+            f"expected scans with one channel for {number} windows, which fill the encoder's three channels, found "
+            f"{found}; leave --windows out"
         )
 
 
@@ -121,6 +144,8 @@ def _require_neighbours(data: Fingerprint, neighbour_mm: float | None) -> None:
     found = None
     if data.colour:
         found = "colour pictures, whose three channels are taken"
+    elif data.channels:
+        found = f"channels {', '.join(data.channel_names)}, which take all three, and of which --channel chooses one"
     elif data.modality == "picture":
         found = "pictures, which have no neighbours"
     elif data.spacing_mm is None:

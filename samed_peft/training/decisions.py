@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from samed_peft.config import CT_WINDOW_HU
+from samed_peft.config import CT_WINDOW_HU, windows_of
 from samed_peft.errors import InputError
 from samed_peft.training.machine import Machine
 from samed_peft.training.situation import CONSTANTS, Situation
@@ -34,6 +34,14 @@ def _plane(s: Situation) -> Decided:
     return s.data.plane, "no axis is the coarsest, and labels fill the fewest slices in this plane, each with more"
 
 
+def _channels(s: Situation) -> Decided | None:
+    if not s.data.channels:
+        return None
+    names = [name or f"channel {number}" for number, name in zip(s.data.channels, s.data.channel_names, strict=True)]
+    last = f", {names[1]} in the third too" if len(names) == 2 else ""
+    return s.data.channels, f"{', '.join(names[:-1])} and {names[-1]} in the encoder's three channels{last}"
+
+
 def _window(s: Situation) -> Decided:
     data, (low, high) = s.data, s.data.intensity_range
     if data.modality == "picture":
@@ -42,7 +50,7 @@ def _window(s: Situation) -> Decided:
         return None, f"percentiles of each picture: intensities {low:g} to {high:g} are not those of 8 bits"
     if data.modality != "CT":
         kind = "MR has no fixed scale" if data.modality == "MR" else "nothing says what the intensities mean"
-        return None, f"0.5 and 99.5 percentiles of each scan: {kind}"
+        return None, f"0.5 and 99.5 percentiles of each {'channel of each ' * bool(data.channels)}scan: {kind}"
     if data.normalized or data.foreground is None:
         return CT_WINDOW_HU, "SAMed's, for scans in Hounsfield units; these are scaled to [0, 1] already"
     first, lower, _, upper, last = data.foreground
@@ -57,6 +65,8 @@ def _window(s: Situation) -> Decided:
 def _neighbour_mm(s: Situation) -> Decided:
     if s.data.colour:
         return None, "the three channels hold the colours"
+    if s.data.channels or len(windows_of(s.chosen["window"])) > 1:
+        return None, f"the three channels hold {'those of the scans' if s.data.channels else 'the windows'}"
     if s.data.modality == "picture" or s.data.patient_slices[2] < 3:
         return None, f"{_EACH_SLICE}: pictures have no neighbours"
     if s.data.spacing_mm is None:
@@ -306,7 +316,7 @@ def _patience(s: Situation) -> Decided:
 
 RULES: Mapping[str, Callable[[Situation], Decided | None]] = MappingProxyType(
     {rule.__name__.removeprefix("_"): rule for rule in (
-        _plane, _window, _neighbour_mm, _resampling, _image_size, _gradient_checkpointing, _mixed_precision,
+        _plane, _channels, _window, _neighbour_mm, _resampling, _image_size, _gradient_checkpointing, _mixed_precision,
         _fold, _folds, _validation_share, _batch_size, _accumulation_steps, _epochs, _stop_epoch, _max_steps,
         _max_minutes, _warmup_steps, _learning_rate, _max_grad_norm, _weight_decay, _schedule, _lora_plus_ratio, _rank,
         _targets, _augmentation, _mirror, _foreground_share, _weight_average, _validate_epochs, _patience,

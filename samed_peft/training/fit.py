@@ -27,6 +27,7 @@ from samed_peft.models.modeling import config_of
 from samed_peft.models.precision import cast_frozen_weights, product_dtype
 from samed_peft.training.adalora import prune_ranks
 from samed_peft.training.average import WeightAverage
+from samed_peft.training.batch_trial import pass_once, recorded_batch, settle_batch
 from samed_peft.training.batches import training_slices
 from samed_peft.training.claims import FolderBefore, claim_run_folder, only_run_in
 from samed_peft.training.length import Clock, Fitted, LengthRecord, Timing, fitted_steps, settle_length, steps_that_fit
@@ -88,7 +89,7 @@ def fit(run: Run, *, accelerator: Accelerator, resume: bool = False) -> tuple[Pa
         progress, length = _train(parts, resume=resume, exceeded=exceeded)
         accelerator.free_memory()
     adapter = run.output_dir / ("adapter" if progress.best_epoch is None else "adapter_best")
-    return adapter, settings | length.decided()
+    return adapter, settings | recorded_batch(run.output_dir) | length.decided()
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ def _train(parts: _Parts, *, resume: bool, exceeded: Mapping[str, Any]) -> tuple
         warnings.warn(
             f"nothing to resume in {run.output_dir}: it has no checkpoint, so the run begins anew", stacklevel=3
         )
+    parts = _with_fitting_batch(parts, progress)
+    run = parts.run
     clock = Clock.started(progress, max_minutes=run.training.max_minutes)
     fit_steps = partial(_fit_steps, parts, progress, clock)
     length = settle_length(record, run.training, progress, exceeded=exceeded, fit_steps=fit_steps)
@@ -160,6 +163,21 @@ def _train(parts: _Parts, *, resume: bool, exceeded: Mapping[str, Any]) -> tuple
         if is_main:
             length.write(run.output_dir)
     return progress, length
+
+
+def _with_fitting_batch(parts: _Parts, progress: Progress) -> _Parts:
+    """The same with a batch that fits in memory: the recorded one, or before the first step the plan's, if it does."""
+    run, accelerator = parts.run, parts.accelerator
+    is_planned = run.plan is not None and not (run.plan.is_given("batch_size") or progress.step)
+    slices = training_slices(run.rows, run.config, run.training, label_size=parts.model.logits_size)
+    options = {"dice_weight": run.training.dice_weight, "accelerator": accelerator}
+    training = settle_batch(
+        run.output_dir,
+        run.training,
+        try_batch=partial(pass_once, parts.model, slices, **options) if is_planned else None,
+        accelerator=accelerator,
+    )
+    return dataclasses.replace(parts, run=dataclasses.replace(run, training=training))
 
 
 def _take_steps(parts: _Parts, progress: Progress, *, total: int, clock: Clock) -> Progress:

@@ -82,6 +82,8 @@ def options_of(plan: Plan, folder: LabelledFolder, *, given: Mapping[str, Any] =
         "class_names": class_names_for(folder, given.get("class_names")),
         "orientation": plan.fingerprint.orientation,
         "channel": folder.channel,
+        "channels": folder.channels or None,
+        "channel_names": folder.channel_names or None,
         "channel_files": folder.channel_files,
     }
     adapter = {name: value for name, value in values.items() if name in adapter_names - {"base"}} | of_data

@@ -61,6 +61,10 @@ class Plan:
         """Name -> value of each decision."""
         return {decision.name: decision.value for decision in self.decisions}
 
+    def is_given(self, name: str) -> bool:
+        """Whether users made a decision."""
+        return any(decision.name == name and decision.reason == _GIVEN for decision in self.decisions)
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON values."""
         parts = {name: vars(self)[name].to_dict() for name in _PARTS}

@@ -1,5 +1,6 @@
 """Start, record and finish a training run: its processes, folder, log and scores."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from samed_peft.evaluation import Report, format_table
 from samed_peft.hub.push import check_repo_id, push_to_hub
 from samed_peft.io import Volume, require_replaceable
 from samed_peft.models.launch import check_launch
+from samed_peft.training.batch_trial import recorded_batch
 from samed_peft.training.claims import RUN_FOLDER
 from samed_peft.training.length import LengthRecord
 from samed_peft.training.planning import PLAN_FILE, Plan, write_plan
@@ -36,7 +38,8 @@ class Run:
         training: how to train it.
         rows: training slices, from `load_synapse` or `load_slices`.
         output_dir: gets `adapter`, `adapter_best` if there is a validation, `checkpoints`, `logs`, `run.json`,
-            `resources.json`, and `length.json` if the number of steps was fitted to minutes or exceeded later.
+            `resources.json`, `batch.json` if a planned batch was tried, and `length.json` if the number of steps was
+            fitted to minutes or exceeded later.
         folder: the labelled scans.
         cases: names of its cases to train, test and validate on.
         init: folder or Hub id of an adapter whose training goes on, in place of a fresh one; None for none.
@@ -120,8 +123,9 @@ def finish_run(
             steps = length.max_steps or 0
             plan = settled(run.plan, length.decisions, steps=steps) if length.decisions else run.plan
             write_plan(plan, adapter / PLAN_FILE)
+        training = LengthRecord.read(run.output_dir).settled(run.training)
+        training = dataclasses.replace(training, **recorded_batch(run.output_dir))
         if report is not None:
-            training = LengthRecord.read(run.output_dir).settled(run.training)
             write_card(adapter, report=report, training=training)
             print(
                 format_table(report),
@@ -129,7 +133,7 @@ def finish_run(
                 sep="\n",
             )
         else:
-            write_card(adapter, training=LengthRecord.read(run.output_dir).settled(run.training))
+            write_card(adapter, training=training)
             print(printable(f"the adapter is in {adapter}; it has no scores, since no case was held out"))
         if repo_id and not (report and report.settings.get("failed_cases")):
             try:

@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import write_balls
+from scan_files import two_modalities
 
 from samed_peft.cli import main
 from samed_peft.datasets import open_folder, take_fingerprint
@@ -67,3 +68,16 @@ def test_wrong_input_ends_with_code_2_and_one_message(balls, capsys, monkeypatch
     error = capsys.readouterr().err
     assert message in error
     assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_all_of_two_channels_are_planned_or_those_that_are_named(tmp_path, capsys):
+    data = two_modalities(tmp_path / "data", in_4d=False)
+    assert _plan(data, "--base", "tiny-sam") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("channels ")]
+    assert line.split()[:4] == ["channels", "0", "1", "T1"]
+    assert _plan(data, "--base", "tiny-sam", "--channel", "FLAIR", "T1") == 0
+    assert "FLAIR and T1 in the encoder's three channels" in capsys.readouterr().out
+    assert _plan(data, "--base", "tiny-sam", "--channel", "1") == 0
+    assert "\nchannels " not in capsys.readouterr().out
+    assert _plan(data, "--base", "tiny-sam", "--channel", "T2") == 2
+    assert "0 (T1), 1 (FLAIR)" in capsys.readouterr().err

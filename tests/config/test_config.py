@@ -69,7 +69,7 @@ def test_bad_adapters_are_refused(values):
         ({"input_size": 0}, "input_size must be positive, or None; found 0"),
         ({"resampling": "spline"}, "resampling must be samed or aligned; found 'spline'"),
         ({"resampling": "aligned", "input_size": 224}, "must be None with aligned; found 224: leave input_size out"),
-        ({"window": (1, 0)}, r"window must be \(low, high\) with low < high, or None; found \(1, 0\)"),
+        ({"window": (1, 0)}, r"window must be \(low, high\) with low < high, or two .*, or None; found \(1, 0\)"),
         ({"orientation": "las"}, "one each of L or R, A or P, S or I, such as LAS, or None; found 'las'"),
         ({"method": "oft", "rank": 1}, "rank must be at least 2 for oft, .*the rank is the size of a block"),
     ],

@@ -574,6 +574,11 @@ def test_what_samed_s_format_cannot_record_is_told_or_refused(samed_adapter, tmp
         UserWarning, match=rf"labels 1 to {len(classes)} in place of \[2, .*all parts of {classes[0]}, not"
     ):
         export_samed(changed("one", label_values=numbers, keep_largest=classes[:1]), tmp_path / "one.pth")
-    for name, values in (("two", {"neighbour_mm": 2.0}), ("three", {"resampling": "aligned", "input_size": None})):
+    for name, values in (
+        ("two", {"neighbour_mm": 2.0}),
+        ("three", {"resampling": "aligned", "input_size": None}),
+        ("four", {"window": ((0.0, 1.0), (0.0, 2.0))}),
+        ("five", {"channels": (0, 1)}),
+    ):
         with pytest.raises(InputError, match="its masks would differ there; export it with --format merged"):
             export_samed(changed(name, **values), tmp_path / f"{name}.pth")

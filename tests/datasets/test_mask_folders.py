@@ -187,8 +187,8 @@ def test_labelme_marks_what_nobody_labelled(tmp_path):
         ({"labels.txt": "a\na"}, "expected different names in .*found 'a' twice"),
         ({"labels.txt": "background"}, "expected labels beside background"),
         ({"labels.txt": "a", "colours.json": "{}"}, "in one file, found .*colours.json and .*labels.txt"),
-        ({"masks/labels.txt": "a", "labels.txt": "b"}, "expected one file that says what .* holds"),
-        ({"colours.json": "{}", "colors.json": "{}"}, "expected one file that says"),
+        ({"masks/labels.txt": "a", "labels.txt": "b"}, "in one file, found .*; remove one of them"),
+        ({"colours.json": "{}", "colors.json": "{}"}, "in one file, found .*colours.json and .*colors.json"),
     ],
 )
 def test_lists_that_mean_nothing(tmp_path, files, message):

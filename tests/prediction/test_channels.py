@@ -47,6 +47,43 @@ def test_names_without_suffix_among_others(tmp_path):
     assert masks_of(tmp_path, names) == {name: name for name in names}
 
 
+def files_of(tmp_path, names, **options):
+    """Case -> names of its files, and the channels to read of each."""
+    scans = plan_masks([tmp_path / name for name in names], tmp_path / "out", **options)
+    return {scan.mask.name: [path.name for path in (scan.source, *scan.further)] for scan in scans}, {
+        scan.channel for scan in scans
+    }
+
+
+def test_several_channels_are_files_of_one_case(tmp_path):
+    names = [f"{case}_{number:04d}.nii.gz" for case in "ab" for number in range(3)]
+    wanted = {f"{case}.nii.gz": [f"{case}_0002.nii.gz", f"{case}_0000.nii.gz"] for case in "ab"}
+    for channel_files in (True, False, None):
+        assert files_of(tmp_path, names, channel=(2, 0), channel_files=channel_files) == (wanted, {None})
+    # One that lacks is expected all the same, so that this case fails alone.
+    lacking = [name for name in names if name != "b_0000.nii.gz"]
+    for channel_files in (True, False):
+        assert files_of(tmp_path, lacking, channel=(2, 0), channel_files=channel_files) == (wanted, {None})
+    # Any of its files stands for a case.
+    for name in ("a_0000.nii.gz", "a_0002.nii.gz"):
+        found = files_of(tmp_path, [name], channel=(2, 0), channel_files=True)
+        assert found == ({"a.nii.gz": wanted["a.nii.gz"]}, {None})
+
+
+def test_4d_files_are_no_channels_by_their_numbers(tmp_path):
+    frames = [f"case_{number:04d}.nii.gz" for number in range(4)]
+    assert files_of(tmp_path, frames, channel=(0, 1), channel_files=False) == ({n: [n] for n in frames}, {(0, 1)})
+    assert files_of(tmp_path, frames[:1], channel=(0, 1), channel_files=False) == ({frames[0]: frames[:1]}, {(0, 1)})
+    for name in frames[:2]:
+        (tmp_path / name).touch()
+    both = ({"case.nii.gz": frames[:2]}, {None})
+    assert files_of(tmp_path, frames[:1], channel=(0, 1), channel_files=False) == both
+    assert files_of(tmp_path, frames[:2], channel=(0, 1), channel_files=False) == both
+    mixed = ["a_0000.nii.gz", "a_0001.nii.gz", "b.nii.gz"]
+    found = plan_masks([tmp_path / name for name in mixed], tmp_path / "out", channel=(0, 1), channel_files=True)
+    assert [(scan.case, scan.channel) for scan in found] == [("a", None), ("b", (0, 1))]
+
+
 def test_a_single_file_of_another_channel_is_refused(tmp_path):
     message = r"channel 1, .* found .*a_0000\.nii\.gz of channel 0 by its name; give a_0001\.nii\.gz, or --channel 0 "
     with pytest.raises(InputError, match=message):

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_balls
+from scan_files import two_modalities
 
 from samed_peft.config import CT_WINDOW_HU, SYNAPSE_CLASSES, SamedConfig, TrainingConfig
 from samed_peft.config.options import given_options
-from samed_peft.datasets import open_folder
+from samed_peft.datasets import open_folder, take_fingerprint
 from samed_peft.datasets.fingerprint import MODALITIES, Fingerprint
 from samed_peft.errors import InputError
 from samed_peft.models.bases import TINY_SAM_DIR
@@ -30,6 +31,7 @@ from samed_peft.training import (
     write_plan,
 )
 from samed_peft.training.decisions import RULES, best_precision
+from samed_peft.training.replanning import replanned
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "finetune.py"
 PAGE = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
@@ -428,3 +430,50 @@ def test_a_run_takes_the_precision_of_its_plan_or_of_the_file_or_of_the_machine(
     assert planned_precision(run) == "no", "as runs of that time were trained"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert planned_precision(run) is None
+
+
+def test_channels_fill_the_encoder_and_leave_no_room_for_neighbours():
+    data = fingerprint(modality="MR", channels=(0, 2), channel_names=("T1", "FLAIR"))
+    plan = make_plan(data, CPU, base=TINY)
+    assert (plan.values["channels"], plan.values["window"], plan.values["neighbour_mm"]) == ((0, 2), None, None)
+    reasons = {decision.name: decision.reason for decision in plan.decisions}
+    assert reasons["channels"] == "T1 and FLAIR in the encoder's three channels, FLAIR in the third too"
+    assert "each channel of each scan" in reasons["window"]
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert "channels" not in values_of(fingerprint())
+    windows = values_of(fingerprint(), given={"window": ((-160.0, 240.0), (-500.0, 1300.0))})
+    assert windows["neighbour_mm"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "message"),
+    [
+        ({}, {"neighbour_mm": 2.0}, r"found channels T1, FLAIR, .*--channel chooses one; leave --neighbour_mm out"),
+        ({}, {"window": ((0.0, 1.0), (0.0, 2.0))}, "2 windows, .* found channels T1, FLAIR, of which --channel"),
+        ({"channels": (), "channel_names": (), "normalized": True}, {"window": ((0.0, 1.0), (0.0, 2.0))}, r"\[0, 1\]"),
+        ({"channels": (), "channel_names": (), "colour": True}, {"window": ((0.0, 1.0), (0.0, 2.0))}, "found colour"),
+        ({"channels": (), "channel_names": ()}, {"window": ((0.0, 1.0), (4000.0, 5000.0))}, "found 4000 to 5000"),
+    ],
+)
+def test_one_thing_alone_fills_the_channels(changes, given, message):
+    with pytest.raises(InputError, match=message):
+        make_plan(
+            fingerprint(**{"channels": (0, 2), "channel_names": ("T1", "FLAIR")} | changes), CPU, base=TINY, given=given
+        )
+
+
+def test_a_single_channel_is_planned_as_scans_of_one_are(tmp_path):
+    for in_4d in (True, False):
+        root = two_modalities(tmp_path / str(in_4d), in_4d=in_4d)
+        given = {"channel": ["FLAIR"]}
+        folder = open_folder(root, channel=given["channel"], take_all=True)
+        adapter, _, _, plan = planned_options(folder, base="tiny-sam", given=given, machine=CPU)
+        assert (adapter["channel"], adapter["channels"], "channels" in plan.values) == (1, None, False)
+        assert plan.values["neighbour_mm"] == 4
+        assert replanned(plan, {"rank": 2}).values["neighbour_mm"] == 4
+        both, _, _, plan = planned_options(open_folder(root, take_all=True), base="tiny-sam", machine=CPU)
+        assert (both["channel"], both["channels"], both["channel_names"]) == (None, (0, 1), ("T1", "FLAIR"))
+        assert both["neighbour_mm"] is None
+        plan.require_data(take_fingerprint(open_folder(root, take_all=True)))
+        with pytest.raises(InputError, match="made from other data"):
+            plan.require_data(take_fingerprint(open_folder(root, channel=["FLAIR", "T1"])))
