@@ -15,7 +15,8 @@ from samed_peft.datasets.fingerprint import take_fingerprint
 from samed_peft.datasets.folder import LabelledFolder
 from samed_peft.errors import InputError, printable
 from samed_peft.models.geometry import base_geometry
-from samed_peft.training.decisions import RULES, best_precision
+from samed_peft.training.decisions import RULES
+from samed_peft.training.input_decisions import best_precision
 from samed_peft.training.machine import Machine, this_machine
 from samed_peft.training.planning import PLAN_FILE, Plan, make_plan, read_plan
 from samed_peft.training.replanning import replanned

@@ -30,7 +30,8 @@ from samed_peft.training import (
     this_machine,
     write_plan,
 )
-from samed_peft.training.decisions import RULES, best_precision
+from samed_peft.training.decisions import RULES
+from samed_peft.training.input_decisions import best_precision
 from samed_peft.training.replanning import replanned
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "finetune.py"
