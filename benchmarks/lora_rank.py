@@ -47,10 +47,11 @@ LORA_PLUS_RATIO = 16
 class Variant:
     """One row of the table."""
 
-    kind: str  # "rank", "placement", "method" or "baseline"
+    kind: str  # one of rank_table.KINDS
     name: str  # in the table and in file names
     options: tuple[str, ...]  # of the recipe, without seed, data and output
     untrained: bool = False  # replace the base's weights by random ones
+    planned: bool = False  # leave to the plan of recipes/finetune.py what the options do not say
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,9 @@ def command(run: Planned, args: argparse.Namespace) -> list[str]:
     recipe = [str(RECIPES / f"{args.recipe}.py"), "--data_dir", str(args.data_dir), "--output_dir", str(run.output)]
     resume = ["--resume"] if (run.output / "run.json").is_file() else []
     # All cases that are not tested on are trained on, and the last adapter counts, whatever the recipe's default is.
-    whole = ["--validation_share", "0"] if args.recipe == "finetune" else []
-    resume += ["--preset", "samed"] if args.recipe == "finetune" else []
-    options = ["--base", base, "--seed", str(run.seed), *whole, *run.variant.options, *args.options]
+    plain = args.recipe == "finetune" and not run.variant.planned
+    start = ["--preset", "samed", "--validation_share", "0"] if plain else []
+    options = ["--base", base, "--seed", str(run.seed), *start, *run.variant.options, *args.options]
     return [*launch, *recipe, *options, *resume]
 
 

@@ -26,7 +26,7 @@ from samed_peft.io import read_json, write_text
 from samed_peft.metrics import mean_defined
 
 RESAMPLES = 5000
-KINDS = ("rank", "placement", "method", "baseline", "whole", "added", "removed")
+KINDS = ("rank", "placement", "method", "baseline", "whole", "added", "removed", "zero", "tuned")
 
 
 @dataclass(frozen=True)
