@@ -130,8 +130,8 @@ class Plan:
         texts = "; ".join(f"{name} {short(there[name])} there, {short(now[name])} now" for name in shown)
         if is_same_data:
             raise InputError(
-                f"the plan was made from the same files, read otherwise ({texts}): give --class_names, --plane and "
-                "--patient_pattern as for the plan, or plan again"
+                f"the plan was made from the same files, read otherwise ({texts}): give --class_names, --channel, "
+                "--plane and --patient_pattern as for the plan, or plan again"
             )
         raise InputError(
             f"the plan was made from other data ({texts}): expected files {self.fingerprint.data}, found "
