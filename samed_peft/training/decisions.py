@@ -66,6 +66,12 @@ def _accumulation_steps(s: Situation) -> Decided:
     return steps, f"an optimizer step every {steps * batch} slices"
 
 
+def _num_workers(s: Situation) -> Decided:
+    if s.machine.device == "cpu":
+        return 0, "all cores compute, and take turns with loading: processes for it would compete with them"
+    return CONSTANTS.num_workers, "processes that load slices while the device computes"
+
+
 def _epochs(s: Situation) -> Decided | None:
     del s
     return None  # unless they are given, steps or minutes decide
@@ -201,9 +207,9 @@ RULES: Mapping[str, Callable[[Situation], Decided | None]] = MappingProxyType(
     {rule.__name__.removeprefix("_"): rule for rule in (
         see.plane, see.channels, see.window, see.neighbour_mm, see.resampling, see.image_size,
         see.gradient_checkpointing, see.mixed_precision, _fold, _folds, _validation_share, _batch_size,
-        _accumulation_steps, _epochs, _stop_epoch, _max_steps, _max_minutes, _warmup_steps, _learning_rate,
-        _max_grad_norm, _weight_decay, _schedule, _lora_plus_ratio, _rank, _targets, _augmentation, _mirror,
-        _foreground_share, _weight_average, _validate_epochs, _patience,
+        _accumulation_steps, _num_workers, _epochs, _stop_epoch, _max_steps, _max_minutes, _warmup_steps,
+        _learning_rate, _max_grad_norm, _weight_decay, _schedule, _lora_plus_ratio, _rank, _targets, _augmentation,
+        _mirror, _foreground_share, _weight_average, _validate_epochs, _patience,
     )}
 )  # fmt: skip
 """Name of a field or option -> its rule, which gives None where nothing has to be decided."""

@@ -34,6 +34,7 @@ class Constants:
 
     # Steps and batches.
     slices_per_step: int = 32
+    num_workers: int = 2  # with a GPU
     most_of_data: float = 0.25  # share of the training slices in a step, so that batches differ
     least_steps: int = 1500
     most_steps: int = 15_000  # SAMed takes 14,700
@@ -60,8 +61,8 @@ class Constants:
     folds: int = 5
     validation_share: float = 0.2
     least_patients_to_validate: int = 4  # to train on, before some of them are taken
-    validations: int = 20  # over the whole training
-    least_validations_for_patience: int = 10
+    validations: int = 12  # over the whole training
+    least_validations_for_patience: int = 8
 
     # Memory and time.
     share_of_memory: float = 0.8  # of the free memory

@@ -99,7 +99,7 @@ def test_scans_like_the_hippocampus():
     assert (plan["window"], plan["neighbour_mm"], plan["resampling"], plan["mirror"]) == (None, 1.0, "aligned", ())
     assert (plan["folds"], plan["validation_share"], plan["batch_size"], plan["accumulation_steps"]) == (5, 0.2, 32, 1)
     # Of 160 patients 32 are tested and 26 of 128 validated; 102 * 36 slices are 115 steps of 32, 20 times.
-    assert (plan["max_steps"], plan["warmup_steps"], plan["validate_epochs"], plan["patience"]) == (2300, 115, 1, 10)
+    assert (plan["max_steps"], plan["warmup_steps"], plan["validate_epochs"], plan["patience"]) == (2300, 115, 2, 5)
     assert plan["learning_rate"] == 0.003
     assert plan["targets"] == ("q_proj", "k_proj", "v_proj", "lin1", "lin2")
 
