@@ -161,8 +161,8 @@ def train(job: Job, cases: "sp.datasets.Splits", directory: Path) -> "tuple[sp.t
     run = sp.training.Run(config, training, rows, directory, folder, cases, args.init, plan)
     resume = args.resume and (directory == args.output_dir or directory.exists())  # later folds may not have begun
     adapter, settings = sp.training.fit(run, accelerator=accelerator, resume=resume)
-    if plan is not None and args.refine:
-        sp.training.record_postprocessing(run, adapter, accelerator=accelerator)
+    if plan is not None:
+        sp.training.record_postprocessing(run, adapter, accelerator=accelerator, refine=args.refine)
     return run, adapter, settings | ({"dataset": folder.name} if folder.name else {})
 
 

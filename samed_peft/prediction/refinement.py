@@ -1,13 +1,16 @@
 """Decide on validation cases which test-time augmentation, and which smoothing across slices, give the best masks."""
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from samed_peft.datasets.preprocessing import reoriented
+from samed_peft.config import SamedConfig
+from samed_peft.datasets.preprocessing import reorientation, reoriented, slice_spacing_mm
 from samed_peft.io import Volume
 from samed_peft.models.modeling import config_of
 from samed_peft.prediction.averaging import SeenScan
@@ -46,6 +49,7 @@ def choose_refinement(
     *,
     tried: Sequence[str] = ("shifts",),
     batch_size: int = 8,
+    accelerator: Accelerator | None = None,
 ) -> Refinement:
     """Choose the test-time augmentation and the smoothing that predict validation cases best.
 
@@ -59,17 +63,28 @@ def choose_refinement(
         references: case -> label map of the same cases, on the same grids; their `ignored_label` counts nowhere.
         tried: augmentations besides none.
         batch_size: slices per forward pass.
+        accelerator: divides the cases among its processes, all of which get the same answer; None for one process.
     """
-    cases = _spread(list(images))
-    unit_mm = _slice_distance_mm(model, images, cases)
-    smoothings = [number * unit_mm for number in SMOOTHING_SLICES] if unit_mm else [0.0]
+    process, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    mine = _spread(list(images))[process::processes]
+    distances = _gathered([_slice_distance_mm(images[case], config_of(model)) for case in mine], processes)
+    known = [distance for distance in distances if distance is not None]
+    smoothings = [number * float(np.median(known)) for number in SMOOTHING_SLICES] if known else [0.0]
     views = ("none", *tried)
-    scores = np.stack(
-        [
-            [_dice_by_smoothing(model, images[case], references[case], smoothings, tta, batch_size) for tta in views]
-            for case in cases
-        ]
-    )  # cases, views, smoothings, classes
+    own = [
+        [_dice_by_smoothing(model, images[case], references[case], smoothings, tta, batch_size) for tta in views]
+        for case in mine
+    ]
+    return _best(np.array(_gathered(own, processes)), views, smoothings)
+
+
+def _gathered(own: list[Any], processes: int) -> list[Any]:
+    """The entries of all processes, the same on each."""
+    return gather_object(own) if processes > 1 else own
+
+
+def _best(scores: np.ndarray, views: Sequence[str], smoothings: Sequence[float]) -> Refinement:
+    """The choice from Dice (cases, views, smoothings, classes)."""
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of classes that no case has
         means = np.nanmean(np.nanmean(scores, axis=0), axis=-1)
     best = [int(np.nanargmax(of_view)) if np.isfinite(of_view).any() else 0 for of_view in means]
@@ -88,11 +103,11 @@ def _spread(cases: list[str]) -> list[str]:
     return [cases[number * len(cases) // count] for number in range(count)]
 
 
-def _slice_distance_mm(model: Segmenter, images: Mapping[str, Volume], cases: Sequence[str]) -> float | None:
-    """Median distance of the slices of scans that have several; None if none is known."""
-    scans = [SeenScan.of(images[case], config_of(model)) for case in cases]
-    known = [scan.spacing_mm for scan in scans if scan.spacing_mm is not None and len(scan.array) > 1]
-    return float(np.median(known)) if known else None
+def _slice_distance_mm(image: Volume, config: SamedConfig) -> float | None:
+    """Distance of a scan's slices along the adapter's plane; None of a single slice, or if it is unknown."""
+    there, _ = reorientation(image, config.orientation)
+    spacing_mm = slice_spacing_mm(image, there)
+    return spacing_mm if len(reoriented(image.array, there)) > 1 else None
 
 
 def _dice_by_smoothing(
@@ -104,12 +119,16 @@ def _dice_by_smoothing(
     counted = np.ones(expected.shape, bool)
     if reference.ignored_label is not None:
         counted = expected != reference.ignored_label
-    parts: list[Tensor] = list(scan.logits(model, batch_size=batch_size, flips=tta == "flips", shifts=tta == "shifts"))
-    rows = []
-    for smoothing_mm in smoothings:
-        chosen = [choose_labels(model, part, scan.size_hw)[0] for part in scan.smoothed(parts, smoothing_mm)]
-        rows.append(_dice(np.concatenate(chosen)[counted], expected[counted], len(config_of(model).class_names)))
-    return np.stack(rows)
+    logits = scan.logits(model, batch_size=batch_size, flips=tta == "flips", shifts=tta == "shifts")
+    slices = (one for part in logits for one in part.split(1))
+    # Slice by slice in step, so that the logits of a few slices are in memory, not those of a whole scan.
+    copies = itertools.tee(slices, len(smoothings))
+    smoothed = [scan.smoothed(copy, mm) for copy, mm in zip(copies, smoothings, strict=True)]
+    masks = np.empty((len(smoothings), *expected.shape), np.uint8)
+    for number, versions in enumerate(zip(*smoothed, strict=True)):
+        for mask, one in zip(masks, versions, strict=True):
+            mask[number] = choose_labels(model, one, scan.size_hw)[0][0]
+    return np.stack([_dice(mask[counted], expected[counted], len(config_of(model).class_names)) for mask in masks])
 
 
 def _dice(mask: np.ndarray, expected: np.ndarray, num_classes: int) -> np.ndarray:

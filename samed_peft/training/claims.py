@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from samed_peft.config import SamedConfig, TrainingConfig
 from samed_peft.errors import InputError
 from samed_peft.io import FolderKind, read_json, require_replaceable, write_json
+from samed_peft.training.batch_trial import BATCH_FILE
 from samed_peft.training.length import LENGTH_FIELDS, LENGTH_FILE, LengthRecord
 from samed_peft.training.planning import PLAN_FILE
 from samed_peft.training.progress import is_number
@@ -26,7 +27,7 @@ RUN_FILE = "run.json"
 RUN_FOLDER = FolderKind(markers=(RUN_FILE,), in_place=True)
 """Output folder of a training run."""
 
-_WRITTEN_BEFORE_STEPS = (LENGTH_FILE, PLAN_FILE, "checkpoints", "logs", RUN_FILE)
+_WRITTEN_BEFORE_STEPS = (BATCH_FILE, LENGTH_FILE, PLAN_FILE, "checkpoints", "logs", RUN_FILE)
 """What a run writes before its first step; the file that marks the folder goes last."""
 
 _DEFAULTS = {

@@ -66,6 +66,16 @@ def _accumulation_steps(s: Situation) -> Decided:
     return steps, f"an optimizer step every {steps * batch} slices"
 
 
+def _tta(s: Situation) -> Decided | None:
+    del s
+    return None  # unless it is given, validation cases decide after the training
+
+
+def _smoothing_mm(s: Situation) -> Decided | None:
+    del s
+    return None  # as `_tta`
+
+
 def _num_workers(s: Situation) -> Decided:
     if s.machine.device == "cpu":
         return 0, "all cores compute, and take turns with loading: processes for it would compete with them"
@@ -210,6 +220,7 @@ RULES: Mapping[str, Callable[[Situation], Decided | None]] = MappingProxyType(
         _accumulation_steps, _num_workers, _epochs, _stop_epoch, _max_steps, _max_minutes, _warmup_steps,
         _learning_rate, _max_grad_norm, _weight_decay, _schedule, _lora_plus_ratio, _rank, _targets, _augmentation,
         _mirror, _foreground_share, _weight_average, _validate_epochs, _patience,
+        _tta, _smoothing_mm,
     )}
 )  # fmt: skip
 """Name of a field or option -> its rule, which gives None where nothing has to be decided."""

@@ -5,7 +5,6 @@ from typing import Any
 
 from samed_peft.config import CT_WINDOW_HU, windows_of
 from samed_peft.errors import InputError
-from samed_peft.training.machine import Machine
 from samed_peft.training.situation import CONSTANTS, Situation
 
 Decided = tuple[Any, str]
@@ -117,16 +116,15 @@ def gradient_checkpointing(s: Situation) -> Decided:
     return False, f"a slice needs about {plain:.2g} GB of {s.machine.memory_gb:g}"
 
 
-def best_precision(machine: Machine) -> tuple[str, str]:
-    """Accelerate's name of the precision that a machine trains in best, and the reason."""
-    name = machine.name
-    if machine.bf16:
+def best_precision(device: str, name: str, bf16: bool) -> tuple[str, str]:
+    """Accelerate's name of the precision that a device trains in best, and the reason; see `this_device`."""
+    if bf16:
         return "bf16", f"{name} multiplies bfloat16 in hardware; sums, and the weights that are trained, stay float32"
-    if machine.device == "cuda":
+    if device == "cuda":
         return "fp16", f"as SAMed: {name} does not multiply bfloat16 in hardware"
     return "no", f"float32: {name} does not multiply bfloat16 in hardware"
 
 
 def mixed_precision(s: Situation) -> Decided:
     """Precision of products."""
-    return best_precision(s.machine)
+    return best_precision(s.machine.device, s.machine.name, s.machine.bf16)

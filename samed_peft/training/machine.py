@@ -1,5 +1,6 @@
 """The machine that a training is planned for."""
 
+import os
 import platform
 from dataclasses import dataclass
 
@@ -31,24 +32,31 @@ def this_machine(*, processes: int = 1) -> Machine:
     """
     import psutil
     import torch
-    from accelerate.utils import parse_flag_from_env
 
     from samed_peft.training.batches import available_cores
 
     free_gb, cores = psutil.virtual_memory().available / 1e9, available_cores()
-    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+    device, name, bf16 = this_device()
+    if device == "cuda":
         free_gb = torch.cuda.mem_get_info()[0] / 1e9
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Machine("cuda", torch.cuda.get_device_name(), round(free_gb, 1), cores, processes, bf16)
-    is_mps = torch.backends.mps.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    each_gb, each_cores = round(free_gb / processes, 1), max(1, cores // processes)
-    if is_mps:
-        return Machine("mps", platform.machine(), each_gb, each_cores, processes)
-    return Machine("cpu", platform.machine(), each_gb, each_cores, processes, _cpu_has_bf16())
+        return Machine(device, name, round(free_gb, 1), cores, processes, bf16)
+    return Machine(device, name, round(free_gb / processes, 1), max(1, cores // processes), processes, bf16)
 
 
-def _cpu_has_bf16() -> bool:
+def this_device() -> tuple[str, str, bool]:
+    """Kind and name of the device that Accelerate will choose, and whether it multiplies bfloat16 in hardware.
+
+    No memory of a GPU is taken for the answer.
+    """
     import torch
+    from accelerate.utils import parse_flag_from_env
 
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    is_forced = parse_flag_from_env("ACCELERATE_USE_CPU")
+    if torch.cuda.is_available() and not is_forced:
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        found = torch.cuda.get_device_properties(number)
+        return "cuda", found.name, found.major >= 8
+    if torch.backends.mps.is_available() and not is_forced:
+        return "mps", platform.machine(), False
+    able = torch.cpu.get_capabilities()
+    return "cpu", platform.machine(), any(able.get(n, False) for n in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))

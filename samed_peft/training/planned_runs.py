@@ -17,7 +17,7 @@ from samed_peft.errors import InputError, printable
 from samed_peft.models.geometry import base_geometry
 from samed_peft.training.decisions import RULES
 from samed_peft.training.input_decisions import best_precision
-from samed_peft.training.machine import Machine, this_machine
+from samed_peft.training.machine import Machine, this_device, this_machine
 from samed_peft.training.planning import PLAN_FILE, Plan, make_plan, read_plan
 from samed_peft.training.replanning import replanned
 
@@ -113,7 +113,7 @@ def planned_precision(output_dir: Path, *, plan_file: Path | None = None) -> str
     file = output_dir / PLAN_FILE if (output_dir / PLAN_FILE).is_file() else plan_file
     if file is not None:
         return str(read_plan(file).values.get("mixed_precision", "no"))
-    return best_precision(this_machine())[0]
+    return best_precision(*this_device())[0]
 
 
 def plan_of_run(

@@ -89,6 +89,8 @@ class Plan:
                 "it written by a newer samed_peft?"
             )
         decisions = [Decision(d["name"], _tuple(d["value"]), d["reason"]) for d in listed]
+        if "mixed_precision" not in [decision.name for decision in decisions]:
+            decisions.append(Decision("mixed_precision", "no", "as runs were trained before plans decided it"))
         options, seconds = _read_options(values.get("options", {})), values.get("seconds_per_step")
         require_time("seconds_per_step of a plan", seconds, "seconds")
         parts = {name: kind.from_dict(values[name]) for name, kind in _PARTS.items()}
@@ -121,7 +123,7 @@ class Plan:
             InputError: naming what differs.
         """
         there, now = self.fingerprint.to_dict(), fingerprint.to_dict()
-        differing = [name for name in there if there[name] != now[name]]
+        differing = [name for name in there if there[name] != now[name] and name != "empty_cases"]  # not in older ones
         is_same_data = "data" not in differing
         if not differing or (is_same_data and reading):
             return
@@ -129,10 +131,8 @@ class Plan:
         shown = [name for name in differing if name != "data"][:4] or differing
         texts = "; ".join(f"{name} {short(there[name])} there, {short(now[name])} now" for name in shown)
         if is_same_data:
-            raise InputError(
-                f"the plan was made from the same files, read otherwise ({texts}): give --class_names, --channel, "
-                "--plane and --patient_pattern as for the plan, or plan again"
-            )
+            remedy = "give --class_names, --channel, --plane and --patient_pattern as for the plan, or plan again"
+            raise InputError(f"the plan was made from the same files, read otherwise ({texts}): {remedy}")
         raise InputError(
             f"the plan was made from other data ({texts}): expected files {self.fingerprint.data}, found "
             f"{fingerprint.data}; plan again with samed plan, or give the data that it was made from"
@@ -146,7 +146,7 @@ class Plan:
         """
         if dataclasses.replace(base, base="") != dataclasses.replace(self.base, base=""):
             raise InputError(
-                f"the plan was made for another base ({self.base}), found {base}; plan again, or give its --base"
+                f"the plan is for another base ({self.base}), found {base}; plan again, or give its --base"
             )
 
     def table(self) -> str:

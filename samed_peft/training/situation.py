@@ -163,7 +163,7 @@ class Situation:
         cores = CONSTANTS.cores_of_time / min(self.machine.cores, CONSTANTS.most_cores)
         token_us = CONSTANTS.token_us + CONSTANTS.token_us_per_square_width * self.base.width**2
         seconds = token_us * 1e-6 * self.step_work / self.machine.processes * cores
-        return seconds / (CONSTANTS.speed_of_bf16 if self.chosen["mixed_precision"] == "bf16" else 1)
+        return seconds / (CONSTANTS.speed_of_bf16 if self.chosen.get("mixed_precision") == "bf16" else 1)
 
     @property
     def step_work(self) -> float:

@@ -284,3 +284,11 @@ def test_processes_agree_on_the_smallest_batch_and_train_on_as_if_nothing_was_tr
     assert numbers.startswith("2 2 ")
     assert numbers == given.stdout.strip()
     assert recorded_batch(tmp_path) == {"batch_size": 2, "accumulation_steps": 2}
+
+
+def test_a_planned_run_that_is_refused_leaves_no_record_of_its_batch(balls, tmp_path):
+    run = balls(tmp_path / "run")
+    short = dataclasses.replace(run.training, max_steps=None, max_minutes=0.0001)
+    with pytest.raises(InputError, match=r"max_minutes 0\.0001"):
+        train(dataclasses.replace(run, training=short))
+    assert not (tmp_path / "run").exists()

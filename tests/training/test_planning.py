@@ -27,11 +27,11 @@ from samed_peft.training import (
     planned_options,
     planned_precision,
     read_plan,
-    this_machine,
     write_plan,
 )
 from samed_peft.training.decisions import RULES
 from samed_peft.training.input_decisions import best_precision
+from samed_peft.training.machine import this_device
 from samed_peft.training.replanning import replanned
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "finetune.py"
@@ -420,7 +420,7 @@ def test_a_run_takes_the_precision_of_its_plan_or_of_the_file_or_of_the_machine(
     bf16 = make_plan(fingerprint(), CPU, base=TINY, given={"mixed_precision": "bf16"})
     file, run = tmp_path / "plan.json", tmp_path / "run"
     run.mkdir()
-    assert planned_precision(run) == best_precision(this_machine())[0]
+    assert planned_precision(run) == best_precision(*this_device())[0]
     write_plan(fp16, file)
     assert planned_precision(run, plan_file=file) == "fp16"
     write_plan(bf16, run / "plan.json")
@@ -478,3 +478,22 @@ def test_a_single_channel_is_planned_as_scans_of_one_are(tmp_path):
         plan.require_data(take_fingerprint(open_folder(root, take_all=True)))
         with pytest.raises(InputError, match="read otherwise"):
             plan.require_data(take_fingerprint(open_folder(root, channel=["FLAIR", "T1"])))
+
+
+def test_plans_of_older_versions_can_be_followed_and_changed():
+    """They decide no precision, and their fingerprints list no unlabelled cases."""
+    made = make_plan(fingerprint(empty_cases=("a",)), CPU, base=TINY)
+    stored = made.to_dict()
+    stored["decisions"] = [decision for decision in stored["decisions"] if decision["name"] != "mixed_precision"]
+    del stored["fingerprint"]["empty_cases"], stored["machine"]["bf16"]
+    older = Plan.from_dict(stored)
+    assert older.values == made.values | {"mixed_precision": "no"}
+    older.require_data(made.fingerprint)
+    bf16 = replanned(older, {"mixed_precision": "bf16"})
+    assert bf16.values["mixed_precision"] == "bf16"
+    assert replanned(older, {"rank": 2}).values["mixed_precision"] == "no"
+
+
+def test_only_what_is_given_of_prediction_is_planned():
+    assert not {"tta", "smoothing_mm"} & values_of(fingerprint()).keys()
+    assert values_of(fingerprint(), given={"tta": "none"})["tta"] == "none"
